@@ -1,0 +1,1 @@
+"""Checkpoints: the released Hugging Face layout, sharded, and `.nemo`."""

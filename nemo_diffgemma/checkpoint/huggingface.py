@@ -1,0 +1,314 @@
+"""The released Hugging Face layout, streamed: config.json, safetensors with an index, tokenizer and template beside it.
+
+Every rank reads only its own slices; writing gathers one tensor after the other on rank 0 and holds one file's worth.
+A directory is written under a temporary name and renamed when complete: nothing half-written is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_diffgemma.checkpoint.names import CARRIED_PREFIXES, released_name, released_shape, text_tensors
+from nemo_diffgemma.model.network import Network
+from nemo_diffgemma.parallel.groups import agree_error, process_groups
+from nemo_diffgemma.parallel.sharding import Shard, shard_of
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 << 30
+_COPIED = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation and processor configuration
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message names the file or tensor and what to do."""
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class TensorFiles:
+    """The safetensors files of a directory, opened once, by tensor name."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stack = contextlib.ExitStack()
+        self._handles: dict[Path, Any] = {}
+        self.files = self._locate()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _locate(self) -> dict[str, Path]:
+        index = self.directory / INDEX
+        if index.is_file():
+            try:
+                weights = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise CheckpointError(f"{index} is damaged ({error!r}); copy it again from the checkpoint") from None
+            missing = sorted({file for file in weights.values() if not (self.directory / file).is_file()})
+            if missing:
+                raise CheckpointError(
+                    f"{index} names {', '.join(missing)}, which {self.directory} does not hold; copy the missing files"
+                )
+            return {name: self.directory / file for name, file in weights.items()}
+        files = sorted(self.directory.glob("*.safetensors"))
+        return {name: file for file in files for name in self.open(file).keys()}  # noqa: SIM118 (no mapping)
+
+    def open(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = self._stack.enter_context(safe_open(str(file), framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file} is truncated or not a safetensors file ({error}); copy it again from the checkpoint"
+                ) from None
+        return self._handles[file]
+
+    def slice(self, name: str) -> Any:
+        """Lazy view of a tensor: `get_shape()`, `get_dtype()`, and indexing that reads only what it selects."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.directory} has no tensor {name}")
+        try:
+            return self.open(self.files[name]).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.files[name]} does not hold tensor {name} ({error}); its index is of another checkpoint") from None
+
+
+def load(network: Network, directory: str | Path) -> None:
+    """Fill `network` from a released-format directory. Raises `CheckpointError` on every rank, before any weight is set."""
+    error: Exception | None = None
+    try:
+        with TensorFiles(Path(directory)) as files:
+            _check(network, files)
+            _fill(network, files)
+    except (CheckpointError, OSError) as found:
+        error = found
+    agree_error(error)
+    network.assets = Path(directory)
+
+
+def _check(network: Network, files: TensorFiles) -> None:
+    """Compare names and shapes of the whole checkpoint with what the network needs."""
+    if not files.files:
+        raise CheckpointError(
+            f"{files.directory} holds no safetensors; give a directory with model.safetensors, or with {INDEX} and "
+            "the files that it names"
+        )
+    expected = {
+        released_name(name): released_shape(name, shard_of(tensor).full_shape(tuple(tensor.shape)), network.model)
+        for name, tensor in text_tensors(network)
+    }
+    missing = [name for name in expected if name not in files.files]
+    if missing:
+        raise CheckpointError(
+            f"{files.directory} lacks {len(missing)} tensors, first {', '.join(missing[:3])}; is the download "
+            "complete, and is config.json of the same checkpoint?"
+        )
+    foreign = [n for n in files.files if n not in expected and not n.startswith(CARRIED_PREFIXES)]
+    if foreign:
+        raise CheckpointError(
+            f"{files.directory} holds {len(foreign)} tensors that this model does not have, first "
+            f"{', '.join(foreign[:3])}; is config.json of the same checkpoint?"
+        )
+    for name, shape in expected.items():
+        found = tuple(files.slice(name).get_shape())
+        if found != shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(found)} in {files.files[name]}, but config.json makes it "
+                f"{list(shape)}; the two are of different checkpoints"
+            )
+
+
+def _fill(network: Network, files: TensorFiles) -> None:
+    network.file_dtypes = {}
+    for name, tensor in text_tensors(network):
+        stored = files.slice(released_name(name))
+        network.file_dtypes[released_name(name)] = stored.get_dtype()
+        with torch.no_grad():
+            _read_slices(name, tensor, stored, network.model.vocab_size)
+
+
+def _read_slices(name: str, tensor: Tensor, stored: Any, vocab_size: int) -> None:
+    spans = shard_of(tensor).slices(tuple(tensor.shape))
+    if name == "embed_tokens.weight":
+        end = min(spans[0].stop, vocab_size)
+        tensor.zero_()  # padding
+        if spans[0].start < end:
+            tensor[: end - spans[0].start] = stored[spans[0].start : end]
+    elif name.endswith("experts.gate_up_proj"):  # on disk gate rows, then up rows, in one axis
+        experts, _, width, _ = spans
+        half = stored.get_shape()[1] // 2
+        for part in (0, 1):
+            tensor[:, part] = stored[experts, part * half + width.start : part * half + width.stop]
+    else:
+        tensor.copy_(stored[spans])
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: number of tensors and their bytes."""
+
+    tensors: int
+    bytes: int
+
+
+def save(network: Network, directory: str | Path) -> Written:
+    """Write a released-format directory from any layout; tensors keep the dtype of the file they came from.
+
+    Raises `CheckpointError` on every rank when `directory` exists and is not empty, or cannot be written.
+    """
+    target = Path(directory)
+    written = Written(0, 0)
+    with new_directory(target) as partial:
+        shards = _plan(network)
+        weight_map: dict[str, str] = {}
+        for index, names in enumerate(shards):
+            file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = {released_name(n): t for n, t in full_tensors(network, names)}
+            if partial is not None:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, file)
+                written = _add(written, tensors)
+        if partial is not None:
+            weight_map, written = _write_carried(network, partial, weight_map, written)
+            write_assets(network, partial)
+            _write_index(partial, weight_map, written)
+    counts = [written]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(counts, src=0)
+    return counts[0]
+
+
+def _add(written: Written, tensors: Mapping[str, Tensor]) -> Written:
+    return Written(written.tensors + len(tensors), written.bytes + sum(t.nbytes for t in tensors.values()))
+
+
+def _write_carried(
+    network: Network, partial: Path, weight_map: dict[str, str], written: Written
+) -> tuple[dict[str, str], Written]:
+    """Vision tensors go to a file of their own, byte for byte."""
+    carried = carried_tensors(network)
+    if carried:
+        save_file(carried, partial / "model-vision.safetensors", metadata={"format": "pt"})
+        weight_map, written = weight_map | dict.fromkeys(carried, "model-vision.safetensors"), _add(written, carried)
+    return weight_map, written
+
+
+def _write_index(partial: Path, weight_map: dict[str, str], written: Written) -> None:
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": written.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_assets(network: Network, directory: Path) -> None:
+    """config.json and, where the model came with them, tokenizer, template and generation configuration."""
+    if network.assets is not None:
+        for file in sorted(network.assets.iterdir()):
+            if file.is_file() and file.suffix in _COPIED and file.name not in (INDEX, "config.json"):
+                shutil.copy(file, directory / file.name)
+    (directory / "config.json").write_text(json.dumps(network.model.to_huggingface(), indent=2) + "\n")
+
+
+def carried_tensors(network: Network) -> dict[str, Tensor]:
+    """Vision tensors of the checkpoint this model came from."""
+    if network.assets is None or not any(network.assets.glob("*.safetensors")):
+        return {}
+    with TensorFiles(network.assets) as files:
+        names = [name for name in files.files if name.startswith(CARRIED_PREFIXES)]
+        return {name: files.open(files.files[name]).get_tensor(name) for name in names}
+
+
+def _plan(network: Network) -> list[list[str]]:
+    """Names of the tensors of each file, in the order of the model, each file up to `SHARD_BYTES`."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in text_tensors(network):
+        full = tensor.element_size() * int(torch.Size(shard_of(tensor).full_shape(tuple(tensor.shape))).numel())
+        if shards[-1] and size + full > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += full
+    return shards
+
+
+def full_tensors(network: Network, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """(our name, whole tensor in its released shape, on the CPU), one after the other; on rank 0 only.
+
+    Collective: every rank calls it with the same names.
+    """
+    tensors = dict(text_tensors(network))
+    for name in names:
+        full = _gather(tensors[name].detach(), shard_of(tensors[name]))
+        if dist.get_rank() == 0:
+            dtype = _DTYPES.get(network.file_dtypes.get(released_name(name), ""), full.dtype)
+            shape = released_shape(name, tuple(full.shape), network.model)
+            full = full[: shape[0]] if name == "embed_tokens.weight" else full.reshape(shape)
+            yield name, full.to(dtype).cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _gather(tensor: Tensor, shard: Shard) -> Tensor:
+    groups = process_groups()
+    group = groups.tp_ep if shard.expert else groups.tp
+    if not shard.cuts or group.size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    places: list[Any] = [None] * group.size()
+    dist.all_gather_object(places, shard.slices(tuple(tensor.shape)), group=group)
+    full = tensor.new_empty(shard.full_shape(tuple(tensor.shape)))
+    for part, place in zip(parts, places, strict=True):
+        full[place] = part
+    return full
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path | None]:
+    """A directory that appears under its name only when complete. Rank 0 gets a temporary path, others None."""
+    partial: Path | None = None
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise CheckpointError(f"{target} exists already; delete it or give another path")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+            partial.chmod(0o755)
+        except (CheckpointError, OSError) as found:
+            error = found if isinstance(found, CheckpointError) else CheckpointError(f"cannot write {target}: {found}")
+    agree_error(error)
+    try:
+        yield partial
+        if partial is not None:
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+    if dist.get_world_size() > 1:
+        dist.barrier()

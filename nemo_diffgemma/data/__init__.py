@@ -1,0 +1,37 @@
+"""Training data: what an example is, how examples become batches, and the Sudoku task."""
+
+from nemo_diffgemma.data.example import Batch, Batches, Example, collate
+from nemo_diffgemma.data.sudoku import (
+    SudokuDataset,
+    SudokuTask,
+    all_grids,
+    decode_response,
+    encode_puzzle,
+    format_grid,
+    is_solution,
+    solve,
+    solve_rate,
+)
+from nemo_diffgemma.data.sudoku_tokenizer import BOS_ID, EOS_ID, PAD_ID, SEP_ID, VOCABULARY, build_tokenizer
+
+__all__ = [
+    "BOS_ID",
+    "EOS_ID",
+    "PAD_ID",
+    "SEP_ID",
+    "VOCABULARY",
+    "Batch",
+    "Batches",
+    "Example",
+    "SudokuDataset",
+    "SudokuTask",
+    "all_grids",
+    "build_tokenizer",
+    "collate",
+    "decode_response",
+    "encode_puzzle",
+    "format_grid",
+    "is_solution",
+    "solve",
+    "solve_rate",
+]

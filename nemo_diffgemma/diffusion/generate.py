@@ -1,0 +1,151 @@
+"""Generation, canvas by canvas: denoise until stable, emit the arg-max, make it context, go on.
+
+The final tokens of a canvas enter the context in the same pass that first denoises the next one. Everything random comes
+from a `Noise`, so tokens depend neither on the batch nor on the layout. Semantics of transformers' `generate`.
+
+Shapes: B rows, S prompt columns, C canvas positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_diffgemma.diffusion.noise import Noise
+from nemo_diffgemma.diffusion.sampler import SamplerConfig, StableAndConfident, accept, pad_after_eos
+
+
+class Denoiser(Protocol):
+    """What generation needs of a network; positions of a step are flat, row after row."""
+
+    def denoising_step(
+        self,
+        canvas: Tensor,
+        cache: Any,
+        *,
+        context: Tensor | None = None,
+        first: tuple[int, ...] | None = None,
+        soft: Tensor | None = None,
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
+    ) -> Any:
+        """-> (statistics with entropy_N, argmax_N, sample_N and soft_embedding_NH, cache)"""
+
+    def agree(self, flag: bool) -> bool:
+        """Whether `flag` holds on every rank."""
+
+
+class Denoised(NamedTuple):
+    """One denoising step as an observer sees it, [B, C] each but `done` [B]."""
+
+    canvas: int
+    remaining: int
+    argmax: Tensor
+    accepted: Tensor
+    entropy: Tensor
+    done: Tensor
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Result: `sequences` [B, S + generated]; for each row the live denoising steps, and tokens for each of them."""
+
+    sequences: Tensor
+    forwards: Tensor
+    tokens_per_forward: Tensor
+
+
+def generate(
+    network: Denoiser,
+    input_ids: Tensor,
+    first: tuple[int, ...],
+    *,
+    canvas_length: int,
+    max_new_tokens: int,
+    sampler: SamplerConfig,
+    noise: Noise,
+    observe: Callable[[Denoised], None] | None = None,
+) -> Generation:
+    """Generate whole canvases until `max_new_tokens` are reached (rounded up) or every row has met an EOS id.
+
+    `first` is the left padding of each row; `observe` is called after every step.
+    """
+    rows, prompt = input_ids.shape
+    finished_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+    forwards_B = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
+    sequences, context, cache = input_ids, input_ids, None
+    for index in range(-(-max_new_tokens // canvas_length)):
+        final_BC, cache, live_B = _denoise_canvas(
+            network, cache, context, first, index, finished_B, sampler, noise, observe
+        )
+        forwards_B += live_B
+        finished_before_B = finished_B
+        if sampler.eos_ids:
+            has_eos_B = torch.isin(final_BC, torch.tensor(sampler.eos_ids, device=final_BC.device)).any(-1)
+            finished_B = finished_B | has_eos_B
+            if sampler.pad_token_id is not None:
+                final_BC = pad_after_eos(final_BC, sampler.eos_ids, sampler.pad_token_id)
+                final_BC = final_BC.masked_fill(finished_before_B[:, None], sampler.pad_token_id)
+        sequences, context = torch.cat([sequences, final_BC], dim=1), final_BC
+        if network.agree(bool(finished_B.all())):
+            break
+    new = sequences[:, prompt:]
+    emitted_B = new.shape[1] if sampler.pad_token_id is None else (new != sampler.pad_token_id).sum(1)
+    return Generation(sequences, forwards_B, emitted_B / forwards_B.clamp_min(1))
+
+
+def _denoise_canvas(
+    network: Denoiser,
+    cache: Any,
+    context_BS: Tensor,
+    first: tuple[int, ...],
+    index: int,
+    finished_B: Tensor,
+    sampler: SamplerConfig,
+    noise: Noise,
+    observe: Callable[[Denoised], None] | None,
+) -> tuple[Tensor, Any, Tensor]:
+    """Denoise one canvas -> its final tokens [B, C], the cache with its context, and live steps of each row [B]."""
+    canvas_BC = noise.initial(index).to(context_BS.device)
+    shape = canvas_BC.shape
+    done_B, live_B = torch.zeros_like(finished_B), torch.zeros_like(finished_B, dtype=torch.long)
+    stop = StableAndConfident(sampler)
+    best_BC, soft_NH, entropy_BC = canvas_BC, None, None
+    for remaining in range(sampler.max_denoising_steps, 0, -1):
+        live_B += ~(done_B | finished_B)
+        found, cache = network.denoising_step(
+            canvas_BC,
+            cache,
+            context=context_BS if soft_NH is None else None,
+            first=first,
+            soft=soft_NH,
+            temperature=sampler.temperature(remaining),
+            uniforms=noise.uniforms(index, remaining).to(canvas_BC.device),
+        )
+        fresh_BC = found.entropy_N.view(shape)
+        accepted_BC = accept(fresh_BC, sampler.entropy_bound)
+        replaced_BC = noise.replacements(index, remaining).to(canvas_BC.device)
+        next_BC = torch.where(accepted_BC, found.sample_N.view(shape), replaced_BC)
+        # a row that is done keeps all it has; so do its statistics, which the stopping rule may look at again
+        keep_B1 = done_B[:, None]
+        canvas_BC = torch.where(keep_B1, canvas_BC, next_BC)
+        best_BC = torch.where(keep_B1, best_BC, found.argmax_N.view(shape))
+        entropy_BC = fresh_BC if entropy_BC is None else torch.where(keep_B1, entropy_BC, fresh_BC)
+        soft_NH = _keep_rows(done_B, soft_NH, found.soft_embedding_NH)
+        done_B = done_B | stop(best_BC, entropy_BC)
+        if observe is not None:
+            observe(Denoised(index, remaining, best_BC, accepted_BC, entropy_BC, done_B))
+        if remaining == 1 or network.agree(bool(done_B.all())):
+            break
+    return best_BC, cache, live_B
+
+
+def _keep_rows(done_B: Tensor, before_NH: Tensor | None, now_NH: Tensor) -> Tensor:
+    if before_NH is None:
+        return now_NH
+    kept = done_B.repeat_interleave(now_NH.shape[0] // done_B.shape[0])[:, None]
+    return torch.where(kept, before_NH, now_NH)

@@ -1,0 +1,110 @@
+"""Random numbers that are a function of (seed, sample, canvas, step, position) alone.
+
+No generator state: whatever the batch, the layout or the order of evaluation, the same key gives the same numbers, on
+every device. SplitMix64 (Steele, Lea, Flood 2014) as a hash in wrapping int64 arithmetic, which torch has everywhere.
+
+Shapes: B rows, C canvas positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_GOLDEN, _MIX1, _MIX2 = (
+    0x9E3779B97F4A7C15 - (1 << 64),
+    0xBF58476D1CE4E5B9 - (1 << 64),
+    0x94D049BB133111EB - (1 << 64),
+)
+# What a number is for; part of the key, so that no two uses share numbers.
+INITIAL, UNIFORM, REPLACEMENT, LEVEL, CORRUPTED, CORRUPTION, COIN, CHOICE = range(8)
+
+
+class Noise(Protocol):
+    """What generation draws. `canvas` counts from 0; `step` is the number of steps remaining, N down to 1."""
+
+    def initial(self, canvas: int) -> Tensor:
+        """First ids of a canvas, [B, C]."""
+
+    def uniforms(self, canvas: int, step: int) -> Tensor:
+        """Where the inverse CDF is read, [B, C] in [0, 1)."""
+
+    def replacements(self, canvas: int, step: int) -> Tensor:
+        """Ids for the positions that were not accepted, [B, C]."""
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def keyed_bits(*key: Tensor | int) -> Tensor:
+    """64 random bits as int64 for every broadcast combination of the key's parts."""
+    state = torch.zeros((), dtype=torch.int64)
+    for part in key:
+        state = _mix(state.to(part.device) ^ _mix(part)) if isinstance(part, Tensor) else _mix(state ^ _mix_int(part))
+    return state
+
+
+def _mix_int(value: int) -> int:
+    return int(_mix(torch.tensor(value, dtype=torch.int64)))
+
+
+def to_uniforms(bits: Tensor) -> Tensor:
+    """float32 in [0, 1) from the upper 24 bits."""
+    return _shift(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def to_ids(bits: Tensor, vocab_size: int) -> Tensor:
+    """Ids uniform over the vocabulary: the upper 32 bits scaled (bias below V / 2^32)."""
+    return _shift(_shift(bits, 32) * vocab_size, 32)
+
+
+class KeyedNoise:
+    """Noise of B rows; row r is keyed by (seeds[r], samples[r]) and knows nothing of the other rows."""
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        samples: Sequence[int],
+        canvas_length: int,
+        vocab_size: int,
+        device: torch.device | None = None,
+    ) -> None:
+        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)[:, None]
+        self._samples = torch.tensor(samples, dtype=torch.int64, device=device)[:, None]
+        self._positions = torch.arange(canvas_length, device=device)
+        self._vocab_size = vocab_size
+
+    @staticmethod
+    def for_rows(
+        seed: int | Sequence[int], rows: int, canvas_length: int, vocab_size: int, device: torch.device | None = None
+    ) -> KeyedNoise:
+        """An int keys row r by (seed, r); one int a row keys each as if it were alone, by (seed[r], 0)."""
+        if isinstance(seed, int):
+            return KeyedNoise([seed] * rows, range(rows), canvas_length, vocab_size, device)
+        if len(seed) != rows:
+            raise ValueError(f"{len(seed)} seeds for {rows} rows; give one int, or one int for each row")
+        return KeyedNoise(list(seed), [0] * rows, canvas_length, vocab_size, device)
+
+    def _bits(self, purpose: int, canvas: int, step: int) -> Tensor:
+        return keyed_bits(self._seeds, self._samples, purpose, canvas, step, self._positions)
+
+    def initial(self, canvas: int) -> Tensor:
+        return to_ids(self._bits(INITIAL, canvas, 0), self._vocab_size)
+
+    def uniforms(self, canvas: int, step: int) -> Tensor:
+        return to_uniforms(self._bits(UNIFORM, canvas, step))
+
+    def replacements(self, canvas: int, step: int) -> Tensor:
+        return to_ids(self._bits(REPLACEMENT, canvas, step), self._vocab_size)

@@ -1,0 +1,103 @@
+"""The entropy-bound sampler: which tokens of a denoised canvas to keep, at what temperature, and when to stop.
+
+Each step samples a candidate for every position, keeps those of the most certain positions and fills the others with
+fresh noise. Nothing is ever frozen within a canvas: acceptance is decided anew at every step.
+
+Shapes: B rows, C canvas positions. Entropies are in nats and of the tempered distribution.
+Rule: Ben-Hamu et al., arXiv 2505.24857; as in transformers' generation_diffusion_gemma.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Settings of generation, with Hugging Face's names and defaults. Bounds and thresholds are in nats.
+
+    `stability_threshold` steps must have had the same arg-max canvas, and the mean entropy must be below
+    `confidence_threshold`, for a canvas to be finished early. `eos_token_id` None: whatever the model's is.
+    """
+
+    max_denoising_steps: int = 48
+    entropy_bound: float = 0.1
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.max_denoising_steps < 1:
+            raise ValueError(f"sampler.max_denoising_steps={self.max_denoising_steps}; expected at least 1")
+        if not 0 < self.t_min < self.t_max:
+            raise ValueError(
+                f"sampler.t_min={self.t_min}, sampler.t_max={self.t_max}; expected 0 < t_min < t_max, such as 0.4 and 0.8"
+            )
+        if self.stability_threshold < 0:
+            raise ValueError(f"sampler.stability_threshold={self.stability_threshold}; expected 0 or more steps")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SamplerConfig:
+        """From a `generation_config.json` or another mapping; keys that are not the sampler's are left aside."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        nested = values.get("sampler_config") or {}
+        return cls(**{k: v for k, v in {**values, **nested}.items() if k in known and v is not None})
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids as a tuple, empty when there are none."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    def temperature(self, remaining: int) -> float:
+        """Linear from `t_max` at the first step to just above `t_min` at the last (never `t_min` itself)."""
+        return self.t_min + (self.t_max - self.t_min) * remaining / self.max_denoising_steps
+
+
+def accept(entropy_BC: Tensor, bound: float) -> Tensor:
+    """Mask of accepted positions, [B, C] bool; at least one a row.
+
+    Positions are taken from the most certain upwards while the entropies of those before them sum to at most `bound`.
+    """
+    ranked_BC, order_BC = entropy_BC.sort(dim=-1)
+    before_BC = ranked_BC.cumsum(-1) - ranked_BC  # entropy already accepted when this one is considered
+    return torch.zeros_like(order_BC, dtype=torch.bool).scatter(-1, order_BC, before_BC <= bound)
+
+
+class StableAndConfident:
+    """Stopping rule of one canvas: the arg-max canvas stayed the same and the mean entropy is low."""
+
+    def __init__(self, config: SamplerConfig) -> None:
+        self._config = config
+        self._history: list[Tensor] = []
+
+    def __call__(self, argmax_BC: Tensor, entropy_BC: Tensor) -> Tensor:
+        """Rows that may stop after this step, [B] bool. Call once a step."""
+        confident_B = entropy_BC.mean(-1) < self._config.confidence_threshold
+        wanted = self._config.stability_threshold
+        if wanted == 0:
+            return confident_B
+        stable_B = torch.full_like(confident_B, len(self._history) == wanted)
+        for earlier_BC in self._history:
+            stable_B &= (earlier_BC == argmax_BC).all(-1)
+        self._history = [*self._history, argmax_BC][-wanted:]
+        return stable_B & confident_B
+
+
+def pad_after_eos(canvas_BC: Tensor, eos_ids: tuple[int, ...], pad_token_id: int) -> Tensor:
+    """Replace everything after the first end-of-sequence id of a row; the id itself stays."""
+    is_eos_BC = torch.isin(canvas_BC, torch.tensor(eos_ids, device=canvas_BC.device))
+    after_BC = (is_eos_BC.cumsum(-1) - is_eos_BC.long()) > 0
+    return canvas_BC.masked_fill(after_BC, pad_token_id)

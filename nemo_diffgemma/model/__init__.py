@@ -1,0 +1,1 @@
+"""The network: what happens to a token."""

@@ -1,0 +1,133 @@
+"""Attention of one layer on Megatron's tensor-parallel linears.
+
+Order of operations (transformers' modeling_diffusion_gemma): q and k are normed for each head, then rotated; values are
+normed without weight and not rotated; scale 1, no softcap. Global layers have no value projection: their values are the
+raw key projection, before the key norm and the rotation.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nemo_diffgemma.config import GLOBAL, ModelConfig
+from nemo_diffgemma.model.norm import RMSNorm, rms_norm
+from nemo_diffgemma.model.rotary import rotate
+from nemo_diffgemma.model.segments import KeyValue, Stream, attend
+from nemo_diffgemma.parallel.sharding import declare, over_tensor
+
+
+def column_parallel(rows: int, config: TransformerConfig, groups: ProcessGroupCollection) -> ColumnParallelLinear:
+    """A linear of `rows` outputs cut over tensor parallelism whose input was gathered already.
+
+    Several projections share one gather of the sequence; its backward reduce-scatters the sum of their gradients, so
+    the linear itself must not reduce.
+    """
+    linear = ColumnParallelLinear(
+        config.hidden_size,
+        rows,
+        config=_without_sequence_parallel(config),
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        disable_grad_reduce=True,
+        tp_group=groups.tp,
+    )
+    declare(linear.weight, over_tensor(groups, axis=0))
+    return linear
+
+
+def row_parallel(columns: int, config: TransformerConfig, groups: ProcessGroupCollection) -> RowParallelLinear:
+    """A linear back to the hidden size whose output is summed over tensor parallelism and scattered over the tokens."""
+    linear = RowParallelLinear(
+        columns,
+        config.hidden_size,
+        config=config,
+        init_method=config.output_layer_init_method,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=groups.tp,
+    )
+    declare(linear.weight, over_tensor(groups, axis=1))
+    return linear
+
+
+def _without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
+    twin = config.__dict__.get("_gathered_twin")
+    if twin is None:
+        import copy
+
+        twin = copy.copy(config)
+        twin.sequence_parallel = False
+        config.__dict__["_gathered_twin"] = twin
+    return twin
+
+
+class SharedKeyValue(nn.Module):
+    """Key or value projection where tensor parallelism is wider than the key/value heads.
+
+    Every rank holds the whole weight and computes the one head that its query heads read. Ranks contribute gradients to
+    different rows, or partial ones to the same rows: `sequence_parallel` makes Megatron sum them.
+    """
+
+    def __init__(self, heads: int, head_dim: int, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        head = groups.tp.rank() // (groups.tp.size() // heads)
+        self.rows = slice(head * head_dim, (head + 1) * head_dim)
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
+        self.weight = nn.Parameter(
+            torch.empty(heads * head_dim, config.hidden_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = True  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight[self.rows]), None
+
+
+class Attention(nn.Module):
+    """Self-attention over a stream; sliding and global layers differ in head sizes, window and value projection."""
+
+    def __init__(
+        self, model: ModelConfig, layer: int, config: TransformerConfig, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__()
+        kind = model.layer_kind(layer)
+        self.head_dim, kv_heads = model.heads(layer)
+        self.eps = model.rms_norm_eps
+        self.window = None if kind == GLOBAL else model.sliding_window
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
+
+        def key_value() -> nn.Module:
+            if kv_heads % groups.tp.size():
+                return SharedKeyValue(kv_heads, self.head_dim, config, groups)
+            return column_parallel(kv_heads * self.head_dim, config, groups)
+
+        self.q_proj = column_parallel(model.num_attention_heads * self.head_dim, config, groups)
+        self.k_proj = key_value()
+        self.v_proj = None if kind == GLOBAL else key_value()
+        self.o_proj = row_parallel(model.num_attention_heads * self.head_dim, config, groups)
+        self.q_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device)
+        self.k_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device)
+
+    def project(self, x_TH: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the whole stream for this rank's heads, [T, heads, D] each."""
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(x_TH.shape[0], -1, self.head_dim)
+
+        q, k = heads(self.q_proj(x_TH)[0]), heads(self.k_proj(x_TH)[0])
+        v = k if self.v_proj is None else heads(self.v_proj(x_TH)[0])
+        return rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary), rms_norm(v, None, self.eps)
+
+    def forward(
+        self, x_TH: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue | None]:
+        """Gathered [T, H] -> this rank's tokens of the output [T/tp, H], and keys and values of the context."""
+        q, k, v = self.project(x_TH, rotary)
+        out, context = attend(q, k, v, stream, self.window, past)
+        return self.o_proj(out)[0], context

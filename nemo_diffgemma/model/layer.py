@@ -1,0 +1,116 @@
+"""One layer, the same for context and canvas tokens: attention, then a dense MLP and experts in parallel.
+
+Seven norms; the whole stream, residual included, is multiplied by a scalar at the end, of which encoder (context) and
+decoder (canvas) have a copy each (transformers' modeling_diffusion_gemma).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.model.attention import Attention, column_parallel, row_parallel
+from nemo_diffgemma.model.experts import MixtureOfExperts
+from nemo_diffgemma.model.norm import RMSNorm
+from nemo_diffgemma.model.segments import KeyValue, Stream
+
+
+def recompute(function: Any, *args: Any) -> Any:
+    """Run `function` now and again in the backward pass instead of keeping its activations.
+
+    torch's non-reentrant form: tensors that a function closes over keep their gradient, and nothing here is random.
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class GatedMLP(nn.Module):
+    """`down(gelu_tanh(gate(x)) * up(x))` cut over tensor parallelism; input and output are this rank's tokens."""
+
+    def __init__(self, width: int, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.group = groups.tp
+        self.gate_proj = column_parallel(width, config, groups)
+        self.up_proj = column_parallel(width, config, groups)
+        self.down_proj = row_parallel(width, config, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = gather_tokens(x, self.group)
+        return self.down_proj(F.gelu(self.gate_proj(x)[0], approximate="tanh") * self.up_proj(x)[0])[0]
+
+
+def gather_tokens(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """This rank's tokens -> all tokens; the backward sums the ranks' gradients and scatters them."""
+    return x if group.size() == 1 else gather_from_sequence_parallel_region(x, group=group)
+
+
+class Layer(nn.Module):
+    """A layer over a stream of tokens. `recompute`: none, selective (attention and experts) or full, set by training."""
+
+    layer_scalar: Tensor
+    encoder_layer_scalar: Tensor
+
+    def __init__(
+        self, model: ModelConfig, layer: int, config: TransformerConfig, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__()
+        self.group = groups.tp
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
+
+        def norm() -> RMSNorm:
+            return RMSNorm(model.hidden_size, model.rms_norm_eps, config.params_dtype, device)
+
+        self.self_attn = Attention(model, layer, config, groups)
+        self.mlp = GatedMLP(model.intermediate_size, config, groups)
+        self.moe = MixtureOfExperts(config, layer + 1, groups)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm_1 = norm()
+        self.pre_feedforward_layernorm_2 = norm()
+        self.post_feedforward_layernorm_2 = norm()
+        for name in ("layer_scalar", "encoder_layer_scalar"):
+            self.register_buffer(name, torch.ones(1, dtype=config.params_dtype, device=device))
+
+    def forward(
+        self,
+        x: Tensor,
+        is_canvas: Tensor | bool,
+        rotary: tuple[Tensor, Tensor],
+        stream: Stream,
+        past: KeyValue | None,
+        selective: bool = False,
+    ) -> tuple[Tensor, KeyValue | None]:
+        """This rank's tokens [T/tp, H] -> the same after the layer, and the context's keys and values.
+
+        `is_canvas` is [T/tp, 1], or one bool where all tokens are of one kind; `past` holds cached keys and values,
+        passed as an argument so that a recomputed layer keeps their gradient.
+        """
+        attended, context = self._attend(gather_tokens(self.input_layernorm(x), self.group), rotary, stream, past, selective)
+        x = x + self.post_attention_layernorm(attended)
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
+        expert_input = self.pre_feedforward_layernorm_2(x)
+        experts = recompute(self.moe, x, expert_input) if selective else self.moe(x, expert_input)
+        experts = self.post_feedforward_layernorm_2(experts)
+        x = x + self.post_feedforward_layernorm(dense + experts)
+        return x * self._scalar(is_canvas), context
+
+    def _attend(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None, selective: bool
+    ) -> tuple[Tensor, KeyValue | None]:
+        if selective:
+            return recompute(self.self_attn, x, rotary, stream, past)
+        return self.self_attn(x, rotary, stream, past)
+
+    def _scalar(self, is_canvas: Tensor | bool) -> Tensor:
+        if isinstance(is_canvas, bool):
+            return self.layer_scalar if is_canvas else self.encoder_layer_scalar
+        return torch.where(is_canvas, self.layer_scalar, self.encoder_layer_scalar)

@@ -1,0 +1,104 @@
+"""Process groups of a layout, over Megatron's parallel state; gloo without CUDA, else nccl.
+
+`initialize` may be called again with another layout in the same processes: the groups are rebuilt, the world stays.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemo_diffgemma.parallel import megatron_cpu
+from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
+
+_layout: ParallelLayout | None = None
+
+
+def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta = timedelta(minutes=30)) -> None:  # noqa: B008
+    """Make the process groups of `layout`. Without torchrun's variables the world is this one process.
+
+    Raises `LayoutError` on every rank when the world is not a whole number of replicas.
+    """
+    global _layout
+    megatron_cpu.enable()
+    if not dist.is_initialized():
+        _start_world(timeout)
+    layout.check_world(dist.get_world_size())
+    if _layout == layout and parallel_state.model_parallel_is_initialized():
+        return
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=not torch.cuda.is_available(),
+    )
+    _layout = layout
+
+
+def _start_world(timeout: timedelta) -> None:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(_backend(), timeout=timeout)
+        return
+    with socket.socket() as probe:  # a free port; the store of a world of one is nobody else's business
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group(_backend(), init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, timeout=timeout)
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def shutdown() -> None:
+    """Tear down groups and world; safe to call when nothing was started."""
+    global _layout
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _layout = None
+
+
+def current_layout() -> ParallelLayout:
+    """The layout that `initialize` made; raises `LayoutError` before it."""
+    if _layout is None or not parallel_state.model_parallel_is_initialized():
+        raise LayoutError("no process groups yet; call nemo_diffgemma.parallel.initialize(ParallelLayout(...)) first")
+    return _layout
+
+
+def process_groups() -> ProcessGroupCollection:
+    """Megatron's collection of the current groups (tp, ep, expt_tp, dp, dp_cp, ...)."""
+    current_layout()
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def agree_error(error: Exception | None) -> None:
+    """Raise on every rank as soon as any rank has an error, so that no rank is left waiting in a collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    if error is not None:
+        raise error
+    first = next(((rank, text) for rank, text in enumerate(messages) if text is not None), None)
+    if first is not None:
+        raise RuntimeError(f"rank {first[0]} stopped: {first[1]}")

@@ -1,0 +1,251 @@
+"""Megatron-Core 0.19 on a CPU with gloo: one contained module, a no-op where CUDA is available.
+
+Megatron asks `torch.cuda` for the current device, for streams and for random states even where nothing runs on a GPU.
+Here the name `torch` inside `megatron.core.*` modules is rebound to a stand-in whose factories send "cuda" to the CPU
+and whose `.cuda` answers for it. PyTorch itself is left alone: other code in the process sees the real one.
+Also here: gloo lacks collectives of uneven sizes, and Megatron's distributed optimizer restores torch's AdamW wrongly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import sys
+import types
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+# Megatron loads these on first use; they must be loaded before the name `torch` is rebound in them.
+_LAZY = (
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.strategies.torch",
+    "distributed.param_and_grad_buffer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.optimizer",
+    "pipeline_parallel.p2p_communication",
+    "pipeline_parallel.schedules",
+    "transformer.moe.moe_layer",
+    "transformer.moe.token_dispatcher",
+)
+_enabled = False
+
+
+def enable() -> None:
+    """Make Megatron usable without CUDA. Idempotent; does nothing where CUDA is available."""
+    global _enabled
+    if torch.cuda.is_available():
+        _fix_distributed_optimizer()
+        return
+    if not _enabled:
+        for name in _LAZY:
+            importlib.import_module(f"megatron.core.{name}")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = _STAND_IN  # type: ignore[attr-defined]
+    if _enabled:
+        return
+    _enabled = True
+    _random_states()
+    _python_split_sizes()
+    _uneven_collectives()
+    _cuda_type_names_where_asserted()
+    _fix_distributed_optimizer()
+
+
+# -- the stand-in for `torch` ----------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """A stream (and event) that has always finished."""
+
+    stream_id = device_index = cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Cuda:
+    Stream = Event = _Stream
+
+    def current_device(self) -> torch.device:
+        return _CPU
+
+    def current_stream(self, *args: Any) -> _Stream:
+        return _Stream()
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def synchronize(self, *args: Any) -> None: ...
+    def empty_cache(self) -> None: ...
+    def get_rng_state(self, *args: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, *args: Any) -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+class _Torch(types.ModuleType):
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _Cuda()
+        for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "as_tensor", "rand", "randn"):
+            setattr(self, name, self._on_cpu(getattr(torch, name)))
+
+    @staticmethod
+    def _on_cpu(factory: Any) -> Any:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs["device"] = _CPU
+            return factory(*args, **kwargs)
+
+        return make
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+_STAND_IN = _Torch()
+
+
+# -- places that need more than the stand-in -------------------------------------------------------------------------
+
+
+def _random_states() -> None:
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _python_split_sizes() -> None:
+    """all_to_all_single needs Python ints; Megatron converts CUDA tensors only."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not torch.is_tensor(tensor):
+            return tensor
+        tensor = tensor.detach().cpu()
+        return tensor.numpy() if as_numpy else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _uneven_collectives() -> None:
+    """gloo gathers and scatters equal sizes only; expert-tensor parallelism with all-to-all dispatch needs others."""
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(x: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(x, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = x.new_zeros((max(sizes), *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def scatter(x: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(x, group, input_split_sizes, use_global_buffer)
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
+
+
+class _CudaTypeNames(TorchFunctionMode):
+    """Within it `x.type()` says 'torch.cuda.FloatTensor' and `x.cuda()` is `x`: Megatron's optimizers assert on it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.cuda:
+            return args[0]
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _cuda_type_names_where_asserted() -> None:
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    def wrap(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _CudaTypeNames():
+                return function(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    wrap(distrib_optimizer.DistributedOptimizer, "__init__")
+    wrap(distrib_optimizer.DistributedOptimizer, "get_parameter_state_dp_zero")
+    wrap(optimizer.Float16OptimizerWithFloat16Params, "__init__")
+    wrap(clip_grads, "clip_grad_by_total_norm_fp32")
+    wrap(optimizer, "clip_grad_by_total_norm_fp32")
+
+
+_fixed_optimizer = False
+
+
+def _fix_distributed_optimizer() -> None:
+    """Restoring torch's AdamW through Megatron's DistributedOptimizer, needed wherever neither TE nor apex is present.
+
+    Megatron sets no 'step' for a parameter it restores from a sharded checkpoint, then gives every parameter the same
+    step tensor; AdamW increments it in place, once for each parameter, and training silently diverges after a resume.
+    """
+    global _fixed_optimizer
+    if _fixed_optimizer:
+        return
+    _fixed_optimizer = True
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict) -> Any:
+        return set_states(self, model_param, {"step": None, **tensors})
+
+    def load_with_own_steps(self: Any, state_dict: Any) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
+    DistributedOptimizer.load_state_dict = load_with_own_steps

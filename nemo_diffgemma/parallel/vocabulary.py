@@ -1,0 +1,366 @@
+"""Arithmetic over a vocabulary that is cut over tensor parallelism, without a full-size temporary.
+
+The logits of N positions over V ids are the largest tensors of this model (a canvas of 256 at V = 262144 is 268 MB in
+float32). What sampler and loss need of them are a few numbers a position, so one sweep over chunks of the vocabulary
+computes product, softcap, log-sum-exp, entropy, arg-max, chunk masses and the soft embedding while a chunk lies in the
+cache. Rows of the padded table beyond V are never multiplied: padding cannot leak.
+
+Shapes: N positions, H hidden, v ids of this rank (the real ones), V ids in all, c ids of a chunk, k chunks of a rank.
+Weight tables are `[v + padding, H]`, `first` is the id of the first row of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 2048  # ids; 256 positions x 2048 ids x 4 bytes is one core's L2 cache (benchmarks/vocabulary.py)
+LOSS_BYTES = 256 << 20  # of float32 logits that the loss holds at a time
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The ids whose rows this rank holds: `[first, first + size)`; `size` may be 0 when only padding is left."""
+
+    vocab_size: int
+    first: int
+    size: int
+    group: Any  # tensor-parallel process group
+
+    @staticmethod
+    def of(vocab_size: int, padded: int, group: Any) -> VocabularyShard:
+        rows = padded // group.size()
+        first = group.rank() * rows
+        return VocabularyShard(vocab_size, first, max(0, min(rows, vocab_size - first)), group)
+
+    @property
+    def parallel(self) -> bool:
+        return self.group.size() > 1
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a denoising step needs of the tempered distribution, equal on every tensor-parallel rank.
+
+    log_sum_exp_N, entropy_N (nats) float32; argmax_N, sample_N int64; soft_embedding_NH: expected row of the table
+    under the distribution, in the table's dtype. `sample_N` and `soft_embedding_NH` are None where not asked for.
+    """
+
+    log_sum_exp_N: Tensor
+    entropy_N: Tensor
+    argmax_N: Tensor
+    sample_N: Tensor | None
+    soft_embedding_NH: Tensor | None
+
+
+# -- statistics of a denoising step ----------------------------------------------------------------------------------
+
+
+def statistics(
+    hidden_NH: Tensor,
+    weight: Tensor,
+    shard: VocabularyShard,
+    *,
+    softcap: float,
+    temperature: float = 1.0,
+    uniforms_N: Tensor | None = None,
+    soft_embedding: bool = True,
+    chunk: int = CHUNK,
+) -> Statistics:
+    """Statistics of softmax(softcap * tanh(hidden @ weight.T / softcap) / temperature).
+
+    `sample_N` is the inverse CDF at `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform.
+    Gradient-free.
+    """
+    with torch.no_grad():
+        sweep = _Sweep(hidden_NH, weight, shard, softcap, softcap / temperature, chunk, soft_embedding)
+        maximum_NK, mass_NK, moment_NK = _gather_chunks(sweep)
+        top_N1 = maximum_NK.amax(1, keepdim=True)
+        scale_NK = torch.exp(maximum_NK - top_N1)
+        mass_NK, moment_NK = mass_NK * scale_NK, moment_NK * scale_NK
+        total_N = mass_NK.sum(1)
+        log_sum_exp_N = top_N1[:, 0] + total_N.log()
+        entropy_N = (log_sum_exp_N - moment_NK.sum(1) / total_N).clamp_min(0.0)
+        ids = [sweep.search_maximum(maximum_NK.argmax(1))]  # the first of equal chunks holds the smallest id
+        if uniforms_N is not None:
+            ids.append(sweep.search_sample(mass_NK, top_N1, uniforms_N))
+        found = torch.stack(ids)
+        if shard.parallel:  # -1 on the ranks that do not hold the chunk
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=shard.group)
+        soft_NH = sweep.soft_embedding(top_N1, total_N[:, None]) if soft_embedding else None
+    return Statistics(log_sum_exp_N, entropy_N, found[0], found[1] if len(ids) > 1 else None, soft_NH)
+
+
+class _Sweep:
+    """One pass over the chunks of this rank; keeps the tempered logits for the two searches.
+
+    Chunks are the leading axis of the buffers, so that the sweep and the searches touch contiguous memory. Ids that do
+    not exist (the tail of the last real chunk, or all of a rank that holds only padding) have logit -inf and no mass.
+    """
+
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight: Tensor,
+        shard: VocabularyShard,
+        softcap: float,
+        gain: float,
+        chunk: int,
+        soft_embedding: bool,
+    ) -> None:
+        self.shard, self.chunk = shard, min(chunk, weight.shape[0])
+        chunks = -(-weight.shape[0] // self.chunk)
+        positions, device = hidden_NH.shape[0], hidden_NH.device
+
+        def numbers(*shape: int, value: float) -> Tensor:
+            return torch.full(shape, value, dtype=torch.float32, device=device)
+
+        self.logits_kNc = torch.empty(chunks, positions, self.chunk, dtype=torch.float32, device=device)
+        self.maximum_kN = numbers(chunks, positions, value=_NEVER)
+        self.mass_kN = numbers(chunks, positions, value=0.0)
+        self.moment_kN = numbers(chunks, positions, value=0.0)
+        self._soft_NH = numbers(*hidden_NH.shape, value=0.0) if soft_embedding else None
+        self._running_N1 = numbers(positions, 1, value=_NEVER)
+        self._dtype = weight.dtype
+        self._run(hidden_NH, weight[: shard.size], softcap, gain)
+
+    def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float) -> None:
+        exponentials = torch.empty_like(self.logits_kNc[0])
+        for index in range(-(-self.shard.size // self.chunk)):
+            rows = weight[index * self.chunk : (index + 1) * self.chunk]
+            z_Nc, e_Nc = self.logits_kNc[index], exponentials
+            if rows.shape[0] < self.chunk:
+                z_Nc.fill_(-torch.inf)
+                z_Nc, e_Nc = z_Nc[:, : rows.shape[0]], exponentials[:, : rows.shape[0]]
+            _capped_logits(hidden_NH, rows, softcap, gain, out=z_Nc)
+            maximum_N1 = torch.amax(z_Nc, dim=1, keepdim=True)
+            torch.sub(z_Nc, maximum_N1, out=e_Nc).exp_()
+            self.maximum_kN[index] = maximum_N1[:, 0]
+            self.mass_kN[index] = e_Nc.sum(1)
+            self.moment_kN[index] = torch.bmm(e_Nc[:, None], z_Nc[:, :, None])[:, 0, 0]
+            if self._soft_NH is not None:
+                self._add_soft(e_Nc, maximum_N1, rows)
+
+    def _add_soft(self, e_Nc: Tensor, maximum_N1: Tensor, rows: Tensor) -> None:
+        """soft += e @ rows under a running maximum, so that nothing overflows."""
+        assert self._soft_NH is not None
+        running_N1 = torch.maximum(self._running_N1, maximum_N1)
+        self._soft_NH.mul_(torch.exp(self._running_N1 - running_N1))
+        e_Nc.mul_(torch.exp(maximum_N1 - running_N1))
+        if rows.dtype == torch.float32:
+            self._soft_NH.addmm_(e_Nc, rows)
+        else:  # transformers casts the probabilities to the dtype of the table as well
+            self._soft_NH.add_(torch.mm(e_Nc.to(rows.dtype), rows))
+        self._running_N1 = running_N1
+
+    def soft_embedding(self, top_N1: Tensor, total_N1: Tensor) -> Tensor:
+        """Expected table row over all ranks, [N, H] in the table's dtype."""
+        assert self._soft_NH is not None
+        soft_NH = self._soft_NH * (torch.exp(self._running_N1 - top_N1) / total_N1)
+        if self.shard.parallel:
+            dist.all_reduce(soft_NH, group=self.shard.group)
+        return soft_NH.to(self._dtype)
+
+    def search_maximum(self, chunk_N: Tensor) -> Tensor:
+        """Id of the largest logit, known to lie in chunk `chunk_N` of all ranks' chunks; -1 if it is not ours."""
+        mine_N, z_Nc = self._chunk_of(chunk_N)
+        return self._ids(chunk_N, mine_N, z_Nc.argmax(1))
+
+    def search_sample(self, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor) -> Tensor:
+        """Smallest id whose cumulative probability exceeds its uniform; -1 if it is not ours."""
+        cumulative_NK = mass_NK.cumsum(1)
+        target_N1 = uniforms_N.float()[:, None] * cumulative_NK[:, -1:]
+        # rounding may leave the target at the very end: the last chunk, and in it the last id, that has mass
+        chunk_N1 = (cumulative_NK <= target_N1).sum(1, keepdim=True)
+        chunk_N1 = torch.minimum(chunk_N1, _last_positive(mass_NK))
+        rest_N1 = target_N1 - (cumulative_NK.gather(1, chunk_N1) - mass_NK.gather(1, chunk_N1))
+        mine_N, z_Nc = self._chunk_of(chunk_N1[:, 0])
+        mass_Nc = torch.exp(z_Nc - top_N1)
+        inside_N1 = (mass_Nc.cumsum(1) <= rest_N1).sum(1, keepdim=True)
+        inside_N1 = torch.minimum(inside_N1, _last_positive(mass_Nc))
+        return self._ids(chunk_N1[:, 0], mine_N, inside_N1[:, 0])
+
+    def _chunk_of(self, chunk_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether this rank holds the chunk, and the logits of that chunk (some chunk, where it does not), [N, c]."""
+        chunks = self.logits_kNc.shape[0]
+        local_N = chunk_N - self.shard.group.rank() * chunks
+        mine_N = (local_N >= 0) & (local_N < chunks)
+        positions = torch.arange(chunk_N.shape[0], device=chunk_N.device)
+        return mine_N, self.logits_kNc[local_N.clamp(0, chunks - 1), positions]
+
+    def _ids(self, chunk_N: Tensor, mine_N: Tensor, inside_N: Tensor) -> Tensor:
+        local_N = chunk_N - self.shard.group.rank() * self.logits_kNc.shape[0]
+        return torch.where(mine_N, self.shard.first + local_N * self.chunk + inside_N, -1)
+
+
+_NEVER = -1e30  # the maximum of no logits: finite, so that differences of it are too
+
+
+def _last_positive(mass: Tensor) -> Tensor:
+    """Index of the last positive entry of each row, [N, 1]."""
+    places = torch.arange(mass.shape[1], device=mass.device)
+    return torch.where(mass > 0, places, 0).amax(1, keepdim=True)
+
+
+def _gather_chunks(sweep: _Sweep) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, mass and moment (sum of exp times logit) of the chunks of all ranks, [N, K] each, in order of ids."""
+    numbers_3kN = torch.stack([sweep.maximum_kN, sweep.mass_kN, sweep.moment_kN])
+    if sweep.shard.parallel:
+        parts = [torch.empty_like(numbers_3kN) for _ in range(sweep.shard.group.size())]
+        dist.all_gather(parts, numbers_3kN, group=sweep.shard.group)
+        numbers_3kN = torch.cat(parts, dim=1)
+    maximum, mass, moment = numbers_3kN.transpose(1, 2)
+    return maximum, mass, moment
+
+
+def _capped_logits(hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float, out: Tensor | None = None) -> Tensor:
+    """gain * tanh(hidden @ rows.T / softcap) in float32; the product itself is in the model's dtype."""
+    if out is None:
+        out = torch.empty(hidden_NH.shape[0], rows.shape[0], dtype=torch.float32, device=rows.device)
+    if rows.dtype == torch.float32:
+        torch.mm(hidden_NH, rows.t(), out=out)
+    else:
+        out.copy_(torch.mm(hidden_NH, rows.t()))
+    return out.mul_(1.0 / softcap).tanh_().mul_(gain)
+
+
+# -- logits and soft embeddings --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
+    """Softcapped float32 logits [N, V] on every rank."""
+    local_Nv = _capped_logits(hidden_NH, weight[: shard.size], softcap, softcap)
+    if not shard.parallel:
+        return local_Nv
+    padded = local_Nv.new_zeros(hidden_NH.shape[0], weight.shape[0])
+    padded[:, : shard.size] = local_Nv
+    parts = [torch.empty_like(padded) for _ in range(shard.group.size())]
+    dist.all_gather(parts, padded, group=shard.group)
+    return torch.cat(parts, dim=1)[:, : shard.vocab_size]
+
+
+@torch.no_grad()
+def soft_embedding_of_logits(logits_NV: Tensor, weight: Tensor, shard: VocabularyShard) -> Tensor:
+    """Expected table row under softmax(logits), [N, H]; logits are cast to the table's dtype first, as in transformers."""
+    probabilities = logits_NV.to(weight.dtype).softmax(-1, dtype=torch.float32).to(weight.dtype)
+    soft_NH = probabilities[:, shard.first : shard.first + shard.size] @ weight[: shard.size]
+    if shard.parallel:
+        dist.all_reduce(soft_NH, group=shard.group)
+    return soft_NH
+
+
+class _SoftEmbedding(torch.autograd.Function):
+    """Soft embedding of a gradient-free hidden state; the table gets its gradient by recomputing the probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
+        found = statistics(hidden_NH, weight, shard, softcap=softcap)
+        assert found.soft_embedding_NH is not None
+        ctx.save_for_backward(hidden_NH, weight, found.log_sum_exp_N)
+        ctx.shard, ctx.softcap = shard, softcap
+        return found.soft_embedding_NH
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
+        hidden_NH, weight, log_sum_exp_N = ctx.saved_tensors
+        gradient = torch.zeros_like(weight)
+        for start in range(0, ctx.shard.size, CHUNK):
+            cut = slice(start, min(start + CHUNK, ctx.shard.size))
+            z_Nc = _capped_logits(hidden_NH, weight[cut], ctx.softcap, ctx.softcap)
+            p_Nc = z_Nc.sub_(log_sum_exp_N[:, None]).exp_()
+            gradient[cut] = p_Nc.to(weight.dtype).t() @ gradient_NH
+        return None, gradient, None, None
+
+
+def soft_embedding(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
+    """Expected table row under the untempered distribution of `hidden_NH`, [N, H], differentiable in the table only."""
+    return _SoftEmbedding.apply(hidden_NH.detach(), weight, shard, softcap)
+
+
+# -- loss ------------------------------------------------------------------------------------------------------------
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Weighted sum of cross-entropies, with gradients computed where the logits are, some positions at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        shard: VocabularyShard,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        rows = weight[: shard.size]
+        losses_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.zeros_like(hidden_NH) if need_hidden else None
+        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        step = max(1, LOSS_BYTES // (4 * max(1, weight.shape[0])))
+        for start in range(0, hidden_NH.shape[0], step):
+            cut = slice(start, start + step)
+            z_nv = _capped_logits(hidden_NH[cut], rows, softcap, softcap)
+            p_nv, losses_N[cut] = _probabilities_and_losses(z_nv, labels_N[cut], shard)
+            if not (need_hidden or need_weight):
+                continue
+            gradient = _logit_gradient(p_nv, z_nv, labels_N[cut], weights_N[cut], shard, softcap).to(weight.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[cut] = gradient @ rows
+            if weight_gradient is not None:
+                weight_gradient[: shard.size] += gradient.t() @ hidden_NH[cut]
+        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
+        ctx.mark_non_differentiable(losses_N)
+        return (losses_N * weights_N).sum(), losses_N
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Any) -> tuple:  # type: ignore[override]
+        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
+
+
+def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    maximum_n1 = z_nv.amax(1, keepdim=True) if shard.size else z_nv.new_full((z_nv.shape[0], 1), _NEVER)
+    if shard.parallel:
+        dist.all_reduce(maximum_n1, op=dist.ReduceOp.MAX, group=shard.group)
+    e_nv = (z_nv - maximum_n1).exp_()
+    local_n, mine_n = _local(labels_n, shard)
+    picked_n = torch.where(mine_n, z_nv.gather(1, local_n[:, None])[:, 0], 0.0) if shard.size else 0.0 * maximum_n1[:, 0]
+    sums_2n = torch.stack([e_nv.sum(1), picked_n])
+    if shard.parallel:
+        dist.all_reduce(sums_2n, group=shard.group)
+    return e_nv.div_(sums_2n[0][:, None]), sums_2n[0].log() + maximum_n1[:, 0] - sums_2n[1]
+
+
+def _logit_gradient(
+    p_nv: Tensor, z_nv: Tensor, labels_n: Tensor, weights_n: Tensor, shard: VocabularyShard, softcap: float
+) -> Tensor:
+    """Gradient with respect to the logits before the softcap: weight * (p - onehot) * (1 - (z / cap)^2)."""
+    if shard.size:
+        local_n, mine_n = _local(labels_n, shard)
+        p_nv.scatter_add_(1, local_n[:, None], -mine_n.to(p_nv.dtype)[:, None])
+    return p_nv.mul_(weights_n[:, None]).mul_(z_nv.div_(softcap).square_().neg_().add_(1.0))
+
+
+def _local(labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    local_n = labels_n - shard.first
+    mine_n = (local_n >= 0) & (local_n < shard.size)
+    return local_n.clamp(0, max(shard.size - 1, 0)), mine_n
+
+
+def linear_cross_entropy(
+    hidden_NH: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, shard: VocabularyShard, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Sum over positions of `weights_N` times the cross-entropy of softcapped logits, and the cross-entropies [N].
+
+    Differentiable in `hidden_NH` (this rank's share of its gradient, to be summed over tensor parallelism) and in
+    `weight`, through the first result only. Peak memory is `LOSS_BYTES` of logits and as much of probabilities,
+    whatever N is.
+    """
+    return _LinearCrossEntropy.apply(hidden_NH, weight, labels_N, weights_N.float(), shard, softcap)
