@@ -14,6 +14,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.model.initialisation import initialise
 from nemo_diffgemma.model.network import Network, left_padding
 from nemo_diffgemma.parallel.groups import device
 
@@ -79,14 +80,6 @@ class DiffusionGemma(Network):
             observe=observe,
         )
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill matrices with N(0, initializer_range); norms, scales and scalars with ones.
-
-        A function of (seed, tensor name, expert) alone, never of the layout.
-        """
-        from nemo_diffgemma.model.initialisation import initialise
-
+        """Fill matrices with N(0, initializer_range), everything else with ones: a function of (seed, tensor name)."""
         initialise(self, seed)
-
-

@@ -78,7 +78,7 @@ class Network(MegatronModule):
         self,
         context_BS: Tensor | None,
         canvas_MC: Tensor | None = None,
-        canvases: Sequence[Canvas] = (),
+        canvases: Sequence[tuple[int, int]] = (),
         *,
         cache: Cache | None = None,
         first: tuple[int, ...] | None = None,
@@ -97,7 +97,7 @@ class Network(MegatronModule):
             first=first,
             context=0 if context_BS is None else context_BS.shape[1],
             cached=0 if cache is None else cache.length,
-            canvases=tuple(canvases),
+            canvases=tuple(Canvas(*canvas) for canvas in canvases),
             canvas_length=0 if canvas_MC is None else canvas_MC.shape[1],
             multiple=self.groups.tp.size(),
         )
@@ -244,7 +244,7 @@ class Network(MegatronModule):
         return self.run(tokens_BS, need_context_hidden=True).cache
 
     def canvas_hidden(
-        self, canvas_MC: Tensor, canvases: Sequence[Canvas], cache: Cache, soft_NH: Tensor | None
+        self, canvas_MC: Tensor, canvases: Sequence[tuple[int, int]], cache: Cache, soft_NH: Tensor | None
     ) -> Tensor:
         """Final hidden states [M*C, H] of any set of canvases of the encoded rows."""
         hidden = self.run(None, canvas_MC, canvases, cache=cache, soft_NH=soft_NH).canvas_hidden

@@ -18,6 +18,7 @@ from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
 _layout: ParallelLayout | None = None
+_groups: list[dist.ProcessGroup] = []  # made for _layout; Megatron forgets its groups without destroying them
 
 
 def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta = timedelta(minutes=30)) -> None:  # noqa: B008
@@ -25,15 +26,15 @@ def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta 
 
     Raises `LayoutError` on every rank when the world is not a whole number of replicas.
     """
-    global _layout
+    global _layout, _groups
     megatron_cpu.enable()
     if not dist.is_initialized():
         _start_world(timeout)
     layout.check_world(dist.get_world_size())
     if _layout == layout and parallel_state.model_parallel_is_initialized():
         return
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _destroy_groups()
+    before = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -42,7 +43,18 @@ def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta 
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=not torch.cuda.is_available(),
     )
+    _groups = [group for group in dist.distributed_c10d._world.pg_map if group not in before]
     _layout = layout
+
+
+def _destroy_groups() -> None:
+    """Give back the threads and sockets of the last layout's groups; every rank of the world calls it."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    for group in _groups:
+        if group in dist.distributed_c10d._world.pg_map:  # a few it does destroy
+            dist.destroy_process_group(group)
+    _groups.clear()
 
 
 def _start_world(timeout: timedelta) -> None:
@@ -64,8 +76,7 @@ def _backend() -> str:
 def shutdown() -> None:
     """Tear down groups and world; safe to call when nothing was started."""
     global _layout
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _destroy_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
     _layout = None

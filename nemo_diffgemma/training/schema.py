@@ -7,24 +7,20 @@ ill-typed key, its group and the closest valid one.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.objective import ObjectiveConfig
 
 
 class ConfigurationError(ValueError):
     """A run configuration that cannot be used; the message names the key and what to write."""
-
-
-@dataclass
-class ObjectiveGroup:
-    """What is minimised; see `nemo_diffgemma/diffusion/objective.py`."""
-
-    canvases_per_example: int = 1  # scored at once, chosen uniformly; 0: all of them
-    autoregressive_weight: float = 1.0
-    self_conditioning_probability: float = 0.5
-    noise_floor: float = 1e-3  # noise levels are uniform in [noise_floor, 1)
-    reduction: str = "example"  # mean over examples of means over tokens, or "token": mean over all tokens
 
 
 @dataclass
@@ -35,7 +31,7 @@ class ModelGroup:
     architecture: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     dtype: str = "float32"  # or bfloat16: weights and activations; the optimizer keeps float32
     recompute: str = "none"  # selective, full
-    objective: ObjectiveGroup = field(default_factory=ObjectiveGroup)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
 
 @dataclass
@@ -129,3 +125,96 @@ class TrainConfig:
     exp_manager: ExpManagerGroup = field(default_factory=ExpManagerGroup)
     sampler: SamplerGroup = field(default_factory=SamplerGroup)
     seed: int = 0
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+_ARCHITECTURE = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "source")
+
+
+def validate[Schema](config: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Schema:
+    """`config` as an instance of `schema`. Raises `ConfigurationError` naming the key, its group and the closest one."""
+    try:
+        # as plain values: a DictConfig to which Hydra's `+key=value` has added keys would bring them along
+        plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        _check_architecture(OmegaConf.select(merged, "model.architecture") or {})
+        checked = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(explain(error, schema)) from None
+    except ConfigurationError:
+        raise
+    except ValueError as error:  # a group's own check
+        raise ConfigurationError(str(error)) from None
+    assert isinstance(checked, schema)
+    _restore_tuples(checked)
+    return checked
+
+
+def explain(error: OmegaConfBaseException, schema: type) -> str:
+    """What is wrong with a key, in one paragraph."""
+    key = str(error.full_key or error.key or "")
+    problem = (error.msg or str(error)).splitlines()[0]
+    if key in keys_of(schema):
+        if isinstance(error, MissingMandatoryValue):
+            return f"{key} is not given and has no default; write {key}=..."
+        return f"{key}: {problem}; expected {_expected(key, schema)}"
+    if key.startswith("model.architecture."):
+        return unknown_key(key, [f"model.architecture.{name}" for name in _ARCHITECTURE])
+    return unknown_key(key, keys_of(schema))
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """That nothing is called `key`, the closest of the known keys, and what its group holds."""
+    group, _, name = key.rpartition(".")
+    others = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == group]
+    message = f"unknown key {key}"
+    likely = [f"{group}.{near}" if group else near for near in difflib.get_close_matches(name, others, n=1, cutoff=0.7)]
+    likely += [other for other in known if other.rpartition(".")[2] == name]  # right name, wrong group
+    likely += difflib.get_close_matches(key, known, n=1, cutoff=0)
+    message += f"; did you mean {likely[0]}?"
+    if others:
+        message += f" {f'Group {group}' if group else 'The top level'} has {', '.join(sorted(others))}."
+    return message
+
+
+def keys_of(schema: type, prefix: str = "") -> list[str]:
+    """Every key of a schema with dots, groups included."""
+    keys = []
+    for name, kind in get_type_hints(schema).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            keys += keys_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def _expected(key: str, schema: type) -> str:
+    kind: Any = schema
+    for name in key.split("."):
+        kind = get_type_hints(kind)[name]
+    if dataclasses.is_dataclass(kind):
+        return f"the keys {', '.join(f.name for f in dataclasses.fields(kind))}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(kind, str(kind).replace("tuple[", "[").replace("None", "null"))
+
+
+def _check_architecture(architecture: Mapping[Any, Any]) -> None:
+    for name in architecture:
+        if name not in _ARCHITECTURE:
+            raise ConfigurationError(
+                unknown_key(f"model.architecture.{name}", [f"model.architecture.{known}" for known in _ARCHITECTURE])
+            )
+
+
+def _restore_tuples(group: Any, prefix: str = "") -> None:
+    """OmegaConf reads tuples as lists of any length."""
+    for name, kind in get_type_hints(type(group)).items():
+        value = getattr(group, name)
+        if dataclasses.is_dataclass(value):
+            _restore_tuples(value, f"{prefix}{name}.")
+        elif get_origin(kind) is tuple:
+            if len(value) != len(get_args(kind)):
+                raise ConfigurationError(
+                    f"{prefix}{name}={value} has {len(value)} values; expected {len(get_args(kind))}"
+                )
+            setattr(group, name, tuple(value))

@@ -174,20 +174,16 @@ def _generate(
             probabilities = tempered.softmax(-1)
             candidates = inverse_cdf(probabilities, noise.uniforms(index, step))
             accepted = _accept(_entropy(tempered), entropy_bound)
-            next_canvas = torch.where(accepted, candidates, noise.replacements(index, step))
-            next_answer = tempered.argmax(-1)
+            canvas = torch.where(accepted, candidates, noise.replacements(index, step))
+            # A row that is done keeps its answer. HF keeps its canvas and logits too, which nothing shows any more.
+            answer = torch.where(done[:, None], answer, tempered.argmax(-1))
+            signal = tempered.to(model.dtype)
 
-            # A row that is done keeps all it has; the others may become done at this step.
-            if done.any():
-                next_canvas = torch.where(done[:, None], canvas, next_canvas)
-                next_answer = torch.where(done[:, None], answer, next_answer)
-                tempered = torch.where(done[:, None, None], signal, tempered)
             stable = torch.ones(rows, dtype=torch.bool)
             for past in past_answers:
-                stable &= (past == next_answer).all(-1)
-            past_answers = (past_answers + [next_answer])[-stability:] if stability else []
+                stable &= (past == answer).all(-1)
+            past_answers = (past_answers + [answer])[-stability:] if stability else []
             done |= stable & (_entropy(tempered).mean(-1) < confidence)
-            canvas, answer, signal = next_canvas, next_answer, tempered.to(model.dtype)
             if done.all():
                 break
 

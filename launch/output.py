@@ -1,0 +1,57 @@
+"""What an entry point says, and where: results on standard output, everything else on standard error.
+
+Only rank 0 writes to standard output, and its last line is one JSON object. A user's error is one paragraph on standard
+error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+USER_ERROR = 2
+
+
+class Results:
+    """The real standard output on rank 0; nothing elsewhere. From here on a stray `print` goes to standard error."""
+
+    def __init__(self, rank: int) -> None:
+        self._stream = os.fdopen(os.dup(1), "w") if rank == 0 else None
+        self.colours = self._stream is not None and self._stream.isatty() and "NO_COLOR" not in os.environ
+        sys.stdout.flush()
+        os.dup2(2, 1)
+
+    def show(self, text: str) -> None:
+        """A line or more for the reader."""
+        if self._stream is not None:
+            print(text, file=self._stream, flush=True)
+
+    def close(self, result: Mapping[str, Any]) -> None:
+        """The last line."""
+        self.show(json.dumps(result))
+        if self._stream is not None:
+            self._stream.close()
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """Columns under their headers, right aligned; floats as given."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def refuse(error: Exception | str) -> NoReturn:
+    """Print one paragraph and leave with the exit code of a user's error."""
+    paragraph(str(error))
+    raise SystemExit(USER_ERROR)
+
+
+def paragraph(text: str) -> None:
+    """One paragraph on standard error."""
+    print(textwrap.fill(f"error: {text}", 120, break_long_words=False, break_on_hyphens=False), file=sys.stderr)

@@ -1,0 +1,65 @@
+"""Any checkpoint by its path: a Hugging Face directory, a sharded checkpoint or a `.nemo`, told apart by looking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded
+from nemo_diffgemma.checkpoint.huggingface import CheckpointError
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.parallel.groups import agree_error
+
+FORMATS = ("huggingface", "sharded", "nemo")
+
+
+def format_of(path: str | Path) -> str:
+    """One of `FORMATS`. Raises `CheckpointError` where `path` is none of them."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise CheckpointError(f"checkpoint {path} does not exist; give a directory or a .nemo file")
+    if place.is_dir() and sharded.is_sharded(place):
+        return "sharded"
+    if place.is_dir() and (place / "config.json").is_file():
+        return "huggingface"
+    if nemo_archive.is_archive(place):
+        return "nemo"
+    raise CheckpointError(
+        f"checkpoint {path} is neither a Hugging Face directory (config.json, *.safetensors), nor a sharded checkpoint "
+        "(.metadata, assets/config.json), nor a .nemo archive; of a training run give run_dir/checkpoints/step-N"
+    )
+
+
+def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionGemma:
+    """The network of any checkpoint, in the current layout, weights only and ready for inference. Collective.
+
+    Raises `CheckpointError`, `ConfigError` or `LayoutError`, on every rank.
+    """
+    found, error = "", None
+    try:
+        found = format_of(path)
+    except CheckpointError as missing:
+        error = missing
+    agree_error(error)
+    place = Path(path).expanduser()
+    if found == "huggingface":
+        return DiffusionGemma.from_huggingface(place, dtype)
+    if found == "nemo":
+        return DiffusionGemma.from_huggingface(nemo_archive.unpack(place) / nemo_archive.WEIGHTS, dtype)
+    network = DiffusionGemma(ModelConfig.from_pretrained(place / sharded.ASSETS), dtype)
+    sharded.load_sharded(network, place)
+    return network.eval()
+
+
+def save_network(network: DiffusionGemma, path: str | Path, format: str) -> None:
+    """Write the weights in one of `FORMATS`. Collective; raises `CheckpointError` on every rank."""
+    if format == "huggingface":
+        huggingface.save(network, path)
+    elif format == "sharded":
+        sharded.save_sharded(network, path)
+    elif format == "nemo":
+        nemo_archive.write_archive(network, path)
+    else:
+        raise CheckpointError(f"format={format!r}; use one of {', '.join(FORMATS)}")

@@ -1,0 +1,248 @@
+"""The training objective: corrupt canvases of clean rows, denoise them in one pass, score every position.
+
+Google's published fine-tuning recipe (which NeMo AutoModel and TRL follow): a response is cut into canvases counted from
+its start; a canvas at noise level t has each token replaced, with probability t, by one uniform over the vocabulary; the
+loss is the plain cross-entropy of all its positions, whatever t is, plus an autoregressive loss of the encoder. A canvas
+sees the clean context strictly before it. Self-conditioning: a gradient-free pass without signal, whose prediction is
+shown to the scored pass for half of the examples.
+
+Ours: any set of canvases of a row is scored at once, each at a noise level of its own; everything random is keyed by
+(seed, sample, canvas), so neither batch nor layout changes it.
+
+Shapes: B rows, S columns, M canvases of C tokens over all rows, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_diffgemma.diffusion.noise import (
+    CHOICE,
+    COIN,
+    CORRUPTED,
+    CORRUPTION,
+    LEVEL,
+    keyed_bits,
+    to_ids,
+    to_uniforms,
+)
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised."""
+
+    canvases_per_example: int = 1  # scored at once, chosen uniformly without replacement; 0: all of them
+    autoregressive_weight: float = 1.0
+    self_conditioning_probability: float = 0.5  # of an example; 0 leaves the first pass out
+    noise_floor: float = 1e-3  # noise levels are uniform in [noise_floor, 1)
+    reduction: str = "example"  # mean over examples of means over tokens; "token": mean over all tokens
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("example", "token"):
+            raise ValueError(f"objective.reduction={self.reduction!r}; use 'example' or 'token'")
+        if not 0.0 <= self.self_conditioning_probability <= 1.0:
+            raise ValueError(
+                f"objective.self_conditioning_probability={self.self_conditioning_probability}; expected 0 to 1"
+            )
+        if not 0.0 <= self.noise_floor < 1.0:
+            raise ValueError(f"objective.noise_floor={self.noise_floor}; expected at least 0 and below 1")
+        if self.canvases_per_example < 0 or self.autoregressive_weight < 0:
+            raise ValueError("objective.canvases_per_example and objective.autoregressive_weight cannot be negative")
+
+
+class TrainableNetwork(Protocol):
+    """What the objective needs of a network."""
+
+    def encode_clean(self, tokens_BS: Tensor) -> Any:
+        """Causal pass with gradient -> a cache with `hidden_BSH`."""
+
+    def canvas_hidden(self, canvas_MC: Tensor, canvases: Sequence[Any], cache: Any, soft_NH: Tensor | None) -> Tensor:
+        """Final hidden states [M*C, H]."""
+
+    def soft_embedding(self, hidden_NH: Tensor) -> Tensor:
+        """Self-conditioning signal, differentiable in the token table only."""
+
+    def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sum of cross-entropies, and the cross-entropies."""
+
+
+class Rows(NamedTuple):
+    """Clean rows: prompt, response and EOS fill up to whole canvases, right padded. CPU copies of the lengths."""
+
+    tokens_BS: Tensor
+    prompt_lengths: list[int]
+    lengths: list[int]  # whole rows without padding
+    samples: list[int]  # keys of the noise
+
+
+class Place(NamedTuple):
+    """A canvas of a row and the context column where it starts; `index` counts canvases of the response."""
+
+    row: int
+    start: int
+    index: int
+
+
+class Corrupted(NamedTuple):
+    """Canvases as the decoder sees them."""
+
+    noised_MC: Tensor
+    clean_MC: Tensor
+    levels_M: Tensor
+
+
+class Counts(NamedTuple):
+    """What the loss is a mean over: examples, scored canvas tokens, next-token pairs."""
+
+    examples: int
+    canvas_tokens: int
+    next_tokens: int
+
+    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Loss(NamedTuple):
+    """Shares of the global loss: summed over micro-batches and replicas they are the loss. Only `total` has gradient."""
+
+    total: Tensor
+    diffusion: Tensor
+    autoregressive: Tensor
+
+
+def choose_canvases(rows: Rows, canvas_length: int, wanted: int, seed: int) -> list[Place]:
+    """`wanted` canvases of each row (0: all), uniformly without replacement, keyed by (seed, sample)."""
+    places = []
+    for row, (prompt, length, sample) in enumerate(zip(rows.prompt_lengths, rows.lengths, rows.samples, strict=True)):
+        count, rest = divmod(length - prompt, canvas_length)
+        if rest or count < 1 or prompt < 1:
+            raise ValueError(
+                f"row {row} has a prompt of {prompt} and a response of {length - prompt} tokens; expected at least one "
+                f"prompt token and whole canvases of {canvas_length} (fill the last one with EOS)"
+            )
+        chosen = range(count)
+        if wanted and wanted < count:
+            ranks = keyed_bits(seed, sample, CHOICE, torch.arange(count)).argsort()
+            chosen = sorted(ranks[:wanted].tolist())  # type: ignore[assignment]
+        places += [Place(row, prompt + index * canvas_length, index) for index in chosen]
+    return places
+
+
+def corrupt(
+    rows: Rows,
+    places: Sequence[Place],
+    canvas_length: int,
+    vocab_size: int,
+    seed: int,
+    *,
+    noise_floor: float = 1e-3,
+    level: float | None = None,
+) -> Corrupted:
+    """Uniform corruption: each token of a canvas is replaced with probability t by an id uniform over the vocabulary.
+
+    t is uniform in [noise_floor, 1) for each canvas, or `level` for all. The new id may be the old one.
+    """
+    device = rows.tokens_BS.device
+    inside = torch.arange(canvas_length, device=device)
+    starts_M = torch.tensor([place.start for place in places], device=device)
+    rows_M = torch.tensor([place.row for place in places], device=device)
+    clean_MC = rows.tokens_BS[rows_M[:, None], starts_M[:, None] + inside]
+    samples_M1 = torch.tensor([rows.samples[place.row] for place in places], device=device)[:, None]
+    index_M1 = torch.tensor([place.index for place in places], device=device)[:, None]
+
+    def bits(purpose: int, position: Tensor | int) -> Tensor:
+        return keyed_bits(seed, samples_M1, purpose, index_M1, position)
+
+    if level is None:
+        levels_M1 = noise_floor + (1.0 - noise_floor) * to_uniforms(bits(LEVEL, 0))
+    else:
+        levels_M1 = torch.full(samples_M1.shape, level, device=device)
+    replaced_MC = to_uniforms(bits(CORRUPTED, inside)) < levels_M1
+    noised_MC = torch.where(replaced_MC, to_ids(bits(CORRUPTION, inside), vocab_size), clean_MC)
+    return Corrupted(noised_MC, clean_MC, levels_M1[:, 0])
+
+
+def count(rows: Rows, places: Sequence[Place], canvas_length: int) -> Counts:
+    """Counts of one batch, to be added over micro-batches and replicas."""
+    return Counts(len(rows.samples), len(places) * canvas_length, sum(length - 1 for length in rows.lengths))
+
+
+def objective(
+    network: TrainableNetwork,
+    rows: Rows,
+    places: Sequence[Place],
+    corrupted: Corrupted,
+    config: ObjectiveConfig,
+    seed: int,
+    totals: Counts,
+) -> Loss:
+    """Loss of one micro-batch as its share of a global batch of `totals`.
+
+    The context is encoded once, with gradient; both canvas passes attend to it. (A joint pass over context and canvases
+    gives the same numbers; encoding once costs 3P + 7N token passes a step against 4P + 8N, for P prompt tokens and N
+    response tokens all of whose canvases are scored.)
+    """
+    cache = network.encode_clean(rows.tokens_BS)
+    canvases = [place[:2] for place in places]
+    soft = None
+    if config.self_conditioning_probability > 0:  # on every rank, whatever its coins: experts are shared
+        with torch.no_grad():
+            hidden = network.canvas_hidden(corrupted.noised_MC, canvases, cache, None)
+        canvas_length = corrupted.noised_MC.shape[1]
+        shown = self_conditioned(rows, places, config.self_conditioning_probability, seed)
+        soft = network.soft_embedding(hidden) * shown.repeat_interleave(canvas_length)[:, None].to(hidden.dtype)
+    hidden = network.canvas_hidden(corrupted.noised_MC, canvases, cache, soft)
+    diffusion, _ = network.cross_entropy(
+        hidden, corrupted.clean_MC.flatten(), _canvas_weights(rows, places, corrupted.noised_MC, config, totals)
+    )
+    total, autoregressive = diffusion, diffusion.new_zeros(())
+    if config.autoregressive_weight > 0:
+        autoregressive = _autoregressive(network, rows, cache.hidden_BSH, config, totals)
+        total = total + config.autoregressive_weight * autoregressive
+    return Loss(total, diffusion.detach(), autoregressive.detach())
+
+
+def self_conditioned(rows: Rows, places: Sequence[Place], probability: float, seed: int) -> Tensor:
+    """Which canvases are shown the first pass's prediction: one coin an example, [M] bool."""
+    samples_M = torch.tensor([rows.samples[place.row] for place in places], device=rows.tokens_BS.device)
+    return to_uniforms(keyed_bits(seed, samples_M, COIN)) < probability
+
+
+def _canvas_weights(
+    rows: Rows, places: Sequence[Place], noised_MC: Tensor, config: ObjectiveConfig, totals: Counts
+) -> Tensor:
+    """Weight of each canvas position, [M*C]."""
+    canvas_length = noised_MC.shape[1]
+    if config.reduction == "token":
+        return torch.full((noised_MC.numel(),), 1.0 / totals.canvas_tokens, device=noised_MC.device)
+    scored = [0] * len(rows.samples)
+    for place in places:
+        scored[place.row] += canvas_length
+    weights_M = torch.tensor([1.0 / (scored[place.row] * totals.examples) for place in places])
+    return weights_M.to(noised_MC.device).repeat_interleave(canvas_length)
+
+
+def _autoregressive(
+    network: TrainableNetwork, rows: Rows, hidden_BSH: Tensor, config: ObjectiveConfig, totals: Counts
+) -> Tensor:
+    """Next-token loss of the encoder over every pair inside a row: prompt, response and EOS fill."""
+    columns = torch.arange(rows.tokens_BS.shape[1] - 1)
+    lengths_B1 = torch.tensor(rows.lengths)[:, None]
+    valid_BS = columns < lengths_B1 - 1
+    if config.reduction == "token":
+        weights_BS = valid_BS / totals.next_tokens
+    else:
+        weights_BS = valid_BS / ((lengths_B1 - 1).clamp_min(1) * totals.examples)
+    picked = valid_BS.to(rows.tokens_BS.device)  # padding costs nothing
+    loss, _ = network.cross_entropy(
+        hidden_BSH[:, :-1][picked],
+        rows.tokens_BS[:, 1:][picked],
+        weights_BS.to(rows.tokens_BS.device)[picked],
+    )
+    return loss

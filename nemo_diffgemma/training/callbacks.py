@@ -1,0 +1,115 @@
+"""What happens beside the steps of a run: its metrics file, validation, progress. Files are written by rank 0."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from tqdm import tqdm
+
+from nemo_diffgemma.data import collate
+from nemo_diffgemma.training import tasks
+
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
+SOLVE_STEPS = 16
+
+
+def keep_lines(file: Path, last_step: int) -> None:
+    """Drop the lines of steps after `last_step`, and whatever an interrupted write left, so that they can be written anew."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.replace(file)
+
+
+def _append(file: Path, values: dict[str, Any]) -> None:
+    with file.open("a") as stream:
+        stream.write(json.dumps(values) + "\n")
+
+
+class MetricsFile(Callback):
+    """Exactly one line an optimizer step, from step 1, also over interruptions."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = run_dir / METRICS
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            keep_lines(self.file, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            _append(self.file, asdict(pl_module.result))
+
+
+class Validation(Callback):
+    """Every `every` steps: held-out canvas loss at fixed noise levels, and the solve rate where answers can be checked."""
+
+    def __init__(self, run_dir: Path, every: int, examples: int) -> None:
+        self.file, self.every, self.examples = run_dir / VALIDATION, every, examples
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            keep_lines(self.file, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step % self.every:
+            return
+        found = self.evaluate(pl_module)
+        if trainer.is_global_zero:
+            _append(self.file, {"step": trainer.global_step, **found})
+
+    @torch.no_grad()
+    def evaluate(self, module: Any) -> dict[str, Any]:
+        from nemo_diffgemma.training.evaluation import LEVELS, canvas_losses, sudoku_solve_rate
+        from nemo_diffgemma.training.model import micro_batches
+
+        network, settings = module.network, module.settings
+        examples = tasks.held_out_examples(settings.data, self.examples)
+        model = network.model
+        eos = model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]
+        (rows,) = micro_batches(collate(examples, model.canvas_length, eos, model.pad_token_id).to(module.device), 0)
+        puzzles = [puzzle for puzzle, _ in tasks.sudoku_task(settings.data).test_set[: self.examples]]
+        network.eval()
+        try:
+            losses = canvas_losses(network, rows, LEVELS, settings.seed)
+            rate = sudoku_solve_rate(network, puzzles, SOLVE_STEPS, settings.seed)
+        finally:
+            network.train()
+        return {"canvas_loss": losses, "solve_rate": rate}
+
+
+class Progress(Callback):
+    """A bar on standard error with loss, speed and time left."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            total, done = trainer.max_steps, trainer.global_step
+            self.bar = tqdm(total=total, initial=done, file=sys.stderr, unit="step", dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if self.bar is not None:
+            result = pl_module.result
+            self.bar.set_postfix_str(f"loss {result.loss:.4f}, {result.tokens_per_second:,.0f} tokens/s", refresh=False)
+            self.bar.update(1)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,320 @@
+"""The NeMo model class: configuration, data, archives and the training step; Megatron does the rest.
+
+    model = DiffusionGemmaModel(ModelSettings.of(config), trainer)     # after parallel.initialize(layout)
+    trainer.fit(model)
+    model.save_to("model.nemo");  DiffusionGemmaModel.restore_from("model.nemo")     # in any layout
+
+One optimizer step: the replica's share of the global batch is split into micro-batches, whose losses are shares of the
+global mean, so that gradients only ever add up. Everything random is keyed by (seed, sample): the batch of a step, its
+noise and its loss do not depend on the layout.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from nemo.core import ModelPT
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nemo_diffgemma.checkpoint import nemo_archive
+from nemo_diffgemma.checkpoint.open import load_network
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.data import Batch, Batches, collate
+from nemo_diffgemma.diffusion.generate import Generation
+from nemo_diffgemma.diffusion.objective import Counts, Loss, Rows, choose_canvases, corrupt, count, objective
+from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.model.network import RECOMPUTE
+from nemo_diffgemma.parallel.groups import device, process_groups
+from nemo_diffgemma.training import optimizer as optimizers
+from nemo_diffgemma.training import tasks
+from nemo_diffgemma.training.schema import (
+    ConfigurationError,
+    DataGroup,
+    ModelGroup,
+    OptimGroup,
+    TrainConfig,
+    TrainerGroup,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and what to change."""
+
+
+@dataclass
+class ModelSettings:
+    """What the model class needs of a run. NeMo forbids a group named `model` here, so it is `network`."""
+
+    network: ModelGroup = field(default_factory=ModelGroup)
+    data: DataGroup = field(default_factory=DataGroup)
+    optim: OptimGroup = field(default_factory=OptimGroup)
+    trainer: TrainerGroup = field(default_factory=TrainerGroup)
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> ModelSettings:
+        return cls(config.model, config.data, config.optim, config.trainer, config.seed)
+
+    @classmethod
+    def read(cls, values: Any) -> ModelSettings:
+        """From a configuration as NeMo keeps it; raises `ConfigurationError` for keys that do not exist."""
+        plain = OmegaConf.to_container(values) if isinstance(values, DictConfig) else dict(values)
+        known = {k: v for k, v in plain.items() if k not in ("target", "nemo_version")}  # type: ignore[union-attr]
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), known))  # type: ignore[return-value]
+        except Exception as error:  # OmegaConf's many kinds
+            raise ConfigurationError(f"the model's configuration cannot be used: {error}") from None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What is known after a step; `loss` is the mean over the global batch before the update."""
+
+    step: int
+    loss: float
+    grad_norm: float  # global, before clipping
+    lr: float
+    diffusion: float
+    autoregressive: float
+    tokens_per_second: float
+    seconds: float
+
+
+class DiffusionGemmaModel(ModelPT):
+    """DiffusionGemma under NeMo. `network` exists after `configure_model`, in the layout of `parallel.initialize`."""
+
+    network: DiffusionGemma | None
+    result: StepResult | None
+
+    def __init__(self, cfg: ModelSettings | DictConfig, trainer: Any = None) -> None:
+        self.settings = cfg if isinstance(cfg, ModelSettings) else ModelSettings.read(cfg)
+        super().__init__(cfg=OmegaConf.create(asdict(self.settings)), trainer=trainer)
+        self.automatic_optimization = False
+        self.network = self.result = None
+
+    @classmethod
+    def list_available_models(cls) -> list:
+        return []
+
+    @classmethod
+    def from_config_dict(cls, config: DictConfig, trainer: Any = None) -> DiffusionGemmaModel:
+        """A configuration never chooses the class."""
+        return cls(cfg=config, trainer=trainer)
+
+    # -- network and optimizer -----------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the network and fill it: from `network.checkpoint`, else with the initial weights of the seed."""
+        if self.network is None:
+            self.network = build_network(self.settings.network, self.settings.seed)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.network is not None
+        optim = self.settings.optim
+        optimizers.check(optim, self.settings.trainer.max_steps)
+        wrapped = optimizers.data_parallel(self.network, optim)
+        self.__dict__["_wrapped"] = wrapped  # not a submodule: its parameters are the network's
+        self._adapter = optimizers.MegatronAdapter(optimizers.build(wrapped, optim, self.network.dtype))
+        return self._adapter
+
+    @property
+    def megatron_optimizer(self) -> MegatronOptimizer:
+        return self._adapter.megatron
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def setup_training_data(self, train_data_config: DataGroup | None = None) -> None:
+        """Endless stream of this replica's batches from the next step on; process groups must exist."""
+        data, groups = train_data_config or self.settings.data, process_groups()
+        done = 0 if self._trainer is None else self.trainer.global_step
+        batches = Batches(data.global_batch_size, groups.dp_cp.rank(), groups.dp_cp.size(), first_step=done)
+        self._train_dl = self._loader(tasks.training_examples(data, self.settings.seed), batches)
+
+    def setup_validation_data(self, val_data_config: DataGroup | None = None) -> None:
+        """Held-out examples, whole on every replica."""
+        data = val_data_config or self.settings.data
+        rows = tasks.held_out_examples(data, self.settings.trainer.validation_examples)
+        size = min(len(rows), data.micro_batch_size or data.global_batch_size)
+        indices = [list(range(len(rows))[start : start + size]) for start in range(0, len(rows), size)]
+        self._validation_dl = self._loader(rows, indices)
+
+    def _loader(self, examples: Any, batches: Iterable[list[int]]) -> DataLoader:
+        assert self.network is not None
+        model = self.network.model
+        eos = model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]
+        together = partial(
+            collate, canvas_length=model.canvas_length, eos_token_id=eos, pad_token_id=model.pad_token_id
+        )
+        return DataLoader(examples, batch_sampler=batches, collate_fn=together)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> DataLoader:
+        self.setup_training_data()  # now, when a resumed run knows its step
+        return self._train_dl
+
+    def val_dataloader(self) -> DataLoader:
+        self.setup_validation_data()
+        return self._validation_dl
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step on this replica's share of the global batch."""
+        started = time.perf_counter()
+        settings, step = self.settings, self.trainer.global_step + 1
+        wrapped: DistributedDataParallel = self.__dict__["_wrapped"]
+        wrapped.zero_grad_buffer()
+        self._adapter.zero_grad()
+        loss, tokens = self.accumulate(batch, backward=True)
+        if not math.isfinite(loss[0]):  # equal on every rank: the sum over replicas
+            raise TrainingError(
+                f"the loss of step {step} is {loss[0]}; the last checkpoint is from before it. Use a smaller optim.lr "
+                "or optim.clip_grad, or more optim.warmup_steps"
+            )
+        finalize_model_grads([wrapped])
+        self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
+        self.optimizers().step()  # type: ignore[union-attr]
+        seconds = time.perf_counter() - started
+        self.result = StepResult(
+            step=step,
+            loss=loss[0],
+            grad_norm=self._adapter.grad_norm,
+            lr=self._adapter.lr,
+            diffusion=loss[1],
+            autoregressive=loss[2],
+            tokens_per_second=tokens / seconds,
+            seconds=seconds,
+        )
+        logged = {name: float(value) for name, value in asdict(self.result).items() if name != "step"}
+        self.log_dict(logged, batch_size=1)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The objective on held-out rows, which every replica holds alike."""
+        loss, _ = self.accumulate(batch, backward=False)
+        value = torch.tensor(loss[0] / process_groups().dp_cp.size())
+        self.log("val_loss", value, batch_size=len(batch.samples_B))
+        return {"val_loss": value}
+
+    def accumulate(self, batch: Batch, backward: bool) -> tuple[list[float], int]:
+        """Total, diffusion and autoregressive loss of the global batch, and its tokens; gradients if `backward`."""
+        assert self.network is not None
+        network, settings = self.network, self.settings
+        config, length = settings.network.objective, network.model.canvas_length
+        parts = [(rows, choose_canvases(rows, length, config.canvases_per_example, settings.seed)) for rows in
+                 micro_batches(batch, settings.data.micro_batch_size)]  # fmt: skip
+        counts = sum((count(rows, places, length) for rows, places in parts), Counts(0, 0, 0))
+        totals = Counts(*_sum_over_replicas(torch.tensor(counts, device=device())).tolist())
+        shares = torch.zeros(3, dtype=torch.float64, device=device())
+        for rows, places in parts:
+            corrupted = corrupt(
+                rows, places, length, network.model.vocab_size, settings.seed, noise_floor=config.noise_floor
+            )
+            loss: Loss = objective(network, rows, places, corrupted, config, settings.seed, totals)
+            if backward:
+                loss.total.backward()
+            shares += torch.stack([part.detach().double() for part in loss])
+        return _sum_over_replicas(shares).tolist(), totals.next_tokens + totals.examples
+
+    def generate(self, *args: Any, **kwargs: Any) -> Generation:
+        """`DiffusionGemma.generate` of the network."""
+        self.configure_model()
+        assert self.network is not None
+        return self.network.generate(*args, **kwargs)
+
+    # -- archives ------------------------------------------------------------------------------------------------
+
+    def save_to(self, save_path: str | Path) -> None:
+        """Write a `.nemo` archive. Collective: every rank of the layout calls it."""
+        assert self.network is not None
+        nemo_archive.write_archive(self.network, save_path, OmegaConf.to_yaml(self.cfg))
+
+    @classmethod
+    def restore_from(
+        cls,
+        restore_path: str | Path,
+        override_config_path: str | Path | DictConfig | None = None,
+        map_location: Any = None,
+        strict: bool = True,
+        return_config: bool = False,
+        save_restore_connector: Any = None,
+        trainer: Any = None,
+        validate_access_integrity: bool = True,
+    ) -> Any:
+        """The model of an archive in the current layout, or its configuration where `return_config`. Collective.
+
+        NeMo's signature; the network always goes where this rank computes, is always read strictly, and a connector
+        is refused: `checkpoint/nemo_archive.py` reads weights only. `override_config_path` replaces the configuration.
+        """
+        if save_restore_connector is not None:
+            raise ValueError("DiffusionGemmaModel reads its own archives; leave save_restore_connector out")
+        root = nemo_archive.unpack(restore_path)
+        config = override_config_path if override_config_path is not None else root / nemo_archive.CONFIG
+        if not isinstance(config, DictConfig):
+            config = OmegaConf.load(config)  # type: ignore[assignment]
+        if return_config:
+            return config
+        settings = ModelSettings.read(config)
+        settings.network.checkpoint = str(root / nemo_archive.WEIGHTS)
+        model = cls(settings, trainer)
+        model.configure_model()
+        return model
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
+    """The network that `group` describes. Raises on every rank alike for a configuration that makes none."""
+    if group.dtype not in DTYPES:
+        raise ConfigurationError(f"model.dtype={group.dtype!r}; use one of {', '.join(DTYPES)}")
+    if group.recompute not in RECOMPUTE:
+        raise ConfigurationError(f"model.recompute={group.recompute!r}; use one of {', '.join(RECOMPUTE)}")
+    if group.checkpoint is not None:
+        network = load_network(group.checkpoint, DTYPES[group.dtype])
+    else:
+        try:
+            model = ModelConfig(**group.architecture)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"model.architecture has a key that no network has ({error}); see the fields of ModelConfig"
+            ) from None
+        network = DiffusionGemma(model, DTYPES[group.dtype])
+        network.init_weights(seed)
+    network.recompute = group.recompute
+    return network
+
+
+def micro_batches(batch: Batch, size: int) -> list[Rows]:
+    """The rows of a batch, `size` at a time (0: all), without columns that are padding in all of them."""
+    rows = len(batch.samples_B)
+    size = size or rows
+    if rows % size:
+        raise ConfigurationError(
+            f"data.micro_batch_size={size} does not divide the {rows} examples that each replica has of a batch; use "
+            "a divisor, or 0 for all at once"
+        )
+    lengths = batch.lengths_B.tolist()
+    prompts, samples = batch.prompt_lengths_B.tolist(), batch.samples_B.tolist()
+    return [
+        Rows(batch.tokens_BS[cut, : max(lengths[cut])], prompts[cut], lengths[cut], samples[cut])
+        for cut in (slice(start, start + size) for start in range(0, rows, size))
+    ]
+
+
+def _sum_over_replicas(values: Tensor) -> Tensor:
+    dist.all_reduce(values, group=process_groups().dp_cp)
+    return values

@@ -1,0 +1,100 @@
+"""Megatron's optimizer from our configuration: AdamW, learning-rate schedule, and the adapter that Lightning counts.
+
+Weight decay falls on matrices only: Megatron leaves out parameters of one axis. The learning rate is a function of the
+step alone, so nothing of the schedule needs saving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from nemo_diffgemma.model.network import Network
+from nemo_diffgemma.parallel import megatron_cpu
+from nemo_diffgemma.training.schema import ConfigurationError, OptimGroup
+
+DECAYS = ("constant", "linear", "cosine")
+
+
+def check(optim: OptimGroup, max_steps: int) -> None:
+    """Raise `ConfigurationError` for settings that make no schedule."""
+    if optim.decay not in DECAYS:
+        raise ConfigurationError(f"optim.decay={optim.decay!r}; use one of {', '.join(DECAYS)}")
+    if not 0.0 <= optim.min_lr <= optim.lr or optim.lr == 0.0:
+        raise ConfigurationError(f"optim.min_lr={optim.min_lr}, optim.lr={optim.lr}; expected 0 <= min_lr <= lr, lr > 0")
+    if not 0.0 <= optim.decay_start <= 1.0:
+        raise ConfigurationError(f"optim.decay_start={optim.decay_start}; expected a part of the run, 0 to 1")
+    if not 0 <= optim.warmup_steps <= max_steps:
+        raise ConfigurationError(
+            f"optim.warmup_steps={optim.warmup_steps} of trainer.max_steps={max_steps}; expected 0 <= warmup_steps <= "
+            "max_steps"
+        )
+
+
+def learning_rate(optim: OptimGroup, step: int, max_steps: int) -> float:
+    """Rate of update `step`, counted from 1: linear warm-up, flat until `decay_start` of the run, then down to `min_lr`.
+
+    The first decayed update still has the full rate, and the last one is just above `min_lr`.
+    """
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    start = max(optim.warmup_steps, optim.decay_start * max_steps)
+    progress = min(1.0, max(0.0, step - 1 - start) / max(1.0, max_steps - start))
+    height = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return optim.min_lr + (optim.lr - optim.min_lr) * height[optim.decay]
+
+
+def data_parallel(network: Network, optim: OptimGroup) -> DistributedDataParallel:
+    """Megatron's gradient buffers around `network`: float32, summed over replicas (our loss carries global weights)."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, overlap_grad_reduce=False
+    )
+    return DistributedDataParallel(network.config, config, network)
+
+
+def build(wrapped: DistributedDataParallel, optim: OptimGroup, dtype: torch.dtype) -> MegatronOptimizer:
+    """AdamW with float32 state and, for bfloat16 weights, float32 main weights; cut over replicas if `distributed`."""
+    megatron_cpu.enable()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=optim.distributed,
+    )
+    return get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
+
+
+class MegatronAdapter(torch.optim.Optimizer):
+    """What Lightning sees of Megatron's optimizer: `step` advances `trainer.global_step` by one.
+
+    `lr` goes to every parameter group at the next step; `grad_norm` is the global norm before clipping of the last one.
+    """
+
+    def __init__(self, megatron: MegatronOptimizer) -> None:
+        super().__init__([torch.nn.Parameter(torch.zeros(()))], {})
+        self.megatron = megatron
+        self.lr = 0.0
+        self.grad_norm = math.nan
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            closure()
+        for group in self.megatron.param_groups:
+            group["lr"] = self.lr
+        _, grad_norm, _ = self.megatron.step()
+        self.grad_norm = math.nan if grad_norm is None else float(grad_norm)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.megatron.zero_grad(set_to_none)

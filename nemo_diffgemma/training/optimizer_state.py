@@ -1,0 +1,191 @@
+"""Optimizer state as tensors of the parameters' shapes, so that it is saved and loaded like weights, in any layout.
+
+Megatron's own sharded optimizer state keeps one chain of optimizers for dense and one for expert parameters in a file,
+which an EP1 layout cannot read back; its default format is refused by its own writer (0.19.2), and it restores torch's
+AdamW with one step counter for all parameters. AdamW's state has the shape of its parameter: kinds `exp_avg`,
+`exp_avg_sq` and, for bfloat16 weights, `main` (the float32 weights), each under `optimizer.<kind>.<parameter>`.
+
+The distributed optimizer holds a flat range of each parameter on each replica. Saving joins the ranges of one parameter
+after the other on one of its replicas, a different one each time, so each writes and holds its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from nemo_diffgemma.checkpoint import sharded
+from nemo_diffgemma.checkpoint.huggingface import CheckpointError
+from nemo_diffgemma.parallel.groups import agree_error, process_groups
+from nemo_diffgemma.parallel.sharding import shard_of
+
+PREFIX = "optimizer."
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Held(NamedTuple):
+    """What this rank's optimizer keeps of a parameter: float32 main weights and state of the flat range `span`."""
+
+    main: Tensor
+    state: dict[str, Any]
+    span: slice
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The chained optimizers, of dense and of expert parameters; a rank without any of these has a stub."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _held(optimizer: MegatronOptimizer) -> dict[Tensor, _Held]:
+    found = {}
+    for part in _parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            for parameter, (group, order) in part.model_param_group_index_map.items():
+                main = part.optimizer.param_groups[group]["params"][order]
+                span = part._get_model_param_range_map(parameter)["param"]
+                found[parameter] = _Held(main, part.optimizer.state[main], slice(span.start, span.end))
+        else:
+            mains = [main for group in part.optimizer.param_groups for main in group["params"]]
+            models = {id(p.main_param): p for c in part_models(part) for p in c if hasattr(p, "main_param")}
+            for main in mains:
+                parameter = models.get(id(main), main)
+                found[parameter] = _Held(main, part.optimizer.state[main], slice(0, parameter.numel()))
+    return found
+
+
+def part_models(part: MegatronOptimizer) -> list[list[Tensor]]:
+    """Groups of bfloat16 parameters that have a float32 copy."""
+    return getattr(part, "float16_groups", [])
+
+
+def _kinds(network: nn.Module) -> tuple[str, ...]:
+    low = any(parameter.dtype != torch.float32 for parameter in network.parameters())
+    return (*MOMENTS, "main") if low else MOMENTS
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def state_tensors(network: nn.Module, optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
+    """This rank's share of the optimizer's state, to be saved beside the weights. Collective."""
+    _prime(optimizer)
+    held, tensors = _held(optimizer), {}
+    distributed = any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+    for kind in _kinds(network):
+        for index, (name, parameter) in enumerate(network.named_parameters()):
+            key = f"{PREFIX}{kind}.{name}"
+            mine = held.get(parameter)
+            part = None if mine is None else (mine.main if kind == "main" else mine.state[kind])
+            if not distributed:
+                assert part is not None
+                tensors[key] = sharded.sharded_tensor(key, part, parameter)
+                continue
+            joined = _join(parameter, part, mine, index)
+            if joined is not None:
+                tensors[key] = sharded.sharded_tensor(key, joined, parameter, replica=0)
+    return tensors
+
+
+def _join(parameter: Tensor, part: Tensor | None, mine: _Held | None, index: int) -> Tensor | None:
+    """The ranges of all replicas as one tensor, on replica `index` (modulo their number); None on the others."""
+    group = _replicas(parameter)
+    flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if part is not None and mine is not None:
+        flat[mine.span] = part.float().flatten()
+    keeper = index % group.size()
+    if group.size() > 1:  # ranges do not overlap: adding zeros joins them exactly
+        dist.reduce(flat, dst=dist.get_global_rank(group, keeper), group=group)
+    return flat.view(parameter.shape).cpu() if group.rank() == keeper else None
+
+
+def _replicas(parameter: Tensor) -> dist.ProcessGroup:
+    """The ranks over which the distributed optimizer cuts this parameter: Megatron reads `allreduce`."""
+    groups = process_groups()
+    return groups.dp_cp if getattr(parameter, "allreduce", True) else groups.expt_dp
+
+
+def steps_taken(optimizer: MegatronOptimizer) -> int:
+    """Updates that AdamW has counted: in each parameter's state (torch) or in the group (fused)."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for main in group["params"]:
+                return int(part.optimizer.state[main].get("step", group.get("step", 0)))
+    return 0
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path, steps: int) -> None:
+    """Fill the optimizer from a checkpoint of any layout. Collective; raises `CheckpointError` on every rank."""
+    agree_error(_missing(network, directory))
+    _prime(optimizer)
+    held = _held(optimizer)
+    for kind in _kinds(network):  # one kind at a time: whole parameters are held while it is read
+        wanted = dict(_buffers(network, kind))
+        sharded.read_tensors(wanted, directory)
+        for name, parameter in network.named_parameters():
+            mine = held.get(parameter)
+            if mine is not None:
+                target = mine.main if kind == "main" else mine.state[kind]
+                whole = wanted[f"{PREFIX}{kind}.{name}"].data
+                target.copy_(whole.flatten()[mine.span].view(target.shape))
+    _set_steps(optimizer, steps)
+
+
+def _missing(network: nn.Module, directory: Path) -> CheckpointError | None:
+    found = sharded.keys(directory)
+    for kind in _kinds(network):
+        missing = [name for name, _ in network.named_parameters() if f"{PREFIX}{kind}.{name}" not in found]
+        if missing:
+            return CheckpointError(
+                f"{directory} has no optimizer state `{kind}` for {len(missing)} parameters, first {missing[0]}: it was "
+                f"saved without, or with another model.dtype; start a new run from its weights with "
+                f"model.checkpoint={directory}"
+            )
+    return None
+
+
+def _buffers(network: nn.Module, kind: str) -> Iterator[tuple[str, ShardedTensor]]:
+    for name, parameter in network.named_parameters():
+        key = f"{PREFIX}{kind}.{name}"
+        empty = torch.empty(parameter.shape, dtype=torch.float32)
+        empty.shard = shard_of(parameter)  # type: ignore[attr-defined]
+        yield key, sharded.sharded_tensor(key, empty, parameter)
+
+
+def _prime(optimizer: MegatronOptimizer) -> None:
+    """AdamW makes its state at its first update; make it now where there was none."""
+    for part in _parts(optimizer):
+        fused = not isinstance(part.optimizer, torch.optim.Optimizer) or not isinstance(
+            part.optimizer, (torch.optim.Adam, torch.optim.AdamW)
+        )
+        for group in part.optimizer.param_groups:
+            for main in group["params"]:
+                state = part.optimizer.state[main]
+                for kind in MOMENTS:
+                    if kind not in state:
+                        state[kind] = torch.zeros_like(main)
+                if not fused and "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+
+
+def _set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            if "step" in group or not isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+                group["step"] = steps
+            for main in group["params"]:
+                if "step" in part.optimizer.state[main]:  # a tensor of its own: AdamW increments it in place
+                    part.optimizer.state[main]["step"] = torch.tensor(float(steps))

@@ -1,0 +1,122 @@
+"""Functions that every rank of a pool runs. Each builds its groups anew, so a case depends on its arguments alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
+
+
+def load(path: str, layout: dict[str, int], dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint at `path` in `layout`."""
+    from nemo_diffgemma import DiffusionGemma
+
+    initialize(ParallelLayout(**layout))
+    return DiffusionGemma.from_huggingface(path, dtype=dtype)
+
+
+def logits(
+    path: str,
+    layout: dict[str, int],
+    input_ids: Tensor,
+    canvas: Tensor,
+    attention_mask: Tensor | None = None,
+    self_conditioning_logits: Tensor | None = None,
+    finished: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Logits of a canvas after a prompt and finished canvases."""
+    model = load(path, layout)
+    cache = model.encode(input_ids, attention_mask)
+    for tokens in finished:
+        cache = model.denoising_step(canvas, cache, context=tokens).cache
+    return model.denoise(canvas, cache, self_conditioning_logits)
+
+
+def gradients(
+    path: str,
+    layout: dict[str, int],
+    rows: tuple[Tensor, list[int], list[int], list[int]],
+    objective: dict[str, Any],
+    seed: int = 5,
+    recompute: str = "none",
+    micro_batches: int = 1,
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss of the objective, and every whole gradient by its released name (rank 0; empty elsewhere).
+
+    Megatron's DDP and `finalize_model_grads` reduce the gradients, as in training. With replicas, each takes its share
+    of the rows.
+    """
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    from nemo_diffgemma.checkpoint.huggingface import full_tensors
+    from nemo_diffgemma.checkpoint.names import released_name
+    from nemo_diffgemma.diffusion import objective as method
+    from nemo_diffgemma.parallel.sharding import declare, shard_of
+
+    model = load(path, layout).train()
+    model.recompute = recompute
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    ddp.zero_grad_buffer()
+    config = method.ObjectiveConfig(**objective)
+    data = process_groups().dp
+    loss = torch.zeros(())
+    whole = method.Rows(*rows)
+    totals = method.count(whole, _places(model, whole, config, seed), model.model.canvas_length)
+    for part in _shares(whole, data.rank(), data.size(), micro_batches):
+        places = _places(model, part, config, seed)
+        noised = method.corrupt(part, places, model.model.canvas_length, model.model.vocab_size, seed)
+        result = method.objective(model, part, places, noised, config, seed, totals)
+        result.total.backward()
+        loss += result.total.detach()
+    finalize_model_grads([ddp])
+    torch.distributed.all_reduce(loss, group=data)
+    names = [name for name, _ in model.named_parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():  # gather gradients with the machinery that gathers weights
+            shard = shard_of(parameter)
+            parameter.data = parameter.main_grad.clone()
+            declare(parameter, shard)
+    model.file_dtypes = {}
+    return float(loss), {released_name(name): tensor for name, tensor in full_tensors(model, names)}
+
+
+def _places(model: Any, rows: Any, config: Any, seed: int) -> Any:
+    from nemo_diffgemma.diffusion.objective import choose_canvases
+
+    return choose_canvases(rows, model.model.canvas_length, config.canvases_per_example, seed)
+
+
+def _shares(rows: Any, rank: int, replicas: int, micro_batches: int) -> Any:
+    """This replica's rows, cut into micro-batches."""
+    size = len(rows.samples) // replicas // micro_batches
+    for index in range(micro_batches):
+        cut = slice((rank * micro_batches + index) * size, (rank * micro_batches + index + 1) * size)
+        yield type(rows)(*(part[cut] for part in rows))
+
+
+def generate(path: str, layout: dict[str, int], input_ids: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences, forwards and tokens per forward."""
+    result = load(path, layout).generate(input_ids, **arguments)
+    return result.sequences, result.forwards, result.tokens_per_forward
+
+
+def round_trip(path: str, layout: dict[str, int], target: str, dtype: str = "float32") -> tuple[int, int]:
+    """Load in a layout and write again; tensors and bytes written."""
+    written = load(path, layout, getattr(torch, dtype)).save_huggingface(target)
+    return written.tensors, written.bytes
+
+
+def error_of(reference: str, **arguments: Any) -> str:
+    """Message of the exception that a case raises on this rank."""
+    try:
+        globals()[reference](**arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

@@ -1,0 +1,91 @@
+"""A pool of long-lived gloo ranks: imports of torch and Megatron are paid once a session, not once a test.
+
+    pool(2).run("tests.distributed.cases:logits", size="deep", layout=dict(tensor=2))   # -> [result of rank 0, rank 1]
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import traceback
+from datetime import timedelta
+from typing import Any
+
+
+def _work(rank: int, world: int, port: int, connection: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+
+    initialize(ParallelLayout(), timeout=timedelta(seconds=120))
+    connection.send("ready")
+    while (job := connection.recv()) is not None:
+        reference, arguments = job
+        module, function = reference.split(":")
+        try:
+            connection.send(("ok", getattr(importlib.import_module(module), function)(**arguments)))
+        except BaseException:
+            connection.send(("error", traceback.format_exc()))
+    torch.distributed.destroy_process_group()
+
+
+class Pool:
+    """`world` ranks; a job is a module-level function by name, run on all of them with the same arguments."""
+
+    def __init__(self, world: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self._connections, self._processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(rank, world, port, theirs), daemon=False)
+            process.start()
+            self._connections.append(ours)
+            self._processes.append(process)
+        for connection in self._connections:
+            if not connection.poll(180) or connection.recv() != "ready":
+                self.kill()
+                raise RuntimeError(f"a pool of {world} ranks did not start")
+
+    def run(self, reference: str, timeout: float = 180, **arguments: Any) -> list[Any]:
+        """Results of all ranks; raises with every rank's traceback, or kills the pool when a rank hangs."""
+        for connection in self._connections:
+            connection.send((reference, arguments))
+        results = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(timeout):
+                self.kill()
+                raise TimeoutError(f"{reference}({arguments}): rank {rank} gave no answer within {timeout} s")
+            results.append(connection.recv())
+        errors = [f"rank {rank}:\n{value}" for rank, (kind, value) in enumerate(results) if kind == "error"]
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.send(None)
+        for process in self._processes:
+            process.join(20)
+        self.kill()
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
