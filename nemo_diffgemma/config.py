@@ -99,7 +99,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table: the next multiple of 128, whatever the layout, so shapes never change with it."""
+        """Rows of the embedding table: the next multiple of 128 in every layout, so shapes never change."""
         return -(-self.vocab_size // 128) * 128
 
     # -- config.json ---------------------------------------------------------------------------------------------
@@ -136,15 +136,17 @@ class ModelConfig:
         values["canvas_length"] = raw.get("canvas_length") or 256
         _read_rope(text.get("rope_parameters"), values)
         config = cls(**{**_HUGGINGFACE_DEFAULTS, **values}, source=raw)
-        return dataclasses.replace(config, **config._read_global_heads(text))
+        heads = config._read_global_heads(text)
+        return dataclasses.replace(
+            config, global_head_dim=heads.head_dim, num_global_key_value_heads=heads.key_value_heads
+        )
 
-    def _read_global_heads(self, text: Mapping[str, Any]) -> dict[str, int]:
+    def _read_global_heads(self, text: Mapping[str, Any]) -> HeadSizes:
         """Head sizes of the global layers: two fields in the released file, `per_layer_config` in what HF saves."""
         if "per_layer_config" not in text:
-            return {
-                "global_head_dim": text.get("global_head_dim") or 512,
-                "num_global_key_value_heads": text.get("num_global_key_value_heads") or self.num_key_value_heads,
-            }
+            return HeadSizes(
+                text.get("global_head_dim") or 512, text.get("num_global_key_value_heads") or self.num_key_value_heads
+            )
         overrides = {int(layer): dict(sizes) for layer, sizes in text["per_layer_config"].items()}
         found = set()
         for layer, kind in enumerate(self.layer_types):
@@ -161,11 +163,10 @@ class ModelConfig:
                 found.add(sizes)
         if len(found) != 1:
             raise ConfigError(f"per_layer_config gives the global layers different head sizes {sorted(found)}")
-        (sizes,) = found
-        return {"global_head_dim": sizes.head_dim, "num_global_key_value_heads": sizes.key_value_heads}
+        return found.pop()
 
     def to_huggingface(self) -> dict[str, Any]:
-        """What to write as `config.json`: the file this was read from, or a complete new one that transformers loads."""
+        """What to write as `config.json`: the file this was read from, or a new one that transformers loads."""
         if self.source is not None:
             return dict(self.source)
         text = {

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.checkpoint import huggingface
-from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.config import ConfigError, ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.model.initialisation import initialise
 from nemo_diffgemma.model.network import Network, left_padding
-from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.parallel.groups import agree_error, device
+from nemo_diffgemma.parallel.layout import LayoutError
 
 
 class DiffusionGemma(Network):
@@ -28,7 +29,12 @@ class DiffusionGemma(Network):
 
         Raises `ConfigError`, `LayoutError` or `CheckpointError`, on every rank.
         """
-        model = cls(ModelConfig.from_pretrained(path), dtype)
+        error: Exception | None = None
+        try:
+            model = cls(ModelConfig.from_pretrained(path), dtype)
+        except (ConfigError, LayoutError, OSError) as found:
+            error = found
+        agree_error(error)
         huggingface.load(model, path)
         return model.eval()
 

@@ -92,11 +92,13 @@ class TensorFiles:
         try:
             return self.open(self.files[name]).get_slice(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.files[name]} does not hold tensor {name} ({error}); its index is of another checkpoint") from None
+            raise CheckpointError(
+                f"{self.files[name]} does not hold tensor {name} ({error}); its index is of another checkpoint"
+            ) from None
 
 
 def load(network: Network, directory: str | Path) -> None:
-    """Fill `network` from a released-format directory. Raises `CheckpointError` on every rank, before any weight is set."""
+    """Fill `network` from a released-format directory. Raises `CheckpointError` on every rank, no weight set."""
     error: Exception | None = None
     try:
         with TensorFiles(Path(directory)) as files:
@@ -189,14 +191,16 @@ def save(network: Network, directory: str | Path) -> Written:
         for index, names in enumerate(shards):
             file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             tensors = {released_name(n): t for n, t in full_tensors(network, names)}
+            with on_first_rank(partial):  # the others must not wait in the next gather when the disk is full
+                if partial is not None:
+                    save_file(tensors, partial / file, metadata={"format": "pt"})
+                    weight_map |= dict.fromkeys(tensors, file)
+                    written = _add(written, tensors)
+        with on_first_rank(partial):
             if partial is not None:
-                save_file(tensors, partial / file, metadata={"format": "pt"})
-                weight_map |= dict.fromkeys(tensors, file)
-                written = _add(written, tensors)
-        if partial is not None:
-            weight_map, written = _write_carried(network, partial, weight_map, written)
-            write_assets(network, partial)
-            _write_index(partial, weight_map, written)
+                weight_map, written = _write_carried(network, partial, weight_map, written)
+                write_assets(network, partial)
+                _write_index(partial, weight_map, written)
     counts = [written]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(counts, src=0)
@@ -284,6 +288,17 @@ def _gather(tensor: Tensor, shard: Shard) -> Tensor:
     for part, place in zip(parts, places, strict=True):
         full[place] = part
     return full
+
+
+@contextlib.contextmanager
+def on_first_rank(partial: Path | None) -> Iterator[None]:
+    """Work of the rank that writes; when it fails, every rank raises."""
+    error: Exception | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as found:
+        error = CheckpointError(f"cannot write {partial}: {found}")
+    agree_error(error)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Names and shapes: ours in memory, the released ones on disk.
 
-The decoder's names carry the one shared text stack; of the encoder only the layer scalars are stored. Vision tensors are
-not ours to understand: they are carried along as they are.
+The decoder's names carry the one shared text stack; of the encoder only the layer scalars are stored. Vision tensors
+are not ours to understand: they are carried along as they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Generation, canvas by canvas: denoise until stable, emit the arg-max, make it context, go on.
 
-The final tokens of a canvas enter the context in the same pass that first denoises the next one. Everything random comes
-from a `Noise`, so tokens depend neither on the batch nor on the layout. Semantics of transformers' `generate`.
+The final tokens of a canvas enter the context in the same pass that first denoises the next one. Everything random
+comes from a `Noise`, so tokens depend neither on the batch nor on the layout. Semantics of transformers' `generate`.
 
 Shapes: B rows, S prompt columns, C canvas positions.
 """

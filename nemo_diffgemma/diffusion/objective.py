@@ -1,10 +1,10 @@
 """The training objective: corrupt canvases of clean rows, denoise them in one pass, score every position.
 
-Google's published fine-tuning recipe (which NeMo AutoModel and TRL follow): a response is cut into canvases counted from
-its start; a canvas at noise level t has each token replaced, with probability t, by one uniform over the vocabulary; the
-loss is the plain cross-entropy of all its positions, whatever t is, plus an autoregressive loss of the encoder. A canvas
-sees the clean context strictly before it. Self-conditioning: a gradient-free pass without signal, whose prediction is
-shown to the scored pass for half of the examples.
+Google's published fine-tuning recipe (which NeMo AutoModel and TRL follow): a response is cut into canvases counted
+from its start; a canvas at noise level t has each token replaced, with probability t, by one uniform over the
+vocabulary; the loss is the plain cross-entropy of all its positions, whatever t is, plus an autoregressive loss of
+the encoder. A canvas sees the clean context strictly before it. Self-conditioning: a gradient-free pass without
+signal, whose prediction is shown to the scored pass for half of the examples.
 
 Ours: any set of canvases of a row is scored at once, each at a noise level of its own; everything random is keyed by
 (seed, sample, canvas), so neither batch nor layout changes it.
@@ -81,7 +81,8 @@ class Rows(NamedTuple):
     samples: list[int]  # keys of the noise
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """A canvas of a row and the context column where it starts; `index` counts canvases of the response."""
 
     row: int
@@ -97,19 +98,24 @@ class Corrupted(NamedTuple):
     levels_M: Tensor
 
 
-class Counts(NamedTuple):
+@dataclass(frozen=True)
+class Counts:
     """What the loss is a mean over: examples, scored canvas tokens, next-token pairs."""
 
     examples: int
     canvas_tokens: int
     next_tokens: int
 
-    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
-        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.examples + other.examples,
+            self.canvas_tokens + other.canvas_tokens,
+            self.next_tokens + other.next_tokens,
+        )
 
 
 class Loss(NamedTuple):
-    """Shares of the global loss: summed over micro-batches and replicas they are the loss. Only `total` has gradient."""
+    """Shares of the global loss: their sums over micro-batches and replicas. Only `total` has gradient."""
 
     total: Tensor
     diffusion: Tensor
@@ -188,8 +194,9 @@ def objective(
     gives the same numbers; encoding once costs 3P + 7N token passes a step against 4P + 8N, for P prompt tokens and N
     response tokens all of whose canvases are scored.)
     """
-    cache = network.encode_clean(rows.tokens_BS)
-    canvases = [place[:2] for place in places]
+    seen = None if config.autoregressive_weight > 0 else max(place.start for place in places)
+    cache = network.encode_clean(rows.tokens_BS[:, :seen])  # without the encoder's loss nobody reads what comes after
+    canvases = [(place.row, place.start) for place in places]
     soft = None
     if config.self_conditioning_probability > 0:  # on every rank, whatever its coins: experts are shared
         with torch.no_grad():

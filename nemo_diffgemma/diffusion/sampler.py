@@ -41,9 +41,7 @@ class SamplerConfig:
         if self.max_denoising_steps < 1:
             raise ValueError(f"sampler.max_denoising_steps={self.max_denoising_steps}; expected at least 1")
         if not 0 < self.t_min < self.t_max:
-            raise ValueError(
-                f"sampler.t_min={self.t_min}, sampler.t_max={self.t_max}; expected 0 < t_min < t_max, such as 0.4 and 0.8"
-            )
+            raise ValueError(f"sampler.t_min={self.t_min}, sampler.t_max={self.t_max}; expected 0 < t_min < t_max")
         if self.stability_threshold < 0:
             raise ValueError(f"sampler.stability_threshold={self.stability_threshold}; expected 0 or more steps")
 

@@ -99,7 +99,8 @@ class Experts(nn.Module):
 
     def _aligned(self) -> tuple[Tensor, Tensor]:
         """Weights as [L, 2W, H] and [L, H, W], W rounded up to whole 16-byte words as grouped_mm demands."""
-        gate_up, down = self.gate_up_proj, self.down_proj
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
         missing = -gate_up.shape[2] % (16 // gate_up.element_size())
         if missing:
             gate_up, down = F.pad(gate_up, (0, 0, 0, missing)), F.pad(down, (0, missing))
@@ -114,7 +115,7 @@ class _ContiguousGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 
@@ -129,7 +130,7 @@ class MixtureOfExperts(MoELayer):
             pg_collection=groups,
         )
 
-    def forward(self, router_input_TH: Tensor, expert_input_TH: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, router_input_TH: Tensor, expert_input_TH: Tensor) -> Tensor:
         """[T, H] twice -> weighted sum of the chosen experts, [T, H]."""
         weights, chosen = self.route(router_input_TH[:, None])
         x, weights = self.preprocess(expert_input_TH[:, None], weights, chosen)

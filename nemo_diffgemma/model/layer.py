@@ -52,7 +52,7 @@ def gather_tokens(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
 
 
 class Layer(nn.Module):
-    """A layer over a stream of tokens. `recompute`: none, selective (attention and experts) or full, set by training."""
+    """A layer over a stream of tokens."""
 
     layer_scalar: Tensor
     encoder_layer_scalar: Tensor
@@ -94,7 +94,9 @@ class Layer(nn.Module):
         `is_canvas` is [T/tp, 1], or one bool where all tokens are of one kind; `past` holds cached keys and values,
         passed as an argument so that a recomputed layer keeps their gradient.
         """
-        attended, context = self._attend(gather_tokens(self.input_layernorm(x), self.group), rotary, stream, past, selective)
+        attended, context = self._attend(
+            gather_tokens(self.input_layernorm(x), self.group), rotary, stream, past, selective
+        )
         x = x + self.post_attention_layernorm(attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         expert_input = self.pre_feedforward_layernorm_2(x)

@@ -148,9 +148,7 @@ class Network(MegatronModule):
                 canvas_hidden = x[stream.context_tokens : end]
             if need_context_hidden:
                 context_hidden = x[: stream.context_tokens].view(stream.rows, stream.context, -1)
-        return Pass(
-            canvas_hidden, Cache(stream.first, tuple(layers), stream.cached + stream.context, context_hidden)
-        )
+        return Pass(canvas_hidden, Cache(stream.first, tuple(layers), stream.cached + stream.context, context_hidden))
 
     def _scatter(self, x: Tensor) -> Tensor:
         """All tokens, equal on every rank -> this rank's; the backward gathers."""
@@ -169,9 +167,7 @@ class Network(MegatronModule):
         return self._trim(self.run(input_ids.to(device()), first=first).cache)
 
     @torch.no_grad()
-    def denoise(
-        self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
         """Float32 softcapped logits [B, C, V] of a canvas [B, C] after the cached context, on every rank.
 
         `self_conditioning_logits` [B, C, V] are the tempered logits of the step before.
@@ -346,5 +342,3 @@ def transformer_config(model: ModelConfig, layout: ParallelLayout, dtype: torch.
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,  # gradients are summed over replicas; the loss carries the global weights
     )
-
-

@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# (offset, length, members) of the tokens of a piece of the output; None: all context rows or all canvases, in order
+Order = list["tuple[int, int, tuple[int, ...]] | None"]
+
 _QUERY_BLOCK = 512  # rows of a causal mask at a time, where a mask is needed at all
 
 
@@ -156,7 +159,8 @@ def attend(
     if stream.context:
         fresh = KeyValue(_rows(k_TGD, stream), _rows(v_TGD, stream))
         context = fresh if past is None else _append(past, fresh)
-    pieces, order = [], []
+    pieces: list[Tensor] = []
+    order: Order = []
     if stream.context:
         assert context is not None
         pieces, order = _attend_context(_rows(q_TND, stream), stream, window, context)
@@ -182,9 +186,6 @@ def _append(past: KeyValue, fresh: KeyValue) -> KeyValue:
     return KeyValue(
         torch.cat([past.keys, fresh.keys], dim=2), torch.cat([past.values, fresh.values], dim=2), past.offset
     )
-
-
-Order = list["tuple[int, int, tuple[int, ...]] | None"]
 
 
 def _attend_context(

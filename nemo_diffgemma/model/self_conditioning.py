@@ -1,8 +1,8 @@
 """Self-conditioning: what the last denoising step believed, mixed into the canvas embeddings.
 
-`soft` is the expected table row under the last step's tempered distribution, times the embedding scale; zero where there
-is no signal. The result is normed without weight in every case: without a signal the canvas embeddings still get unit
-RMS, which the encoder's embeddings do not (transformers' modeling_diffusion_gemma).
+`soft` is the expected table row under the last step's tempered distribution, times the embedding scale; zero where
+there is no signal. The result is normed without weight in every case: without a signal the canvas embeddings still
+get unit RMS, which the encoder's embeddings do not (transformers' modeling_diffusion_gemma).
 """
 
 from __future__ import annotations

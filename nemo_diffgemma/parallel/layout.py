@@ -1,7 +1,7 @@
 """How a model is cut over processes: sizes of the parallel axes, checked where they are chosen.
 
-    ParallelLayout(tensor=2, expert=2).world_size         # 2: the smallest world; any multiple adds replicas
-    ParallelLayout(tensor=3).check(config)                # raises LayoutError with the sizes that fit
+ParallelLayout(tensor=2, expert=2).world_size         # 2: the smallest world; any multiple adds replicas
+ParallelLayout(tensor=3).check(config)                # raises LayoutError with the sizes that fit
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class ParallelLayout:
             if count % size or limit % size:
                 fitting = math.gcd(math.gcd(*counts.values()), limit)
                 raise LayoutError(
-                    f"layout {axis}={size} cannot divide {count} {what}; use {axis}={_choices(fitting)} (see conf/parallel/*.yaml)"
+                    f"layout {axis}={size} cannot divide {count} {what}; "
+                    f"use {axis}={_choices(fitting)} (see conf/parallel/*.yaml)"
                 )
 
     def __str__(self) -> str:

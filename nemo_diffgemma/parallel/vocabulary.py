@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 CHUNK = 2048  # ids; 256 positions x 2048 ids x 4 bytes is one core's L2 cache (benchmarks/vocabulary.py)
 LOSS_BYTES = 256 << 20  # of float32 logits that the loss holds at a time
@@ -247,7 +246,7 @@ def logits(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: f
 
 @torch.no_grad()
 def soft_embedding_of_logits(logits_NV: Tensor, weight: Tensor, shard: VocabularyShard) -> Tensor:
-    """Expected table row under softmax(logits), [N, H]; logits are cast to the table's dtype first, as in transformers."""
+    """Expected table row under softmax(logits), [N, H]; logits are first cast to the table's dtype, as HF does."""
     probabilities = logits_NV.to(weight.dtype).softmax(-1, dtype=torch.float32).to(weight.dtype)
     soft_NH = probabilities[:, shard.first : shard.first + shard.size] @ weight[: shard.size]
     if shard.parallel:
@@ -267,7 +266,7 @@ class _SoftEmbedding(torch.autograd.Function):
         return found.soft_embedding_NH
 
     @staticmethod
-    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor, None, None]:
         hidden_NH, weight, log_sum_exp_N = ctx.saved_tensors
         gradient = torch.zeros_like(weight)
         for start in range(0, ctx.shard.size, CHUNK):
@@ -321,7 +320,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (losses_N * weights_N).sum(), losses_N
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Any) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor, _: Any) -> tuple:
         return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
 
 
@@ -331,7 +330,11 @@ def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyS
         dist.all_reduce(maximum_n1, op=dist.ReduceOp.MAX, group=shard.group)
     e_nv = (z_nv - maximum_n1).exp_()
     local_n, mine_n = _local(labels_n, shard)
-    picked_n = torch.where(mine_n, z_nv.gather(1, local_n[:, None])[:, 0], 0.0) if shard.size else 0.0 * maximum_n1[:, 0]
+    picked_n = (
+        torch.where(mine_n, z_nv.gather(1, local_n[:, None])[:, 0], 0.0)
+        if shard.size
+        else torch.zeros_like(labels_n, dtype=torch.float32)
+    )
     sums_2n = torch.stack([e_nv.sum(1), picked_n])
     if shard.parallel:
         dist.all_reduce(sums_2n, group=shard.group)
