@@ -1,6 +1,6 @@
 """Hydra for every entry point: composes `conf/`, checks the result against a schema, explains what is wrong with it.
 
-    composed(GenerateConfig, "generate", __doc__, work)      # calls work(config) for each job, several with --multirun
+    compose(GenerateConfig, "generate", __doc__, work)      # calls work(config) for each job, several with --multirun
 
 Hydra writes nothing here: no output folder, no log files, no change of directory.
 """
@@ -19,7 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_diffgemma.training.schema import ConfigurationError, explain, keys_of, unknown_key, validate
+from launch.output import refuse
+from nemo_diffgemma.training.schema import explain, keys_of, unknown_key
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 _QUIET = [
@@ -34,46 +35,59 @@ _QUIET = [
 
 
 def register(schema: type, name: str, documentation: str = "") -> None:
-    """Make `schema` available to Hydra as `<name>_schema`, and `documentation` as what --help prints."""
+    """Make `schema` what `schema` in a defaults list of conf/ means, and `documentation` as what --help prints."""
     node = OmegaConf.structured(schema)
     if "model" in node:
         # fields of ModelConfig that a YAML file leaves out may be overridden too; `validate` knows them
         OmegaConf.set_struct(node.model.architecture, False)
-    ConfigStore.instance().store(name=f"{name}_schema", node=node)
+    ConfigStore.instance().store(group="schema", name="entry_point", node=node)
     groups = "Groups (group=option):\n\n$APP_CONFIG_GROUPS\n" if "model" in node else ""
-    template = f"{documentation.replace('$', '$$')}\n{groups}Keys, as composed now (key=value):\n\n$CONFIG"
+    template = f"{documentation}\n{groups}Keys, as composed now (key=value):\n\n$CONFIG"
     ConfigStore.instance().store(
-        group="hydra/help", name="entry_point", node={"app_name": name, "header": "", "footer": "", "template": template}
+        group="hydra/help",
+        name="entry_point",
+        node={"app_name": name, "header": "", "footer": "", "template": template},
     )
 
 
 def compose(schema: type, config_name: str, documentation: str, work: Callable[[DictConfig], None]) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line and call `work` with it, resolved.
+    """Compose `conf/<config_name>.yaml` with the command line and call `work` with it.
 
-    Raises `ConfigurationError` in place of Hydra's and OmegaConf's errors.
+    Where Hydra cannot compose, prints one paragraph and exits.
     """
-    register(schema, schema_name(config_name), documentation)
-    arguments = sys.argv
-    shown, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR"), "1"  # raise: we print it ourselves
+    register(schema, config_name, documentation)
+    arguments, errors = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
 
     @hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")
     def job(config: DictConfig) -> None:
-        validate(config, schema)
+        restore()
         work(config)
 
+    def restore() -> None:
+        sys.argv = arguments
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if errors is not None:
+            os.environ["HYDRA_FULL_ERROR"] = errors
+
     try:
-        sys.argv = [*arguments, *_QUIET]
+        sys.argv = [*map(_literal, arguments), *_QUIET]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise; we print
         job()
     except OmegaConfBaseException as error:
-        raise ConfigurationError(explain(error, schema)) from None
+        refuse(explain(error, schema))
     except HydraException as error:
-        raise ConfigurationError(_explain(error, schema)) from None
+        refuse(_explain(error, schema))
     finally:
-        sys.argv = arguments
-        if shown is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = shown
+        restore()
+
+
+def _literal(argument: str) -> str:
+    """A prompt is text as it is: quote it, so that Hydra does not look for its grammar in it."""
+    key, _, text = argument.partition("=")
+    if key != "prompt" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+        return argument
+    escaped = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + ("\\" if found[2] else "") + found[2], text)
+    return f'{key}="{escaped}"'.replace("${", "\\${")
 
 
 def _explain(error: HydraException, schema: type) -> str:
@@ -86,4 +100,5 @@ def _explain(error: HydraException, schema: type) -> str:
     named = re.search(r"Could not (?:override|append to config\. An item is already at) '([\w./@]+)'", text)
     if named and named[1] not in keys_of(schema):
         return unknown_key(named[1], keys_of(schema))
-    return re.sub(r"\s*\n\s*", "; ", text.strip())
+    text = text.partition("Config search path:")[0]
+    return re.sub(r"\s*\n\s*", " ", text.strip())

@@ -9,6 +9,7 @@ hands the composed configuration to its children in a file and turns what went w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -24,16 +26,23 @@ from typing import Any
 
 os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is first imported
 
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
-from launch.configuration import compose  # noqa: E402
-from launch.output import USER_ERROR, Results, paragraph, refuse  # noqa: E402
-from nemo_diffgemma.training.schema import ConfigurationError, ParallelGroup, validate  # noqa: E402
+from launch.configuration import compose
+from launch.output import USER_ERROR, Results, paragraph, refuse
+from nemo_diffgemma.training.schema import ConfigurationError, ParallelGroup, validate
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
 
-_HANDOVER = "NEMO_DIFFGEMMA_HANDOVER"  # folder with config.yaml from the parent and error-<rank>.json for it
+# That there is no CUDA, TransformerEngine or apex is no news, and every process would tell it.
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+_HANDOVER = "NEMO_DIFFGEMMA_HANDOVER"  # folder with config.json from the parent and error-<rank>.json for it
 
 type Work = Callable[[Any, Results], Mapping[str, Any]]
 
@@ -41,23 +50,23 @@ type Work = Callable[[Any, Results], Mapping[str, Any]]
 def launch(work: Work, schema: type, config_name: str) -> None:
     """Run `work(config, results)` in as many processes as `config.parallel` needs; its result is the JSON line."""
     if _HANDOVER in os.environ:
-        _run(work, validate(OmegaConf.load(Path(os.environ[_HANDOVER]) / "config.yaml"), schema))  # type: ignore[arg-type]
+        _run(work, validate(json.loads((Path(os.environ[_HANDOVER]) / "config.json").read_text()), schema))
         return
 
     def job(composed: DictConfig) -> None:
-        config = validate(composed, schema)
+        config: Any
+        try:
+            config = validate(composed, schema)
+            processes = processes_of(config.parallel)
+        except ValueError as error:
+            refuse(error)
         _fix_run_directory(config)
-        if started_by_others():
-            _run(work, config)
-        elif processes_of(config.parallel) == 1:
+        if started_by_others() or (processes == 1 and not _is_multirun()):
             _run(work, config)
         else:
-            _become_torchrun(config, processes_of(config.parallel))
+            _become_torchrun(config, processes)
 
-    try:
-        compose(schema, config_name, sys.modules[work.__module__].__doc__ or "", job)
-    except ConfigurationError as error:
-        refuse(error)
+    compose(schema, config_name, sys.modules[work.__module__].__doc__ or "", job)
 
 
 # -- how many ----------------------------------------------------------------------------------------------------------
@@ -77,6 +86,10 @@ def processes_of(parallel: ParallelGroup) -> int:
     return layout_of(parallel).world_size * parallel.replicas
 
 
+def _is_multirun() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def started_by_others() -> bool:
     """Whether torchrun, or srun with several tasks, has started this process as one of several."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -85,3 +98,143 @@ def started_by_others() -> bool:
         _as_torchrun_would()
         return True
     return False
+
+
+def _as_torchrun_would() -> None:
+    """Slurm's variables in torchrun's names."""
+    step = os.environ
+    for name, value in (
+        ("RANK", step["SLURM_PROCID"]),
+        ("WORLD_SIZE", step["SLURM_STEP_NUM_TASKS"]),
+        ("LOCAL_RANK", step["SLURM_LOCALID"]),
+        ("MASTER_PORT", str(20_000 + int(step["SLURM_JOB_ID"]) % 20_000)),
+    ):
+        os.environ.setdefault(name, value)
+    if "MASTER_ADDR" not in os.environ:
+        nodes = step.get("SLURM_STEP_NODELIST") or step["SLURM_JOB_NODELIST"]
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
+
+
+# -- one of the processes ----------------------------------------------------------------------------------------------
+
+
+def _run(work: Work, config: Any) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    results = Results(rank)
+    layout = layout_of(config.parallel)
+    try:
+        layout.check_world(int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:  # every rank has it, and none has started anything
+        if rank == 0:
+            refuse(error)
+        raise SystemExit(USER_ERROR) from None
+    try:
+        from nemo_diffgemma.parallel import initialize, shutdown
+
+        _set_threads(config)
+        initialize(layout)
+        _agree_on_run_directory(config)
+        results.close(work(config, results))
+        shutdown()
+    except Exception as error:
+        _leave(error, rank)
+    if results.failed:
+        raise SystemExit(1)
+
+
+def _set_threads(config: Any) -> None:
+    threads = getattr(getattr(config, "trainer", None), "threads", 0)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _fix_run_directory(config: Any) -> None:
+    """Name the run after this moment, once, where it has no name."""
+    if hasattr(config, "exp_manager") and config.exp_manager.version is None:
+        job = f"-{HydraConfig.get().job.num}" if _is_multirun() else ""
+        config.exp_manager.version = f"{datetime.now():%Y-%m-%d_%H-%M-%S}{job}"
+
+
+def _agree_on_run_directory(config: Any) -> None:
+    """Where each process has composed for itself, rank 0's clock names the run."""
+    import torch.distributed as dist
+
+    if hasattr(config, "exp_manager") and dist.get_world_size() > 1:
+        version = [config.exp_manager.version]
+        dist.broadcast_object_list(version, src=0)
+        config.exp_manager.version = version[0]
+
+
+def _leave(error: Exception, rank: int) -> None:
+    """Exit with this error told once, by whoever is to tell it."""
+    is_users = isinstance(error, ValueError) and "HYDRA_FULL_ERROR" not in os.environ
+    text = str(error) if is_users else "".join(traceback.format_exception(error))
+    if _HANDOVER in os.environ:
+        file = Path(os.environ[_HANDOVER]) / f"error-{rank}.json"
+        file.write_text(json.dumps({"is_users": is_users, "text": text, "rank": rank, "time": time.time()}))
+    else:
+        if rank:
+            time.sleep(10)  # rank 0 mostly has the same to say, and its launcher ends us meanwhile
+        _tell(text, is_users)
+    raise SystemExit(USER_ERROR if is_users else 1)
+
+
+def _tell(text: str, is_users: bool) -> None:
+    if is_users:
+        paragraph(text)
+    else:
+        print(text, file=sys.stderr)
+
+
+# -- the parent of several ---------------------------------------------------------------------------------------------
+
+
+def _become_torchrun(config: Any, processes: int) -> None:
+    """Run this script again in `processes` children and leave with their exit code, unless it is 0."""
+    import torch
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if 0 < torch.cuda.device_count() < processes:
+        refuse(
+            f"parallel.* needs {processes} processes, one a GPU, but this machine has {torch.cuda.device_count()}; use "
+            "a smaller layout (parallel=single), or hide the GPUs to run on the CPU: CUDA_VISIBLE_DEVICES= python ..."
+        )
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # we tell what happened ourselves
+    cores = len(os.sched_getaffinity(0))
+    threads = getattr(getattr(config, "trainer", None), "threads", 0) or max(1, cores // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    command = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", *sys.argv]
+    with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
+        plain = json.dumps(dataclasses.asdict(config)).replace("${", "\\\\${")  # text, no interpolations any more
+        (Path(folder) / "config.json").write_text(plain)
+        os.environ[_HANDOVER] = folder
+        try:
+            torchrun.run(torchrun.parse_args(command))
+        except ChildFailedError as failed:
+            raise SystemExit(_account(Path(folder), failed)) from None
+        except SignalException as stopped:
+            raise SystemExit(128 + stopped.sigval) from None
+        finally:
+            del os.environ[_HANDOVER]
+
+
+def _account(folder: Path, failed: Any) -> int:
+    """Tell what the children left behind, in one message: a user's error before the others, the first of them."""
+    told = sorted(
+        (json.loads(file.read_text()) for file in folder.glob("error-*.json")),
+        key=lambda error: (not error["is_users"], error["time"]),
+    )
+    rank, failure = failed.get_first_failure()
+    if told:
+        _tell(told[0]["text"], told[0]["is_users"])
+        return USER_ERROR if told[0]["is_users"] else 1
+    if failure.exitcode < 0:
+        paragraph(f"process {rank} was ended by {failure.signal_name()}; if it is SIGKILL, memory may have run out")
+        return 128 - failure.exitcode
+    return failure.exitcode

@@ -1,33 +1,36 @@
-"""Fixtures of the whole suite: a pool of ranks for each world size, and tiny checkpoints of the reference."""
+"""Fixtures of the whole suite: a pool of ranks for each world size, and tiny models of the reference.
+
+Everything but `tests/gpu` runs on the CPU, on a machine with GPUs too: they are hidden from this process and from the
+ranks of `pool`, and given to those of `gpu_pool`.
+"""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits, and worse beside a pool
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.pool import Pool
+from tests.pool import Pool, Pools
+
+GPUS = torch.cuda.device_count()  # asks the driver's library, starts nothing
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
-def pool():
+def pool() -> Iterator[Callable[[int], Pool]]:
     """`pool(world)` -> the session's pool of that many gloo ranks; one that died is started again."""
-    pools: dict[int, Pool] = {}
-
-    def get(world: int) -> Pool:
-        if world not in pools or not pools[world].alive:
-            pools[world] = Pool(world)
-        return pools[world]
-
-    yield get
-    for started in pools.values():
-        started.close()
+    pools = Pools()
+    yield pools.get
+    pools.close()
 
 
 @pytest.fixture(scope="session")
@@ -39,18 +42,40 @@ def single() -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint("deep", damp=0.1)` -> directory of a randomised reference model in the released layout."""
+def reference() -> Callable[..., Any]:
+    """`reference("deep", damp=0.1)` -> a randomised model of transformers, shared: tests must not change it.
+
+    `damp` and `sublayers` are `damp_self_conditioning` and `damp_sublayers` of `randomised_model`.
+    """
+    made: dict[tuple, Any] = {}
+
+    def make(size: str, seed: int = 3, damp: float = 1.0, sublayers: float = 1.0) -> Any:
+        key = (size, seed, damp, sublayers)
+        if key not in made:
+            from tests.reference import randomised_model, tiny_config
+
+            model = randomised_model(tiny_config(size), seed, damp, sublayers)
+            # padding_idx=0 would keep the look-up's gradient from row 0, which is a token like any other in the noise
+            model.model.decoder.embed_tokens.padding_idx = None
+            model.model.encoder.language_model.embed_tokens.padding_idx = None
+            made[key] = model
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, reference: Callable[..., Any]) -> Callable[..., Path]:
+    """`checkpoint("deep", damp=0.1)` -> directory of the same reference model in the released layout."""
     made: dict[tuple, Path] = {}
 
-    def make(size: str, seed: int = 3, damp: float = 1.0, shards: int = 2) -> Path:
-        key = (size, seed, damp, shards)
+    def make(size: str, seed: int = 3, damp: float = 1.0, shards: int = 2, sublayers: float = 1.0) -> Path:
+        key = (size, seed, damp, shards, sublayers)
         if key not in made:
-            from tests.reference import randomised_model, save_released_layout, tiny_config
+            from tests.reference import save_released_layout
 
             made[key] = tmp_path_factory.mktemp(size) / "model"
-            reference = randomised_model(tiny_config(size), seed=seed, damp_self_conditioning=damp)
-            save_released_layout(reference, made[key], shards=shards)
+            save_released_layout(reference(size, seed, damp, sublayers), made[key], shards=shards)
         return made[key]
 
     return make

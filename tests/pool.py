@@ -1,6 +1,6 @@
-"""A pool of long-lived gloo ranks: imports of torch and Megatron are paid once a session, not once a test.
+"""A pool of long-lived ranks: imports of torch and Megatron are paid once a session, not once a test.
 
-    pool(2).run("tests.distributed.cases:logits", size="deep", layout=dict(tensor=2))   # -> [result of rank 0, rank 1]
+pool(2).run("tests.distributed.cases:logits", path=..., layout=dict(tensor=2))   # -> [result of rank 0, of rank 1]
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import importlib
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from datetime import timedelta
 from typing import Any
 
 
-def _work(rank: int, world: int, port: int, connection: Any) -> None:
+def _work(rank: int, world: int, port: int, connection: Any, gpus: str, hidden_modules: tuple[str, ...]) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),
@@ -22,7 +23,10 @@ def _work(rank: int, world: int, port: int, connection: Any) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES=gpus,
     )
+    for name in hidden_modules:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it now fails as if it were not installed
     import torch
 
     torch.set_num_threads(1)
@@ -41,9 +45,12 @@ def _work(rank: int, world: int, port: int, connection: Any) -> None:
 
 
 class Pool:
-    """`world` ranks; a job is a module-level function by name, run on all of them with the same arguments."""
+    """`world` ranks; a job is a module-level function by name, run on all of them with the same arguments.
 
-    def __init__(self, world: int) -> None:
+    `gpus` is their CUDA_VISIBLE_DEVICES: none makes them gloo ranks on the CPU, some makes them nccl ranks.
+    """
+
+    def __init__(self, world: int, gpus: str = "", hidden_modules: tuple[str, ...] = ()) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -51,7 +58,9 @@ class Pool:
         self._connections, self._processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, world, port, theirs), daemon=False)
+            process = context.Process(
+                target=_work, args=(rank, world, port, theirs, gpus, hidden_modules), daemon=False
+            )
             process.start()
             self._connections.append(ours)
             self._processes.append(process)
@@ -69,15 +78,20 @@ class Pool:
             if not connection.poll(timeout):
                 self.kill()
                 raise TimeoutError(f"{reference}({arguments}): rank {rank} gave no answer within {timeout} s")
-            results.append(connection.recv())
+            try:
+                results.append(connection.recv())
+            except EOFError:
+                self.kill()
+                raise RuntimeError(f"{reference}({arguments}): rank {rank} died") from None
         errors = [f"rank {rank}:\n{value}" for rank, (kind, value) in enumerate(results) if kind == "error"]
         if errors:
             raise AssertionError("\n".join(errors))
         return [value for _, value in results]
 
     def close(self) -> None:
-        for connection in self._connections:
-            connection.send(None)
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            if process.is_alive():
+                connection.send(None)
         for process in self._processes:
             process.join(20)
         self.kill()
@@ -89,3 +103,22 @@ class Pool:
     def kill(self) -> None:
         for process in self._processes:
             process.kill()
+        for process in self._processes:
+            process.join()
+
+
+class Pools:
+    """Pools by what they were asked for; one that died is started again."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple, Pool] = {}
+
+    def get(self, world: int, **settings: Any) -> Pool:
+        key = (world, *sorted(settings.items()))
+        if key not in self._pools or not self._pools[key].alive:
+            self._pools[key] = Pool(world, **settings)
+        return self._pools[key]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import queue
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_tensors_metadata
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -90,18 +92,30 @@ def save_sharded(
             dist.broadcast_object_list(paths, src=0)
         assert paths[0] is not None
         state = {**sharded_state_dict(network), **(tensors or {}), **(common or {})}
-        # torch's writer takes its plan from a process started by spawn: a script needs `if __name__ == "__main__"`
+        _write_in_process()
         dist_checkpointing.save(state, str(paths[0]))
-        _on_first_rank(lambda: _write_assets(network, paths[0]))  # type: ignore[arg-type]
+        _on_first_rank(lambda: _write_beside(network, paths[0]))  # type: ignore[arg-type]
 
 
-def _write_assets(network: Network, directory: Path) -> None:
-    assets = directory / ASSETS
-    assets.mkdir()
-    huggingface.write_assets(network, assets)
+def _write_in_process() -> None:
+    """Megatron passes the results of its writer through a queue in a process started by spawn, also where, as here, the
+    writer runs in this process: 3 s at the first save, a script that must guard its main part, and a child that a
+    signal to the job kills and that outlives a killed parent. A plain queue does.
+    """
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
+
+
+def write_assets(network: Network, assets: Path) -> None:
+    """What a checkpoint has beside the text model: configuration, tokenizer, carried vision tensors. Rank 0 only."""
+    assets.mkdir(parents=True, exist_ok=True)
     carried = huggingface.carried_tensors(network)
     if carried:
         save_file(carried, assets / "model-vision.safetensors", metadata={"format": "pt"})
+    huggingface.write_assets(network, assets)
+
+
+def _write_beside(network: Network, directory: Path) -> None:
+    write_assets(network, directory / ASSETS)
     (directory / DTYPES).write_text(json.dumps(network.file_dtypes))
 
 

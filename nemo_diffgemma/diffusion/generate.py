@@ -94,7 +94,10 @@ def generate(
         if network.agree(bool(finished_B.all())):
             break
     new = sequences[:, prompt:]
-    emitted_B = new.shape[1] if sampler.pad_token_id is None else (new != sampler.pad_token_id).sum(1)
+    # a tensor in either case: an int divided by a tensor is rounded twice
+    emitted_B = (
+        torch.full_like(forwards_B, new.shape[1]) if sampler.pad_token_id is None else (new != sampler.pad_token_id).sum(1)
+    )
     return Generation(sequences, forwards_B, emitted_B / forwards_B.clamp_min(1))
 
 

@@ -41,7 +41,6 @@ def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta 
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        create_gloo_process_groups=not torch.cuda.is_available(),
     )
     _groups = [group for group in dist.distributed_c10d._world.pg_map if group not in before]
     _layout = layout

@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch import Callback
 from tqdm import tqdm
 
-from nemo_diffgemma.data import collate
 from nemo_diffgemma.training import tasks
+from nemo_diffgemma.training.evaluation import LEVELS, canvas_losses, held_out_rows, sudoku_solve_rate
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 SOLVE_STEPS = 16
 
 
 def keep_lines(file: Path, last_step: int) -> None:
-    """Drop the lines of steps after `last_step`, and whatever an interrupted write left, so that they can be written anew."""
+    """Drop the lines of steps after `last_step`, and what an interrupted write left of one."""
     if not file.exists():
         return
     kept = []
@@ -56,7 +56,7 @@ class MetricsFile(Callback):
 
 
 class Validation(Callback):
-    """Every `every` steps: held-out canvas loss at fixed noise levels, and the solve rate where answers can be checked."""
+    """Every `every` steps: held-out canvas loss at fixed noise levels, and the solve rate of held-out puzzles."""
 
     def __init__(self, run_dir: Path, every: int, examples: int) -> None:
         self.file, self.every, self.examples = run_dir / VALIDATION, every, examples
@@ -74,22 +74,16 @@ class Validation(Callback):
 
     @torch.no_grad()
     def evaluate(self, module: Any) -> dict[str, Any]:
-        from nemo_diffgemma.training.evaluation import LEVELS, canvas_losses, sudoku_solve_rate
-        from nemo_diffgemma.training.model import micro_batches
-
-        network, settings = module.network, module.settings
-        examples = tasks.held_out_examples(settings.data, self.examples)
-        model = network.model
-        eos = model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]
-        (rows,) = micro_batches(collate(examples, model.canvas_length, eos, model.pad_token_id).to(module.device), 0)
-        puzzles = [puzzle for puzzle, _ in tasks.sudoku_task(settings.data).test_set[: self.examples]]
+        network, data, seed = module.network, module.settings.data, module.settings.seed
         network.eval()
         try:
-            losses = canvas_losses(network, rows, LEVELS, settings.seed)
-            rate = sudoku_solve_rate(network, puzzles, SOLVE_STEPS, settings.seed)
+            rows = held_out_rows(data, network.model, self.examples)
+            losses = canvas_losses(network, rows, LEVELS, seed)
+            puzzles = [puzzle for puzzle, _ in tasks.sudoku_task(data).test_set[: self.examples]]
+            solved = sudoku_solve_rate(network, puzzles, SOLVE_STEPS, seed)
         finally:
             network.train()
-        return {"canvas_loss": losses, "solve_rate": rate}
+        return {"canvas_loss": losses, "solve_rate": solved.rate, "tokens_per_forward": solved.tokens_per_forward}
 
 
 class Progress(Callback):

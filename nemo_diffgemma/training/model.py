@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class DiffusionGemmaModel(ModelPT):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.network is not None
         optim = self.settings.optim
-        optimizers.check(optim, self.settings.trainer.max_steps)
+        optimizers.check(optim)
         wrapped = optimizers.data_parallel(self.network, optim)
         self.__dict__["_wrapped"] = wrapped  # not a submodule: its parameters are the network's
         self._adapter = optimizers.MegatronAdapter(optimizers.build(wrapped, optim, self.network.dtype))
@@ -159,7 +159,7 @@ class DiffusionGemmaModel(ModelPT):
         together = partial(
             collate, canvas_length=model.canvas_length, eos_token_id=eos, pad_token_id=model.pad_token_id
         )
-        return DataLoader(examples, batch_sampler=batches, collate_fn=together)  # type: ignore[arg-type]
+        return DataLoader(examples, batch_sampler=batches, collate_fn=together)
 
     def train_dataloader(self) -> DataLoader:
         self.setup_training_data()  # now, when a resumed run knows its step
@@ -186,7 +186,7 @@ class DiffusionGemmaModel(ModelPT):
             )
         finalize_model_grads([wrapped])
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
-        self.optimizers().step()  # type: ignore[union-attr]
+        self.optimizers().step()
         seconds = time.perf_counter() - started
         self.result = StepResult(
             step=step,
@@ -217,7 +217,7 @@ class DiffusionGemmaModel(ModelPT):
         parts = [(rows, choose_canvases(rows, length, config.canvases_per_example, settings.seed)) for rows in
                  micro_batches(batch, settings.data.micro_batch_size)]  # fmt: skip
         counts = sum((count(rows, places, length) for rows, places in parts), Counts(0, 0, 0))
-        totals = Counts(*_sum_over_replicas(torch.tensor(counts, device=device())).tolist())
+        totals = Counts(*_sum_over_replicas(torch.tensor(astuple(counts), device=device())).tolist())
         shares = torch.zeros(3, dtype=torch.float64, device=device())
         for rows, places in parts:
             corrupted = corrupt(
@@ -278,24 +278,36 @@ class DiffusionGemmaModel(ModelPT):
 
 
 def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
-    """The network that `group` describes. Raises on every rank alike for a configuration that makes none."""
+    """The network that `group` describes, with its weights. Raises on every rank alike where there is none."""
+    if group.checkpoint is not None:
+        _check(group)
+        network = load_network(group.checkpoint, DTYPES[group.dtype])
+        network.recompute = group.recompute
+        return network
+    network = empty_network(group)
+    network.init_weights(seed)
+    return network
+
+
+def empty_network(group: ModelGroup, assets: Path | None = None) -> DiffusionGemma:
+    """The network without weights, of `group.architecture` or of the config.json in `assets`."""
+    _check(group)
+    try:
+        model = ModelConfig(**group.architecture) if assets is None else ModelConfig.from_pretrained(assets)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"model.architecture has a key that no network has ({error}); see the fields of ModelConfig"
+        ) from None
+    network = DiffusionGemma(model, DTYPES[group.dtype])
+    network.assets, network.recompute = assets, group.recompute
+    return network
+
+
+def _check(group: ModelGroup) -> None:
     if group.dtype not in DTYPES:
         raise ConfigurationError(f"model.dtype={group.dtype!r}; use one of {', '.join(DTYPES)}")
     if group.recompute not in RECOMPUTE:
         raise ConfigurationError(f"model.recompute={group.recompute!r}; use one of {', '.join(RECOMPUTE)}")
-    if group.checkpoint is not None:
-        network = load_network(group.checkpoint, DTYPES[group.dtype])
-    else:
-        try:
-            model = ModelConfig(**group.architecture)
-        except TypeError as error:
-            raise ConfigurationError(
-                f"model.architecture has a key that no network has ({error}); see the fields of ModelConfig"
-            ) from None
-        network = DiffusionGemma(model, DTYPES[group.dtype])
-        network.init_weights(seed)
-    network.recompute = group.recompute
-    return network
 
 
 def micro_batches(batch: Batch, size: int) -> list[Rows]:

@@ -1,7 +1,7 @@
 """Megatron's optimizer from our configuration: AdamW, learning-rate schedule, and the adapter that Lightning counts.
 
-Weight decay falls on matrices only: Megatron leaves out parameters of one axis. The learning rate is a function of the
-step alone, so nothing of the schedule needs saving.
+Weight decay falls on matrices only: Megatron marks the groups of parameters of one axis. The learning rate is a
+function of the step alone, so nothing of the schedule needs saving.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from nemo_diffgemma.training.schema import ConfigurationError, OptimGroup
 DECAYS = ("constant", "linear", "cosine")
 
 
-def check(optim: OptimGroup, max_steps: int) -> None:
+def check(optim: OptimGroup) -> None:
     """Raise `ConfigurationError` for settings that make no schedule."""
     if optim.decay not in DECAYS:
         raise ConfigurationError(f"optim.decay={optim.decay!r}; use one of {', '.join(DECAYS)}")
     if not 0.0 <= optim.min_lr <= optim.lr or optim.lr == 0.0:
-        raise ConfigurationError(f"optim.min_lr={optim.min_lr}, optim.lr={optim.lr}; expected 0 <= min_lr <= lr, lr > 0")
+        raise ConfigurationError(
+            f"optim.min_lr={optim.min_lr}, optim.lr={optim.lr}; expected 0 <= min_lr <= lr, lr > 0"
+        )
     if not 0.0 <= optim.decay_start <= 1.0:
         raise ConfigurationError(f"optim.decay_start={optim.decay_start}; expected a part of the run, 0 to 1")
-    if not 0 <= optim.warmup_steps <= max_steps:
-        raise ConfigurationError(
-            f"optim.warmup_steps={optim.warmup_steps} of trainer.max_steps={max_steps}; expected 0 <= warmup_steps <= "
-            "max_steps"
-        )
+    if optim.warmup_steps < 0:  # more than max_steps is fine: a short trial of a long run ends inside its warm-up
+        raise ConfigurationError(f"optim.warmup_steps={optim.warmup_steps}; expected 0 or more")
 
 
 def learning_rate(optim: OptimGroup, step: int, max_steps: int) -> float:
-    """Rate of update `step`, counted from 1: linear warm-up, flat until `decay_start` of the run, then down to `min_lr`.
+    """Rate of update `step`, counted from 1: linear warm-up, flat until `decay_start` of the run, down to `min_lr`.
 
     The first decayed update still has the full rate, and the last one is just above `min_lr`.
     """
@@ -73,7 +72,10 @@ def build(wrapped: DistributedDataParallel, optim: OptimGroup, dtype: torch.dtyp
         params_dtype=dtype,
         use_distributed_optimizer=optim.distributed,
     )
-    return get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
+    for group in optimizer.param_groups:  # left to Megatron's own scheduler, which we do not use
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 class MegatronAdapter(torch.optim.Optimizer):

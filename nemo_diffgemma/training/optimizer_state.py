@@ -29,6 +29,7 @@ from nemo_diffgemma.parallel.sharding import shard_of
 
 PREFIX = "optimizer."
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_TORCH = (torch.optim.Adam, torch.optim.AdamW)  # a step counter for each parameter; fused ones have one for a group
 
 
 class _Held(NamedTuple):
@@ -48,23 +49,18 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def _held(optimizer: MegatronOptimizer) -> dict[Tensor, _Held]:
     found = {}
     for part in _parts(optimizer):
+        state = part.optimizer.state
         if isinstance(part, DistributedOptimizer):
             for parameter, (group, order) in part.model_param_group_index_map.items():
                 main = part.optimizer.param_groups[group]["params"][order]
                 span = part._get_model_param_range_map(parameter)["param"]
-                found[parameter] = _Held(main, part.optimizer.state[main], slice(span.start, span.end))
+                found[parameter] = _Held(main, state[main], slice(span.start, span.end))
         else:
-            mains = [main for group in part.optimizer.param_groups for main in group["params"]]
-            models = {id(p.main_param): p for c in part_models(part) for p in c if hasattr(p, "main_param")}
-            for main in mains:
-                parameter = models.get(id(main), main)
-                found[parameter] = _Held(main, part.optimizer.state[main], slice(0, parameter.numel()))
+            low = [parameter for group in getattr(part, "float16_groups", []) for parameter in group]
+            of_main = {id(parameter.main_param): parameter for parameter in low}
+            for main in (main for group in part.optimizer.param_groups for main in group["params"]):
+                found[of_main.get(id(main), main)] = _Held(main, state[main], slice(0, main.numel()))
     return found
-
-
-def part_models(part: MegatronOptimizer) -> list[list[Tensor]]:
-    """Groups of bfloat16 parameters that have a float32 copy."""
-    return getattr(part, "float16_groups", [])
 
 
 def _kinds(network: nn.Module) -> tuple[str, ...]:
@@ -150,8 +146,8 @@ def _missing(network: nn.Module, directory: Path) -> CheckpointError | None:
         missing = [name for name, _ in network.named_parameters() if f"{PREFIX}{kind}.{name}" not in found]
         if missing:
             return CheckpointError(
-                f"{directory} has no optimizer state `{kind}` for {len(missing)} parameters, first {missing[0]}: it was "
-                f"saved without, or with another model.dtype; start a new run from its weights with "
+                f"{directory} has no optimizer state `{kind}` for {len(missing)} parameters, first {missing[0]}: it "
+                "was saved without, or with another model.dtype; start a new run from its weights with "
                 f"model.checkpoint={directory}"
             )
     return None
@@ -168,23 +164,21 @@ def _buffers(network: nn.Module, kind: str) -> Iterator[tuple[str, ShardedTensor
 def _prime(optimizer: MegatronOptimizer) -> None:
     """AdamW makes its state at its first update; make it now where there was none."""
     for part in _parts(optimizer):
-        fused = not isinstance(part.optimizer, torch.optim.Optimizer) or not isinstance(
-            part.optimizer, (torch.optim.Adam, torch.optim.AdamW)
-        )
+        counts_by_parameter = isinstance(part.optimizer, _TORCH)
         for group in part.optimizer.param_groups:
             for main in group["params"]:
                 state = part.optimizer.state[main]
                 for kind in MOMENTS:
                     if kind not in state:
                         state[kind] = torch.zeros_like(main)
-                if not fused and "step" not in state:
+                if counts_by_parameter and "step" not in state:
                     state["step"] = torch.tensor(0.0)
 
 
 def _set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
-            if "step" in group or not isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            if not isinstance(part.optimizer, _TORCH):
                 group["step"] = steps
             for main in group["params"]:
                 if "step" in part.optimizer.state[main]:  # a tensor of its own: AdamW increments it in place

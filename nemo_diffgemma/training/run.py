@@ -3,12 +3,14 @@
     train(config, run_dir)      # in every process that torchrun or srun started, or in a single one
 
 The run directory: `metrics.jsonl`, `validation.jsonl`, `checkpoints/step-N`, `assets/` (tokenizer, sampler defaults),
-TensorBoard events. Started again, the run continues from its last complete checkpoint.
+`logs/` (NeMo's, TensorBoard events). Started again, the run continues from its last complete checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
+from nemo.lightning.callback_group import CallbackGroup
+from nemo.lightning.one_logger_callback import OneLoggerNeMoCallback
+from nemo.utils import logging as nemo_logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 
@@ -26,11 +32,11 @@ from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.groups import agree_error, initialize, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.training import callbacks, optimizer, tasks
-from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings
+from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings, empty_network
 from nemo_diffgemma.training.schema import ConfigurationError, ExpManagerGroup, TrainConfig
-from nemo_diffgemma.training.strategy import trainer as make_trainer
+from nemo_diffgemma.training.strategy import MegatronStrategy
 
-CHECKPOINTS, ASSETS = "checkpoints", "assets"
+CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
 
 
 @dataclass(frozen=True)
@@ -50,18 +56,20 @@ def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
     first step, and `TrainingError` where the loss is no number.
     """
     run_dir = Path(run_dir).absolute()
+    _quiet()
     _set_threads(config.trainer.threads)
     initialize(layout_of(config))
     _check(config)
     resumed = _checkpoint_to_resume(config, run_dir)
     model = DiffusionGemmaModel(ModelSettings.of(config))
-    if resumed is not None:  # its weights come from the checkpoint, whatever the run began with
-        model.settings.network.checkpoint = str(resumed)
-    model.configure_model()
+    if resumed is None:
+        model.configure_model()
+    else:  # Lightning fills it, and the optimizer, from the checkpoint
+        model.network = empty_network(config.model, resumed / sharded.ASSETS)
     assert model.network is not None
     tasks.check(config.data, model.network.model)
     _write_assets(model.network, run_dir)
-    trainer = make_trainer(config.trainer.max_steps, _callbacks(config, run_dir))
+    trainer = _trainer(config.trainer.max_steps, _callbacks(config, run_dir))
     exp_manager(trainer, _exp_manager(config, run_dir, resumed))
     model.set_trainer(trainer)
     trainer.fit(model, ckpt_path=None if resumed is None else str(resumed))
@@ -77,6 +85,21 @@ def layout_of(config: TrainConfig) -> ParallelLayout:
     return ParallelLayout(sizes.tensor, sizes.expert, sizes.expert_tensor, sizes.pipeline, sizes.context)
 
 
+def _quiet() -> None:
+    """Without what Megatron and Lightning say at every start, and NeMo's telemetry.
+
+    The telemetry has no receiver here; after an error it keeps its spans open, refuses the next run of the process and
+    writes files into the working directory.
+    """
+    nemo_logging.setLevel(logging.WARNING)
+    for talkative in ("megatron.core", "lightning.pytorch"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    # says at each checkpoint that asynchronous writing, which is not used, has another way now
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+    telemetry = CallbackGroup.get_instance()._callbacks
+    telemetry[:] = [callback for callback in telemetry if not isinstance(callback, OneLoggerNeMoCallback)]
+
+
 def _set_threads(wanted: int) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // here))
@@ -86,7 +109,7 @@ def _check(config: TrainConfig) -> None:
     """Refuse what would fail after the network is built."""
     if config.trainer.max_steps < 1:
         raise ConfigurationError(f"trainer.max_steps={config.trainer.max_steps}; expected at least 1")
-    optimizer.check(config.optim, config.trainer.max_steps)
+    optimizer.check(config.optim)
     replicas = process_groups().dp_cp.size()
     Batches(config.data.global_batch_size, 0, replicas)  # raises where the batch cannot be shared
     share, micro = config.data.global_batch_size // replicas, config.data.micro_batch_size
@@ -96,6 +119,26 @@ def _check(config: TrainConfig) -> None:
             f"of data.global_batch_size={config.data.global_batch_size}; use a divisor, or 0 for all at once"
         )
     tasks.sudoku_task(config.data)
+
+
+def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
+    """A Lightning trainer that leaves loggers and checkpoints to NeMo's exp_manager and the rest to Megatron."""
+    return Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        strategy=MegatronStrategy(),
+        max_steps=max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=False,
+        callbacks=wanted,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
 
 
 # -- files of the run ------------------------------------------------------------------------------------------------
@@ -130,18 +173,21 @@ def _checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
 
 
 def _write_assets(network: DiffusionGemma, run_dir: Path) -> None:
-    """Tokenizer and sampler defaults of a network trained from scratch, so that its checkpoints take text prompts."""
-    if network.assets is not None and (network.assets / "tokenizer.json").is_file():
-        return
+    """Keep in the run what every checkpoint has beside the weights, whatever becomes of where it came from.
+
+    A network trained from scratch gets tokenizer and sampler defaults of its data, so that it takes text prompts.
+    """
     assets = run_dir / ASSETS
-    error: OSError | None = None
-    if dist.get_rank() == 0:
+    error: Exception | None = None
+    if dist.get_rank() == 0 and not (assets / "config.json").is_file():
         try:
             assets.mkdir(parents=True, exist_ok=True)
-            build_tokenizer().save_pretrained(assets)
-            sampler = {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
-            (assets / "generation_config.json").write_text(json.dumps(sampler, indent=2) + "\n")
-        except OSError as found:
+            if network.assets is None:
+                build_tokenizer().save_pretrained(assets)
+                sampler = {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+                (assets / "generation_config.json").write_text(json.dumps(sampler, indent=2) + "\n")
+            sharded.write_assets(network, assets)  # config.json last: it says that the others are there
+        except (OSError, sharded.CheckpointError) as found:
             error = found
     agree_error(error)
     network.assets = assets
@@ -156,16 +202,18 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Any]:
 
 
 def _exp_manager(config: TrainConfig, run_dir: Path, resumed: Path | None) -> dict[str, Any]:
-    """NeMo's settings. Which checkpoint to resume is ours to say: NeMo looks for names that end in `last` only."""
+    """NeMo's settings. It has a folder of its own, since it moves away every file that it finds at its start; which
+    checkpoint to resume is ours to say, since it looks for names that end in `last` only.
+    """
     group: ExpManagerGroup = config.exp_manager
     return {
-        "explicit_log_dir": str(run_dir),
+        "explicit_log_dir": str(run_dir / LOGS),
         "resume_from_checkpoint": None if resumed is None else str(resumed),
         "use_datetime_version": False,
         "seconds_to_sleep": 0,
         "create_tensorboard_logger": group.tensorboard,
         "create_wandb_logger": group.wandb_project is not None,
-        "wandb_logger_kwargs": {"project": group.wandb_project, "name": group.name, "save_dir": str(run_dir)},
+        "wandb_logger_kwargs": {"project": group.wandb_project, "name": group.name, "save_dir": str(run_dir / LOGS)},
         "create_preemption_callback": False,
         "disable_validation_on_resume": False,
         "log_step_timing": False,
@@ -189,5 +237,9 @@ def _last_loss(model: DiffusionGemmaModel, run_dir: Path) -> float:
     """Of the last step; a run that had reached its end before reads it from its metrics."""
     if model.result is not None:
         return model.result.loss
-    lines = (run_dir / callbacks.METRICS).read_text().splitlines()
-    return float(json.loads(lines[-1])["loss"])
+    box = [math.nan]
+    if dist.get_rank() == 0:
+        lines = (run_dir / callbacks.METRICS).read_text().splitlines()
+        box = [float(json.loads(line)["loss"]) for line in lines[-1:]] or box
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

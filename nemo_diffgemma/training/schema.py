@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.objective import ObjectiveConfig
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of replaced tokens at which canvas loss is measured
+BUDGETS = (1, 2, 4, 8, 16, 48)  # numbers of denoising steps with which puzzles are solved
 
 
 class ConfigurationError(ValueError):
@@ -98,6 +102,12 @@ class ExpManagerGroup:
     tensorboard: bool = True
     wandb_project: str | None = None
 
+    @property
+    def run_dir(self) -> Path:
+        """The run directory, once the version is fixed."""
+        assert self.version is not None
+        return Path(self.exp_dir) / self.name / self.version
+
 
 @dataclass
 class SamplerGroup:
@@ -133,10 +143,10 @@ _ARCHITECTURE = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name 
 
 
 def validate[Schema](config: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Schema:
-    """`config` as an instance of `schema`. Raises `ConfigurationError` naming the key, its group and the closest one."""
+    """`config` as an instance of `schema`. Raises `ConfigurationError` naming the key, group and closest one."""
     try:
         # as plain values: a DictConfig to which Hydra's `+key=value` has added keys would bring them along
-        plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+        plain = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
         merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
         _check_architecture(OmegaConf.select(merged, "model.architecture") or {})
         checked = OmegaConf.to_object(merged)
@@ -171,6 +181,7 @@ def unknown_key(key: str, known: list[str]) -> str:
     message = f"unknown key {key}"
     likely = [f"{group}.{near}" if group else near for near in difflib.get_close_matches(name, others, n=1, cutoff=0.7)]
     likely += [other for other in known if other.rpartition(".")[2] == name]  # right name, wrong group
+    likely += [f"{group}.{near}" for near in difflib.get_close_matches(name, others, n=1, cutoff=0)] if group else []
     likely += difflib.get_close_matches(key, known, n=1, cutoff=0)
     message += f"; did you mean {likely[0]}?"
     if others:

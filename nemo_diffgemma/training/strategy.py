@@ -1,8 +1,8 @@
 """Lightning over Megatron: processes and groups exist already, gradients are Megatron's, checkpoints are sharded.
 
-`parallel.initialize(layout)` made the world; this strategy neither starts processes nor wraps the model. A checkpoint is a
-directory that all ranks write, named as the path without ".ckpt" (NeMo's convention), with the optimizer's state beside
-the weights. It can be resumed in another layout; in the same one the run continues bit for bit on a CPU.
+`parallel.initialize(layout)` made the world; this strategy neither starts processes nor wraps the model. A checkpoint
+is a directory that all ranks write, named as the path without ".ckpt" (NeMo's convention), with the optimizer's state
+beside the weights. It can be resumed in another layout; in the same one the run continues bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from nemo.utils.app_state import AppState
 from torch import Tensor
@@ -36,7 +35,7 @@ class MegatronStrategy(Strategy):
         layout, groups = current_layout(), process_groups()  # raises where there are none
         self.global_rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         state = AppState()  # what NeMo's checkpoint callback and archives ask
         state.world_size, state.global_rank, state.local_rank = self.world_size, self.global_rank, self.local_rank
         state.model_parallel_size = layout.world_size
@@ -138,23 +137,3 @@ class MegatronStrategy(Strategy):
 
 def _directory(path: Any) -> Path:
     return Path(os.fspath(path).removesuffix(".ckpt"))
-
-
-def trainer(max_steps: int, callbacks: list[Any]) -> Trainer:
-    """A Lightning trainer that leaves loggers and checkpoints to NeMo's exp_manager and the rest to Megatron."""
-    return Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        strategy=MegatronStrategy(),
-        max_steps=max_steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
+from nemo_diffgemma.parallel import ParallelLayout, device, initialize, process_groups
 
 
 def load(path: str, layout: dict[str, int], dtype: torch.dtype = torch.float32) -> Any:
@@ -18,21 +18,25 @@ def load(path: str, layout: dict[str, int], dtype: torch.dtype = torch.float32) 
     return DiffusionGemma.from_huggingface(path, dtype=dtype)
 
 
-def logits(
-    path: str,
-    layout: dict[str, int],
+def logits(path: str, layout: dict[str, int], questions: list[dict[str, Any]], dtype: str = "float32") -> list[Tensor]:
+    """Answers to some `tests.parity.questions`, as this rank has them."""
+    model = load(path, layout, getattr(torch, dtype))
+    return [answer(model, **question) for question in questions]
+
+
+def answer(
+    model: Any,
     input_ids: Tensor,
     canvas: Tensor,
     attention_mask: Tensor | None = None,
     self_conditioning_logits: Tensor | None = None,
     finished: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """Logits of a canvas after a prompt and finished canvases."""
-    model = load(path, layout)
+    """Logits of a canvas after a prompt and finished canvases, each committed in the pass of a denoising step."""
     cache = model.encode(input_ids, attention_mask)
     for tokens in finished:
-        cache = model.denoising_step(canvas, cache, context=tokens).cache
-    return model.denoise(canvas, cache, self_conditioning_logits)
+        cache = model.denoising_step(canvas.to(device()), cache, context=tokens.to(device())).cache
+    return model.denoise(canvas, cache, self_conditioning_logits).cpu()
 
 
 def gradients(
@@ -101,10 +105,17 @@ def _shares(rows: Any, rank: int, replicas: int, micro_batches: int) -> Any:
         yield type(rows)(*(part[cut] for part in rows))
 
 
-def generate(path: str, layout: dict[str, int], input_ids: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences, forwards and tokens per forward."""
-    result = load(path, layout).generate(input_ids, **arguments)
-    return result.sequences, result.forwards, result.tokens_per_forward
+def generate(path: str, layout: dict[str, int], asked: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Sequences, forwards and tokens per forward of some `tests.parity.generations`."""
+    model = load(path, layout)
+    return [generated(model, **arguments) for arguments in asked]
+
+
+def generated(model: Any, sampler: dict[str, Any], **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from nemo_diffgemma import SamplerConfig
+
+    result = model.generate(sampler=SamplerConfig(**sampler), **arguments)
+    return result.sequences.cpu(), result.forwards.cpu(), result.tokens_per_forward.cpu()
 
 
 def round_trip(path: str, layout: dict[str, int], target: str, dtype: str = "float32") -> tuple[int, int]:

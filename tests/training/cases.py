@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def config(steps: int = 4, every: int = 0, layout: dict | None = None, **keys: A
     made.data.test_puzzles = 8
     made.optim.lr = 1e-2
     made.optim.weight_decay = 0.01
-    made.optim.warmup_steps = 2
+    made.optim.warmup_steps = min(2, steps)
     made.trainer.max_steps = steps
     made.trainer.checkpoint_every = every
     made.trainer.threads = 1
@@ -44,8 +45,8 @@ def config(steps: int = 4, every: int = 0, layout: dict | None = None, **keys: A
     for axis, size in (layout or {}).items():
         setattr(made.parallel, axis, size)
     for name, value in keys.items():
-        group, _, key = name.rpartition("__")
-        setattr(getattr(made, group) if group else made, key, value)
+        *groups, key = name.split("__")
+        setattr(functools.reduce(getattr, groups, made), key, value)
     return made
 
 
@@ -57,3 +58,98 @@ def run(directory: str, **settings: Any) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
     assert result.step == settings.get("steps", 4) and result.loss == lines[-1]["loss"]
     return lines
+
+
+def interrupted(directory: str, stop_after: int, **settings: Any) -> None:
+    """Train, and leave what a kill after `stop_after` steps leaves: metrics up to it, checkpoints from before it."""
+    import shutil
+
+    import torch.distributed as dist
+
+    from nemo_diffgemma.training import callbacks
+    from nemo_diffgemma.training.run import train
+
+    before = callbacks.MetricsFile.on_train_batch_end
+
+    def stop(self: Any, trainer: Any, *rest: Any) -> None:
+        before(self, trainer, *rest)
+        trainer.should_stop = trainer.global_step == stop_after
+
+    callbacks.MetricsFile.on_train_batch_end = stop  # type: ignore[method-assign]
+    try:
+        result = train(config(**settings), directory)
+    finally:
+        callbacks.MetricsFile.on_train_batch_end = before  # type: ignore[method-assign]
+    assert result.step == stop_after
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(result.checkpoint)
+    dist.barrier()
+
+
+def losses(directory: str, **settings: Any) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step of a run."""
+    return [(line["loss"], line["grad_norm"]) for line in run(directory, **settings)]
+
+
+def interrupted_and_resumed(directory: str, **settings: Any) -> list[dict[str, Any]]:
+    """Metrics of a run of 6 steps that stopped after 5 and went on from the checkpoint of step 3."""
+    interrupted(directory, stop_after=5, steps=6, every=3, **settings)
+    return run(directory, steps=6, every=3, **settings)
+
+
+def resumed_elsewhere(directory: str, before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Metrics of a run that stopped with the settings `before` and went on with those of `after`."""
+    interrupted(directory, stop_after=5, steps=6, every=3, **before)
+    return run(directory, steps=6, every=3, **after)
+
+
+def _restored(path: str) -> Any:
+    from nemo_diffgemma.training.model import DiffusionGemmaModel
+
+    return DiffusionGemmaModel.restore_from(path)
+
+
+def save_archive(directory: str, path: str, layout: dict[str, int]) -> None:
+    """Train a little and write the last checkpoint as a `.nemo`."""
+    from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings
+
+    run(directory, steps=2, layout=layout)
+    settings = config(layout=layout, model__checkpoint=f"{directory}/checkpoints/step-2")
+    model = DiffusionGemmaModel(ModelSettings.of(settings))
+    model.configure_model()
+    model.save_to(path)
+
+
+def weights_of_archive(path: str, layout: dict[str, int]) -> dict[str, Any]:
+    """Whole tensors of a restored archive, on rank 0."""
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+
+    initialize(ParallelLayout(**layout))
+    return _whole(_restored(path).network)
+
+
+def weights_of(path: str, layout: dict[str, int]) -> dict[str, Any]:
+    """Whole tensors of any checkpoint, on rank 0."""
+    from nemo_diffgemma.checkpoint.open import load_network
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+
+    initialize(ParallelLayout(**layout))
+    return _whole(load_network(path))
+
+
+def _whole(network: Any) -> dict[str, Any]:
+    from nemo_diffgemma.checkpoint.huggingface import full_tensors
+    from nemo_diffgemma.checkpoint.names import text_tensors
+
+    names = [name for name, _ in text_tensors(network)]
+    return {name: tensor.numpy() for name, tensor in full_tensors(network, names)}
+
+
+def message(directory: str, **settings: Any) -> str:
+    """What a run that cannot start says on this rank."""
+    try:
+        run(directory, **settings)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

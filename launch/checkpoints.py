@@ -1,0 +1,82 @@
+"""The checkpoint argument of the entry points: open it, or say what it holds without reading its tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
+
+from nemo_diffgemma.checkpoint import nemo_archive, sharded
+from nemo_diffgemma.checkpoint.huggingface import TensorFiles
+from nemo_diffgemma.checkpoint.names import released_name, released_shape
+from nemo_diffgemma.checkpoint.open import format_of, load_network
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.training.schema import ConfigurationError, SamplerGroup
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def open_network(checkpoint: str, dtype: str) -> DiffusionGemma:
+    """The network of a checkpoint of any format, in the current layout. Raises one-paragraph errors on every rank."""
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"dtype={dtype!r}; use one of {', '.join(DTYPES)}")
+    return load_network(checkpoint, DTYPES[dtype])
+
+
+def sampler_of(network: DiffusionGemma, overrides: SamplerGroup) -> SamplerConfig:
+    """The checkpoint's sampler settings with the given ones in place."""
+    given = {name: value for name, value in vars(overrides).items() if value is not None}
+    return SamplerConfig.from_mapping({**vars(network.sampler_defaults), **given})
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Tensors of a checkpoint as a released-format directory has them, whatever format it is in."""
+
+    tensors: int
+    bytes: int
+    dtype: str  # that holds every value of the text model exactly
+
+
+def contents(checkpoint: str) -> Contents:
+    """What a checkpoint holds, from its headers. Raises `CheckpointError`."""
+    found = format_of(checkpoint)
+    if found == "sharded":
+        return _of_sharded(Path(checkpoint).expanduser())
+    if found == "nemo":
+        return _of_directory(nemo_archive.unpack(checkpoint) / nemo_archive.WEIGHTS)
+    return _of_directory(Path(checkpoint).expanduser())
+
+
+def _of_directory(directory: Path) -> Contents:
+    with TensorFiles(directory) as files:
+        headers = [files.slice(name) for name in files.files]
+        dtypes = {header.get_dtype() for header in headers}
+        size = sum(prod(header.get_shape()) * _BYTES[header.get_dtype()] for header in headers)
+    return Contents(len(headers), size, "bfloat16" if dtypes == {"BF16"} else "float32")
+
+
+def _of_sharded(directory: Path) -> Contents:
+    model = ModelConfig.from_pretrained(directory / sharded.ASSETS)
+    dtypes = json.loads((directory / sharded.DTYPES).read_text())
+    stored = {
+        key.removeprefix(sharded.MODEL): tensor
+        for key, tensor in load_tensors_metadata(str(directory)).items()
+        if key.startswith(sharded.MODEL)
+    }
+    size = 0
+    for name, tensor in stored.items():
+        released = released_shape(name, tuple(tensor.global_shape), model)
+        size += prod(released) * _BYTES.get(dtypes.get(released_name(name), ""), tensor.dtype.itemsize)
+    carried = Contents(0, 0, "float32")
+    if any((directory / sharded.ASSETS).glob("*.safetensors")):
+        carried = _of_directory(directory / sharded.ASSETS)
+    exact = "bfloat16" if {tensor.dtype for tensor in stored.values()} == {torch.bfloat16} else "float32"
+    return Contents(len(stored) + carried.tensors, size + carried.bytes, exact)

@@ -1,0 +1,73 @@
+"""Convert a checkpoint: between a Hugging Face directory, a sharded checkpoint and a .nemo archive, bit for bit.
+
+    python launch/convert.py source=runs/sudoku_cpu/mine/checkpoints/step-1300 target=/tmp/sudoku format=huggingface
+    python launch/convert.py source=<directory> target=model.nemo format=nemo
+    python launch/convert.py source=<directory> target=out format=sharded dry_run=true      # reads headers only
+
+The last line is JSON: tensors, bytes (as a Hugging Face directory holds them), peak_memory (of the largest process).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from omegaconf import MISSING
+
+from launch.output import Results
+from launch.processes import launch
+from nemo_diffgemma.training.schema import ParallelGroup
+
+
+@dataclass
+class ConvertConfig:
+    """What `launch/convert.py` reads."""
+
+    source: str = MISSING  # a checkpoint of any format
+    target: str = MISSING  # a directory that is empty or does not exist; for nemo a file
+    format: str = "huggingface"  # sharded, nemo
+    dry_run: bool = False  # say what would be converted
+    parallel: ParallelGroup = field(default_factory=ParallelGroup)
+
+
+def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:
+    """Convert one checkpoint."""
+    from launch.checkpoints import contents, open_network
+    from nemo_diffgemma.checkpoint.huggingface import CheckpointError
+    from nemo_diffgemma.checkpoint.open import FORMATS, save_network
+
+    if config.format not in FORMATS:
+        raise CheckpointError(f"format={config.format!r}; use one of {', '.join(FORMATS)}")
+    found = contents(config.source)
+    if not config.dry_run:
+        save_network(open_network(config.source, found.dtype), config.target, config.format)
+        written = contents(config.target)
+        if (written.tensors, written.bytes) != (found.tensors, found.bytes):
+            raise CheckpointError(
+                f"{config.source} holds {found.tensors} tensors of {found.bytes} bytes, but {config.target} has "
+                f"{written.tensors} of {written.bytes}; do not use it, and report this as a defect"
+            )
+    verb = "would be written" if config.dry_run else "written"
+    results.show(f"{found.tensors} tensors, {found.bytes / 1e9:.3f} GB {verb} to {config.target} ({config.format})")
+    return {"tensors": found.tensors, "bytes": found.bytes, "peak_memory": _peak_memory()}
+
+
+def _peak_memory() -> int:
+    """Bytes of resident memory of the process that had most."""
+    import torch
+    import torch.distributed as dist
+
+    from nemo_diffgemma.parallel import device
+
+    peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak)
+
+
+if __name__ == "__main__":
+    launch(convert, ConvertConfig, "convert")

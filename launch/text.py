@@ -1,0 +1,58 @@
+"""Text and token ids: the tokenizer beside a checkpoint, if it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_diffgemma.training.schema import ConfigurationError
+
+
+class Text:
+    """Prompts into ids and ids into text. `directory` is where a checkpoint keeps its tokenizer, or None."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+        self.tokenizer: Any = None
+        if directory is not None and (directory / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def encode(self, prompt: str, chat: bool) -> list[int]:
+        """Ids of a prompt, in the chat template where there is one and `chat` is true.
+
+        Raises `ConfigurationError` without a tokenizer, and for characters that it does not know.
+        """
+        if self.tokenizer is None:
+            raise ConfigurationError(
+                f"{self.directory or 'this checkpoint'} has no tokenizer.json, so it cannot read prompt=...; give "
+                "token ids: prompt_ids=[2,10,11]"
+            )
+        try:
+            if chat and self.tokenizer.chat_template:
+                turn = [{"role": "user", "content": prompt}]
+                return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+            return self.tokenizer(prompt).input_ids
+        except Exception as error:  # the tokenizers library raises nothing more special
+            raise ConfigurationError(
+                f"the tokenizer of this checkpoint cannot read prompt={prompt!r} ({error}); are all its characters in "
+                f"the vocabulary? {self._vocabulary()}"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str | None:
+        """Text without special tokens; None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """One piece of text a token; the id itself without a tokenizer."""
+        if self.tokenizer is None:
+            return [str(id) for id in ids]
+        return [self.tokenizer.decode([id]) for id in ids]
+
+    def _vocabulary(self) -> str:
+        if len(self.tokenizer) > 1000:
+            return ""
+        known = sorted(token for token in self.tokenizer.get_vocab() if len(token) == 1)
+        return f"They are: {''.join(known)}"

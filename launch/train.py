@@ -1,0 +1,36 @@
+"""Train or fine-tune.
+
+    python launch/train.py experiment=sudoku_cpu                               # what `make demo` trains
+    python launch/train.py experiment=sudoku_cpu trainer.max_steps=20 seed=1 exp_manager.exp_dir=/tmp/runs
+    python launch/train.py model=tiny parallel=tp2_ep2 data.global_batch_size=8
+    python launch/train.py model.checkpoint=<directory> optim=finetune parallel=tp4_ep8
+    python launch/train.py experiment=sudoku_cpu exp_manager.version=mine      # again: continues runs/sudoku_cpu/mine
+
+The number of processes follows from parallel.*; they are started here unless torchrun or srun has done so.
+Results go to exp_dir/name/version; the last line of standard output is JSON: run_dir, checkpoint, step, loss.
+What every key means: nemo_diffgemma/training/schema.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.output import Results
+from launch.processes import launch
+from nemo_diffgemma.training.schema import TrainConfig
+
+
+def train(config: TrainConfig, results: Results) -> dict[str, Any]:
+    """Train; everything else is in the run directory."""
+    from nemo_diffgemma.training import run  # NeMo: ten seconds
+
+    done = run.train(config, config.exp_manager.run_dir)
+    return {"run_dir": str(done.run_dir), "checkpoint": str(done.checkpoint), "step": done.step, "loss": done.loss}
+
+
+if __name__ == "__main__":
+    launch(train, TrainConfig, "config")

@@ -1,0 +1,101 @@
+"""How good a network is: canvas loss at fixed noise levels, and the puzzles that it solves. No gradient, no NeMo.
+
+    losses = canvas_losses(network, held_out_rows(data, network.model), LEVELS, seed=0)    # {0.1: 0.02, ...}
+    rate, tokens_per_forward = sudoku_solve_rate(network, puzzles, steps=16, seed=0)
+
+All functions are collective, and give the same on every rank. Shapes: M canvases of C tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.data import collate, encode_puzzle, solve_rate
+from nemo_diffgemma.diffusion.noise import KeyedNoise
+from nemo_diffgemma.diffusion.objective import Rows, choose_canvases, corrupt
+from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.training import tasks
+from nemo_diffgemma.training.schema import LEVELS as LEVELS
+from nemo_diffgemma.training.schema import DataGroup
+
+
+class SolveRate(NamedTuple):
+    """Share of puzzles solved, and canvas tokens per denoising step over all of them."""
+
+    rate: float
+    tokens_per_forward: float
+
+
+def held_out_rows(data: DataGroup, model: ModelConfig, wanted: int | None = None) -> Rows:
+    """The first `wanted` held-out examples (None: all), filled with EOS to whole canvases.
+
+    Raises `ConfigurationError` where the network cannot read this data.
+    """
+    tasks.check(data, model)
+    eos = model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]
+    examples = tasks.held_out_examples(data, data.test_puzzles if wanted is None else wanted)
+    batch = collate(examples, model.canvas_length, eos, model.pad_token_id)
+    return Rows(
+        batch.tokens_BS.to(device()),
+        batch.prompt_lengths_B.tolist(),
+        batch.lengths_B.tolist(),
+        batch.samples_B.tolist(),
+    )
+
+
+@torch.no_grad()
+def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], seed: int) -> dict[float, float]:
+    """Mean cross-entropy (nats) of all canvas tokens, all replaced with the same probability; by that probability.
+
+    Without self-conditioning: what the first denoising step of a canvas with that much noise has to go by.
+    """
+    places = choose_canvases(rows, network.model.canvas_length, 0, seed)
+    cache = network.encode_clean(rows.tokens_BS)
+    canvases = [(place.row, place.start) for place in places]
+    losses = {}
+    for level in levels:
+        corrupted = corrupt(
+            rows, places, network.model.canvas_length, network.model.vocab_size, seed, level=float(level)
+        )
+        hidden = network.canvas_hidden(corrupted.noised_MC, canvases, cache, None)
+        labels = corrupted.clean_MC.flatten()
+        weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
+        losses[float(level)] = float(network.cross_entropy(hidden, labels, weights)[0])
+    return losses
+
+
+@torch.no_grad()
+def sudoku_solve_rate(
+    network: DiffusionGemma,
+    puzzles: Sequence[Sequence[int]],
+    steps: int,
+    seed: int,
+    batch: int = 400,
+    sampler: SamplerConfig | None = None,
+) -> SolveRate:
+    """Share of `puzzles` solved exactly with at most `steps` denoising steps, `batch` puzzles at a time.
+
+    Puzzle i draws its noise by (seed, i), whatever the batch. `sampler` gives the other settings.
+    """
+    sampler = dataclasses.replace(
+        sampler or SamplerConfig(), max_denoising_steps=steps, eos_token_id=None, pad_token_id=None
+    )
+    model, cells = network.model, len(puzzles[0])
+    responses, forwards = [], 0
+    for start in range(0, len(puzzles), batch):
+        part = puzzles[start : start + batch]
+        keys = range(start, start + len(part))
+        noise = KeyedNoise([seed] * len(part), keys, model.canvas_length, model.vocab_size, device())
+        prompts = torch.tensor([encode_puzzle(puzzle) for puzzle in part])
+        found = network.generate(prompts, max_new_tokens=cells, sampler=sampler, noise=noise)
+        responses.append(found.sequences[:, prompts.shape[1] :].cpu())
+        forwards += int(found.forwards.sum())
+    answers = torch.cat(responses)
+    return SolveRate(solve_rate(puzzles, answers), answers.numel() / forwards)

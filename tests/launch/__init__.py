@@ -1,0 +1,1 @@
+"""The entry points: their configuration, their processes, their output."""

@@ -1,0 +1,95 @@
+"""Training steps whose loss and gradients are compared: here, in every layout, at every recompute level and on GPUs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_diffgemma.diffusion import objective as method
+from tests.reference import SIZES
+from tests.reference import objective as reference_objective
+
+SEED = 5
+
+PROMPTS, CANVASES = (3, 11, 5, 9), (3, 1, 2, 3)  # of four rows: below and above the window, and around it at some start
+OBJECTIVES: dict[str, tuple[dict[str, Any], tuple[bool, ...]]] = {
+    # name: (ObjectiveConfig, coin of each row: is it shown the first pass's prediction?)
+    "two_canvases": (dict(canvases_per_example=2, autoregressive_weight=0.7), (False, False, True, True)),
+    "all_canvases_by_token": (dict(canvases_per_example=0, reduction="token"), (True, False, True, False)),
+    "no_coin": (dict(canvases_per_example=1), (False, False, False, False)),
+}
+
+
+class Step(NamedTuple):
+    """Loss and whole gradients by released name."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def asked(size: str, name: str) -> dict[str, Any]:
+    """Arguments of `cases.gradients`. The rows' samples are such that keyed coins come out as `OBJECTIVES` wants."""
+    objective, coins = OBJECTIVES[name]
+    length = SIZES[size]["canvas_length"]
+    lengths = [prompt + canvases * length for prompt, canvases in zip(PROMPTS, CANVASES, strict=True)]
+    tokens = torch.randint(
+        SIZES[size]["vocab_size"], (len(PROMPTS), max(lengths) + 1), generator=torch.Generator().manual_seed(1)
+    )
+    fallen = _coins(range(64), method.ObjectiveConfig(**objective).self_conditioning_probability)
+    samples: list[int] = []
+    for wanted in coins:
+        samples.append(next(s for s in range(64) if s not in samples and fallen[s] == wanted))
+    return dict(rows=(tokens, list(PROMPTS), lengths, samples), objective=objective, seed=SEED)
+
+
+def _coins(samples: Any, probability: float) -> list[bool]:
+    rows = method.Rows(torch.zeros(len(samples), 1, dtype=torch.long), [1] * len(samples), [1] * len(samples), samples)
+    places = [method.Place(row, 0, 0) for row in range(len(samples))]
+    return method.self_conditioned(rows, places, probability, SEED).tolist()
+
+
+@functools.cache
+def by_transformers(reference: Any, size: str, name: str) -> Step:
+    """One canvas of one row at a time, each after its own prefix; the noised canvases are ours."""
+    objective, coins = OBJECTIVES[name]
+    config = method.ObjectiveConfig(**objective)
+    rows = method.Rows(*asked(size, name)["rows"])
+    length, vocabulary = SIZES[size]["canvas_length"], SIZES[size]["vocab_size"]
+    places = method.choose_canvases(rows, length, config.canvases_per_example, SEED)
+    noised_MC = method.corrupt(rows, places, length, vocabulary, SEED).noised_MC
+    noised = [
+        [(place.index, noised_MC[i]) for i, place in enumerate(places) if place.row == row]
+        for row in range(len(PROMPTS))
+    ]
+    reference.zero_grad()
+    loss, _ = reference_objective(
+        reference,
+        rows.tokens_BS,
+        rows.prompt_lengths,
+        rows.lengths,
+        noised,
+        coins,
+        autoregressive_weight=config.autoregressive_weight,
+        reduction=config.reduction,
+        vocabulary=vocabulary,
+    )
+    loss.backward()
+    stack = "model.encoder.language_model.", "model.decoder."  # one set of weights; torch lists it where it saw it first
+    gradients = {
+        name.replace(*stack): p.grad.clone() for name, p in reference.named_parameters() if p.grad is not None
+    }
+    reference.zero_grad()
+    return Step(loss.item(), gradients)
+
+
+def assert_same_step(ours: Step, truth: Step, tolerance: float) -> None:
+    """Equal losses; gradients, all scaled to a common norm of 1, equal to `tolerance` in every element."""
+    assert abs(ours.loss - truth.loss) < tolerance * 10
+    assert set(ours.gradients) == set(truth.gradients)
+    norm = torch.stack([gradient.norm() for gradient in truth.gradients.values()]).norm()
+    off = {name: float((ours.gradients[name] - truth.gradients[name]).abs().max() / norm) for name in truth.gradients}
+    worst = max(off, key=off.__getitem__)
+    assert off[worst] < tolerance, f"{worst} is off by {off[worst]:.1e}"
