@@ -70,8 +70,8 @@ def gradients(
     ddp.zero_grad_buffer()
     config = method.ObjectiveConfig(**objective)
     data = process_groups().dp
-    loss = torch.zeros(())
-    whole = method.Rows(*rows)
+    loss = torch.zeros((), device=device())
+    whole = method.Rows(rows[0].to(device()), *rows[1:])
     totals = method.count(whole, _places(model, whole, config, seed), model.model.canvas_length)
     for part in _shares(whole, data.rank(), data.size(), micro_batches):
         places = _places(model, part, config, seed)
@@ -116,6 +116,19 @@ def generated(model: Any, sampler: dict[str, Any], **arguments: Any) -> tuple[Te
 
     result = model.generate(sampler=SamplerConfig(**sampler), **arguments)
     return result.sequences.cpu(), result.forwards.cpu(), result.tokens_per_forward.cpu()
+
+
+def initial_weights(path: str, layout: dict[str, int], seed: int) -> dict[str, Tensor]:
+    """Whole initial weights by released name, of the architecture at `path` (rank 0; empty elsewhere)."""
+    from nemo_diffgemma import DiffusionGemma, ModelConfig
+    from nemo_diffgemma.checkpoint.huggingface import full_tensors
+    from nemo_diffgemma.checkpoint.names import released_name, text_tensors
+
+    initialize(ParallelLayout(**layout))
+    model = DiffusionGemma(ModelConfig.from_pretrained(path))
+    model.init_weights(seed)
+    names = [name for name, _ in text_tensors(model)]
+    return {released_name(name): tensor for name, tensor in full_tensors(model, names)}
 
 
 def round_trip(path: str, layout: dict[str, int], target: str, dtype: str = "float32") -> tuple[int, int]:

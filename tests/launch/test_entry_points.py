@@ -107,7 +107,7 @@ def test_an_error_in_every_process_is_told_once_without_a_traceback(model):
 @pytest.mark.parametrize(
     ("script", "arguments", "told"),
     [
-        ("train.py", ["data.global_batchsize=4"], "unknown key data.global_batchsize; did you mean data.global_batch_size?"),
+        ("train.py", ["data.global_batchsize=4"], "did you mean data.global_batch_size?"),
         ("train.py", ["model=huge"], "Available options in 'model': diffusiongemma_26b_a4b sudoku tiny"),
         ("verify.py", ["checkpoint=x", "parallel.pipeline=2"], "layout pipeline=2 is not supported yet"),
     ],
@@ -237,7 +237,7 @@ def test_verification_finds_us_equal_and_a_moved_weight_different(model, single,
     def moved(path: str, dtype: str) -> Any:
         network = opened(path, dtype)
         with torch.no_grad():
-            network.layers[0].moe.router.per_expert_scale.mul_(1.1)
+            network.norm.weight[0] *= 1.01
         return network
 
     opened = checkpoints.open_network

@@ -93,7 +93,7 @@ def test_without_a_sampler_the_checkpoints_settings_apply(both):
 
 
 def test_the_result_is_the_arg_max_and_not_the_noised_canvas(both):
-    """With no entropy to spend one position a step is accepted; the others of the canvas are noise, the answer is not."""
+    """With no entropy to spend one position a step is accepted; the others become noise, the answer does not."""
     theirs, ours = both("base")
     seen = []
     ours.generate(

@@ -132,7 +132,7 @@ def test_the_sizes_of_another_model_are_named(single, trained):
 
 
 def test_fine_tuning_keeps_what_the_checkpoint_carried(pool, single, checkpoint, tmp_path):
-    """Vision tensors, dtypes and configuration of a released directory survive run, sharded checkpoint and conversion."""
+    """Vision tensors, dtypes and configuration survive a run, its sharded checkpoint and the way back."""
     from safetensors.torch import load_file
 
     from nemo_diffgemma.checkpoint.open import load_network

@@ -1,0 +1,129 @@
+"""Every layout computes what one process computes: logits, tokens, loss and gradients.
+
+The questions and answers are those of `tests/parity`; every rank must have the whole result.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.layouts import LAYOUTS, SIZE_AND_LAYOUT
+from tests.parity import generations, objectives, questions
+from tests.parity.generations import GENERATIONS, assert_same_tokens
+from tests.parity.objectives import OBJECTIVES, Step, assert_same_step
+
+SIZE_AND_LAYOUT_IDS = [f"{size}-{layout}" for size, layout in SIZE_AND_LAYOUT]
+
+
+@pytest.mark.parametrize(("size", "layout"), SIZE_AND_LAYOUT, ids=SIZE_AND_LAYOUT_IDS)
+def test_logits(pool, reference, checkpoint, size, layout):
+    """Contexts that no tensor-parallel size divides, at and around the window, padded, after finished canvases."""
+    weights = dict(sublayers=questions.SUBLAYERS[size])
+    theirs = reference(size, **weights)
+    asked = [
+        questions.question(theirs, kind, context)
+        for kind in questions.KINDS
+        for context in (questions.contexts(size) if kind == "after_1_canvas" else (5, 20))
+    ]
+    world, axes = LAYOUTS[layout]
+    ranks = pool(world).run(
+        "tests.distributed.cases:logits",
+        path=checkpoint(size, **weights),
+        layout=axes,
+        questions=[question.asked() for question in asked],
+    )
+    for question, *answers in zip(asked, *ranks, strict=True):
+        truth = questions.answer(theirs, question)
+        assert max(answer.sub(truth).abs().max() for answer in answers) < questions.TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *[(name, layout) for layout in LAYOUTS for name in ("stable_1", "pad_none")],
+        *[(name, layout) for name in ("one_global_kv", "odd_vocab") for layout in ("tp2", "tp4")],
+    ],
+)
+def test_tokens(pool, reference, checkpoint, name, layout):
+    weights = dict(damp=generations.DAMP, sublayers=generations.SUBLAYERS)
+    size = GENERATIONS[name][0]
+    theirs = reference(size, **weights)
+    world, axes = LAYOUTS[layout]
+    ranks = pool(world).run(
+        "tests.distributed.cases:generate",
+        path=checkpoint(size, **weights),
+        layout=axes,
+        asked=[generations.asked(theirs, name)],
+    )
+    for (ours,) in ranks:
+        assert_same_tokens(ours, generations.tokens(theirs, name))
+
+
+@pytest.fixture(scope="module")
+def one_process(single, checkpoint):
+    """`one_process(size, objective)` -> loss and gradients of one process."""
+    found: dict[tuple[str, str], Step] = {}
+
+    def get(size: str, name: str) -> Step:
+        if (size, name) not in found:
+            path = checkpoint(size, **objectives.WEIGHTS[size])
+            found[size, name] = Step(*cases.gradients(path, {}, **objectives.asked(size, name)))
+        return found[size, name]
+
+    return get
+
+
+GRADIENTS = [
+    *[("base", layout, name, "none", 1) for layout in LAYOUTS for name in OBJECTIVES],
+    *[("one_global_kv", layout, "two_canvases", "none", 1) for layout in ("tp2", "tp4")],
+    *[("odd_vocab", layout, "two_canvases", "none", 1) for layout in ("tp2_ep2", "tp4")],
+    *[("base", "tp2_ep2", "two_canvases", recompute, 1) for recompute in ("selective", "full")],
+    *[("one_global_kv", "tp4", "two_canvases", recompute, 1) for recompute in ("selective", "full")],
+    *[("base", layout, "all_canvases_by_token", "none", 2) for layout in ("ep2", "tp2_ep2")],
+    ("base", "tp2_ep2", "two_canvases", "full", 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "name", "recompute", "micro_batches"),
+    [pytest.param(*c, id=f"{c[0]}-{c[1]}-{c[2]}-recompute_{c[3]}-{c[4]}_micro_batch") for c in GRADIENTS],
+)
+def test_loss_and_gradients(pool, reference, checkpoint, one_process, size, layout, name, recompute, micro_batches):
+    """Replicas hold different rows, whose coins differ: no rank may leave a pass out, or the experts wait for it."""
+    world, axes = LAYOUTS[layout]
+    path = checkpoint(size, **objectives.WEIGHTS[size])
+    ranks = pool(world).run(
+        "tests.distributed.cases:gradients",
+        path=path,
+        layout=axes,
+        **objectives.asked(size, name),
+        recompute=recompute,
+        micro_batches=micro_batches,
+    )
+    step = Step(*ranks[0])
+    assert all(loss == pytest.approx(step.loss, abs=1e-6) for loss, _ in ranks)
+    assert_same_step(step, one_process(size, name), 2e-6)
+    theirs = reference(size, **objectives.WEIGHTS[size])
+    assert_same_step(step, objectives.by_transformers(theirs, size, name), 5e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_initial_weights_depend_on_seed_and_name_alone(single, pool, checkpoint, layout):
+    """Bit for bit, whoever holds which part; and another seed gives others."""
+    world, axes = LAYOUTS[layout]
+    path = checkpoint("base")
+    ours = cases.initial_weights(path, {}, seed=3)
+    theirs = pool(world).run("tests.distributed.cases:initial_weights", path=path, layout=axes, seed=3)[0]
+    assert set(ours) == set(theirs)
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+    other = cases.initial_weights(path, {}, seed=4)
+    matrices = [name for name in ours if ours[name].ndim > 1]
+    assert all((ours[name] != other[name]).any() for name in matrices)
+    fingerprints = {tuple(tensor.flatten()[:8].tolist()) for name in matrices for tensor in _experts(name, ours[name])}
+    assert len(fingerprints) == sum(len(_experts(name, ours[name])) for name in matrices)  # no two draw the same
+
+
+def _experts(name, tensor):
+    """A tensor of experts is one matrix an expert."""
+    return list(tensor) if ".experts." in name else [tensor]
