@@ -1,6 +1,7 @@
 """A canvas as it settles: one line a denoising step, or one small grid a step, accepted tokens highlighted.
 
-On a terminal accepted tokens are bold green; elsewhere they stand in [brackets].
+On a terminal accepted tokens are bold green; elsewhere they stand in [brackets]. Steps that change nothing
+are left out.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ class CanvasView:
     def __init__(self, results: Results, text: Text, columns: int | None = None) -> None:
         self._results, self._text, self._columns = results, text, columns
         self._steps: list[tuple[str, list[str]]] = []  # title and lines of each grid
+        self._number, self._before = 0, [""]
 
     def __call__(self, step: Denoised) -> None:
         accepted = step.accepted[0].tolist()
         pieces = self._text.pieces(step.argmax[0].tolist())
-        entropy = float(step.entropy[0].mean())
-        if self._columns is None:
-            line = "".join(self._cell(piece, kept) for piece, kept in zip(pieces, accepted, strict=True))
-            title = f"canvas {step.canvas} step {step.remaining:2}: {sum(accepted)} accepted, entropy {entropy:.3f}"
-            self._results.show(f"{title}\n  {line}")
-            return
         cells = [self._cell(piece, kept) for piece, kept in zip(pieces, accepted, strict=True)]
-        rows = [cells[start : start + self._columns] for start in range(0, len(cells), self._columns)]
-        title = f"step {len(self._steps) + 1}: {sum(accepted)}/{len(accepted)}"
-        self._steps.append((title, ["".join(row) for row in rows]))
+        self._number += 1
+        if cells == self._before:
+            return
+        self._before = cells
+        if self._columns is None:
+            entropy = float(step.entropy[0].mean())
+            title = f"canvas {step.canvas} step {step.remaining:2}: {sum(accepted)} accepted, entropy {entropy:.3f}"
+            self._results.show(f"{title}\n  {''.join(cells)}")
+            return
+        rows = ["".join(cells[start : start + self._columns]) for start in range(0, len(cells), self._columns)]
+        self._steps.append((f"step {self._number}: {sum(accepted)}/{len(accepted)}", rows))
 
     def _cell(self, piece: str, accepted: bool) -> str:
         if self._results.colours:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from nemo_diffgemma.training.schema import explain, keys_of, unknown_key
 CONF = Path(__file__).resolve().parents[1] / "conf"
 _QUIET = [
     "hydra.run.dir=.",
-    "hydra.sweep.dir=.",
+    f"hydra.sweep.dir={tempfile.gettempdir()}",  # of --multirun; Hydra leaves a multirun.yaml there
     "hydra.sweep.subdir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",

@@ -46,10 +46,10 @@ class Text:
         return None if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """One piece of text a token; the id itself without a tokenizer."""
+        """One piece of text a token, on one line; the id itself without a tokenizer."""
         if self.tokenizer is None:
             return [str(id) for id in ids]
-        return [self.tokenizer.decode([id]) for id in ids]
+        return [self.tokenizer.decode([id]).replace("\n", "↵") for id in ids]
 
     def _vocabulary(self) -> str:
         if len(self.tokenizer) > 1000:

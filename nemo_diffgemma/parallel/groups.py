@@ -99,6 +99,10 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+class OtherRankError(ValueError):
+    """Another rank found what the message says."""
+
+
 def agree_error(error: Exception | None) -> None:
     """Raise on every rank as soon as any rank has an error, so that no rank is left waiting in a collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -111,4 +115,4 @@ def agree_error(error: Exception | None) -> None:
         raise error
     first = next(((rank, text) for rank, text in enumerate(messages) if text is not None), None)
     if first is not None:
-        raise RuntimeError(f"rank {first[0]} stopped: {first[1]}")
+        raise OtherRankError(f"rank {first[0]} stopped: {first[1]}")

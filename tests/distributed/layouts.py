@@ -11,8 +11,8 @@ LAYOUTS = {
 }
 LAYOUTS_BY_SIZE = {
     "base": list(LAYOUTS),
-    "deep": list(LAYOUTS),
-    "bigger_canvas": list(LAYOUTS),
+    "deep": ["tp2_ep2", "tp2_ep4", "tp4", "tp2_etp2_ep2"],
+    "bigger_canvas": ["tp2_ep2", "tp2_etp2_ep2"],
     "one_global_kv": ["tp2", "tp4"],  # more ranks than key/value heads: each reads its head of a replicated weight
     "odd_vocab": ["tp2_ep2", "tp4"],  # 61 ids padded to 128: under tp4 two of the ranks hold padding alone
 }

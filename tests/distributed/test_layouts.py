@@ -11,7 +11,7 @@ from tests.distributed import cases
 from tests.distributed.layouts import LAYOUTS, SIZE_AND_LAYOUT
 from tests.parity import generations, objectives, questions
 from tests.parity.generations import GENERATIONS, assert_same_tokens
-from tests.parity.objectives import OBJECTIVES, Step, assert_same_step
+from tests.parity.objectives import Step, assert_same_step
 
 SIZE_AND_LAYOUT_IDS = [f"{size}-{layout}" for size, layout in SIZE_AND_LAYOUT]
 
@@ -21,11 +21,9 @@ def test_logits(pool, reference, checkpoint, size, layout):
     """Contexts that no tensor-parallel size divides, at and around the window, padded, after finished canvases."""
     weights = dict(sublayers=questions.SUBLAYERS[size])
     theirs = reference(size, **weights)
-    asked = [
-        questions.question(theirs, kind, context)
-        for kind in questions.KINDS
-        for context in (questions.contexts(size) if kind == "after_1_canvas" else (5, 20))
-    ]
+    window = questions.contexts(size)[3]
+    kinds = [("plain", 1), ("signal", 5), ("padded", 20), ("after_1_canvas", window - 1), ("after_1_canvas", window)]
+    asked = [questions.question(theirs, kind, context) for kind, context in (*kinds, ("after_3_canvases", 5))]
     world, axes = LAYOUTS[layout]
     ranks = pool(world).run(
         "tests.distributed.cases:logits",
@@ -41,7 +39,8 @@ def test_logits(pool, reference, checkpoint, size, layout):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *[(name, layout) for layout in LAYOUTS for name in ("stable_1", "pad_none")],
+        *[("stable_1", layout) for layout in LAYOUTS],
+        ("pad_none", "dp2_ep2"),
         *[(name, layout) for name in ("one_global_kv", "odd_vocab") for layout in ("tp2", "tp4")],
     ],
 )
@@ -75,7 +74,8 @@ def one_process(single, checkpoint):
 
 
 GRADIENTS = [
-    *[("base", layout, name, "none", 1) for layout in LAYOUTS for name in OBJECTIVES],
+    *[("base", layout, name, "none", 1) for layout in LAYOUTS for name in ("two_canvases", "all_canvases_by_token")],
+    *[("base", layout, "no_coin", "none", 1) for layout in ("tp2_ep2", "dp2_ep2")],
     *[("one_global_kv", layout, "two_canvases", "none", 1) for layout in ("tp2", "tp4")],
     *[("odd_vocab", layout, "two_canvases", "none", 1) for layout in ("tp2_ep2", "tp4")],
     *[("base", "tp2_ep2", "two_canvases", recompute, 1) for recompute in ("selective", "full")],
@@ -108,22 +108,30 @@ def test_loss_and_gradients(pool, reference, checkpoint, one_process, size, layo
     assert_same_step(step, objectives.by_transformers(theirs, size, name), 5e-6)
 
 
+@pytest.fixture(scope="module")
+def drawn(single, checkpoint):
+    return cases.initial_weights(checkpoint("base"), {}, seed=3)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_initial_weights_depend_on_seed_and_name_alone(single, pool, checkpoint, layout):
-    """Bit for bit, whoever holds which part; and another seed gives others."""
+def test_initial_weights_are_the_same_in_every_layout(pool, checkpoint, drawn, layout):
+    """Bit for bit, whoever holds which part."""
     world, axes = LAYOUTS[layout]
-    path = checkpoint("base")
-    ours = cases.initial_weights(path, {}, seed=3)
-    theirs = pool(world).run("tests.distributed.cases:initial_weights", path=path, layout=axes, seed=3)[0]
-    assert set(ours) == set(theirs)
-    assert all((ours[name] == theirs[name]).all() for name in ours)
-    other = cases.initial_weights(path, {}, seed=4)
-    matrices = [name for name in ours if ours[name].ndim > 1]
-    assert all((ours[name] != other[name]).any() for name in matrices)
-    fingerprints = {tuple(tensor.flatten()[:8].tolist()) for name in matrices for tensor in _experts(name, ours[name])}
-    assert len(fingerprints) == sum(len(_experts(name, ours[name])) for name in matrices)  # no two draw the same
+    whole = pool(world).run("tests.distributed.cases:initial_weights", path=checkpoint("base"), layout=axes, seed=3)[0]
+    assert set(whole) == set(drawn)
+    assert all((whole[name] == drawn[name]).all() for name in drawn)
 
 
-def _experts(name, tensor):
-    """A tensor of experts is one matrix an expert."""
-    return list(tensor) if ".experts." in name else [tensor]
+def test_initial_weights_depend_on_seed_and_name(single, checkpoint, drawn):
+    """Another seed gives others, and no two matrices, experts included, are drawn alike."""
+    again, other = (cases.initial_weights(checkpoint("base"), {}, seed=seed) for seed in (3, 4))
+    matrices = {name: tensor for name, tensor in drawn.items() if tensor.ndim > 1}
+    assert all((again[name] == drawn[name]).all() for name in drawn)
+    assert all((other[name] != matrices[name]).any() for name in matrices)
+    drawings = [
+        drawing for name, tensor in matrices.items() for drawing in (tensor if ".experts." in name else [tensor])
+    ]
+    assert len({tuple(drawing.flatten()[:8].tolist()) for drawing in drawings}) == len(drawings)
+    for name, tensor in matrices.items():
+        spread = tensor.std() / 0.02
+        assert abs(spread - 1) < 5 / (2 * tensor.numel()) ** 0.5, name  # five standard errors

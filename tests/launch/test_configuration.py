@@ -1,4 +1,4 @@
-"""What is written in conf/ or on a command line is checked against the schema; a wrong key is told with the right one."""
+"""What conf/ and a command line say is checked against the schema; a wrong key is told with the right one."""
 
 from __future__ import annotations
 

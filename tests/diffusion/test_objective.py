@@ -1,0 +1,239 @@
+"""What is corrupted and what is scored, seen through a network that only writes down what it is asked."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_diffgemma.diffusion.objective import (
+    Counts,
+    ObjectiveConfig,
+    Place,
+    Rows,
+    choose_canvases,
+    corrupt,
+    count,
+    objective,
+    self_conditioned,
+)
+
+EOS = 1
+
+
+def rows_of(prompts: list[int], canvases: list[int], length: int = 4, vocabulary: int = 61, seed: int = 0) -> Rows:
+    lengths = [prompt + n * length for prompt, n in zip(prompts, canvases, strict=True)]
+    tokens = torch.randint(vocabulary, (len(prompts), max(lengths) + 2), generator=torch.Generator().manual_seed(seed))
+    return Rows(tokens, prompts, lengths, list(range(100, 100 + len(prompts))))
+
+
+class Recorder:
+    """A network of one hidden unit: position n has hidden state n, the cross-entropy of every position is 1."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.scored, self.signals, self.gradient_free = rows, [], [], []
+
+    def encode_clean(self, tokens_BS):
+        shape = tokens_BS.shape
+        return SimpleNamespace(hidden_BSH=torch.arange(tokens_BS.numel()).view(*shape, 1).float())
+
+    def canvas_hidden(self, canvas_MC, canvases, cache, soft_NH):
+        self.signals.append(soft_NH)
+        self.gradient_free.append(not torch.is_grad_enabled())
+        return torch.arange(canvas_MC.numel())[:, None].float()
+
+    def soft_embedding(self, hidden_NH):
+        return torch.ones_like(hidden_NH)
+
+    def cross_entropy(self, hidden_NH, labels_N, weights_N):
+        self.scored.append((hidden_NH[:, 0].long(), labels_N, weights_N))
+        return weights_N.sum(), torch.ones_like(weights_N)
+
+
+def scored(rows: Rows, config: ObjectiveConfig, level: float | None = None, totals: Counts | None = None):
+    places = choose_canvases(rows, 4, config.canvases_per_example, 0)
+    noised = corrupt(rows, places, 4, 61, 0, level=level)
+    recorder = Recorder(rows)
+    loss = objective(recorder, rows, places, noised, config, 0, totals or count(rows, places, 4))
+    return loss, recorder, places
+
+
+# -- which canvases --------------------------------------------------------------------------------------------------
+
+
+def test_canvases_are_counted_from_the_start_of_the_response():
+    assert choose_canvases(rows_of([3, 5], [2, 1]), 4, 0, seed=0) == [Place(0, 3, 0), Place(0, 7, 1), Place(1, 5, 0)]
+
+
+def test_canvases_are_chosen_uniformly_and_without_replacement():
+    samples = range(4000)
+    rows = Rows(torch.zeros(4000, 21, dtype=torch.long), [1] * 4000, [21] * 4000, list(samples))
+    chosen = choose_canvases(rows, 4, 2, seed=3)
+    assert len(chosen) == 8000 == len({place[:2] for place in chosen})
+    frequency = torch.bincount(torch.tensor([place.index for place in chosen])) / 4000
+    assert (frequency - 2 / 5).abs().max() < 5 * math.sqrt(0.4 * 0.6 / 4000)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length"), [(3, 9), (3, 3), (0, 4)], ids=["a part of a canvas", "no response", "no prompt"]
+)
+def test_a_row_is_a_prompt_and_whole_canvases(prompt, length):
+    rows = Rows(torch.zeros(1, 9, dtype=torch.long), [prompt], [length], [0])
+    with pytest.raises(ValueError, match="at least one prompt token and whole canvases of 4"):
+        choose_canvases(rows, 4, 1, seed=0)
+
+
+# -- corruption --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("vocabulary", [5, 61])
+def test_a_token_changes_with_probability_t_times_one_minus_one_over_v(level, vocabulary):
+    """The new id is any id, the old one and special ones included."""
+    rows = rows_of([2] * 300, [20] * 300, vocabulary=vocabulary)
+    places = choose_canvases(rows, 4, 0, seed=1)
+    noised = corrupt(rows, places, 4, vocabulary, 1, level=level)
+    changed = (noised.noised_MC != noised.clean_MC).double().mean()
+    expected = level * (1 - 1 / vocabulary)
+    assert abs(changed - expected) <= 5 * math.sqrt(expected * (1 - expected) / noised.clean_MC.numel())
+    if level == 1.0:
+        counts = torch.bincount(noised.noised_MC.flatten(), minlength=vocabulary).double()
+        even = counts.sum() / vocabulary
+        chi_square = float(((counts - even) ** 2 / even).sum())
+        assert abs(chi_square - (vocabulary - 1)) < 5 * math.sqrt(2 * (vocabulary - 1))
+
+
+def test_a_canvas_is_the_response_and_never_the_prompt():
+    rows = rows_of([3, 6], [2, 3])
+    places = choose_canvases(rows, 4, 0, seed=0)
+    noised = corrupt(rows, places, 4, 61, 0)
+    responses = [rows.tokens_BS[row, rows.prompt_lengths[row] : rows.lengths[row]] for row in range(2)]
+    assert torch.equal(noised.clean_MC.flatten(), torch.cat(responses))
+
+
+def test_eos_fill_is_corrupted_like_any_token():
+    tokens = torch.full((200, 42), EOS)
+    rows = Rows(tokens, [2] * 200, [42] * 200, list(range(200)))
+    noised = corrupt(rows, choose_canvases(rows, 4, 0, 0), 4, 61, 0, level=0.5)
+    assert abs((noised.noised_MC != EOS).double().mean() - 0.5 * 60 / 61) < 5 * math.sqrt(0.25 / 8000)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-3, 0.5])
+def test_noise_levels_are_uniform_from_the_floor_to_one(floor):
+    rows = rows_of([2] * 200, [20] * 200)
+    levels = corrupt(rows, choose_canvases(rows, 4, 0, 0), 4, 61, 0, noise_floor=floor).levels_M.double()
+    assert levels.min() >= floor and levels.max() < 1
+    counts = torch.histc(levels, bins=20, min=floor, max=1)
+    assert abs(float(((counts - 200) ** 2 / 200).sum()) - 19) < 5 * math.sqrt(2 * 19)
+
+
+@settings(deadline=None, max_examples=30)
+@given(order=st.permutations(range(4)), seed=st.integers(0, 2**31))
+def test_noise_of_a_canvas_depends_on_its_sample_not_on_its_batch(order, seed):
+    rows = rows_of([3, 5, 2, 9], [3, 1, 2, 2])
+    some = Rows(rows.tokens_BS[order], *([part[i] for i in order] for part in rows[1:]))
+    both = []
+    for these in (rows, some):
+        places = choose_canvases(these, 4, 2, seed)
+        noised = corrupt(these, places, 4, 61, seed)
+        coins = self_conditioned(these, places, 0.5, seed).tolist()
+        both.append(
+            {
+                (these.samples[place.row], place.index): (ids.tolist(), float(level), coin)
+                for place, ids, level, coin in zip(places, noised.noised_MC, noised.levels_M, coins, strict=True)
+            }
+        )
+    assert both[0] == both[1]
+
+
+def test_coins_fall_by_example():
+    rows = rows_of([2] * 3000, [2] * 3000)
+    places = choose_canvases(rows, 4, 0, 0)
+    coins = self_conditioned(rows, places, 0.3, seed=0).view(3000, 2)
+    assert torch.equal(coins[:, 0], coins[:, 1])
+    assert abs(coins[:, 0].double().mean() - 0.3) < 5 * math.sqrt(0.21 / 3000)
+
+
+# -- what is scored ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+@pytest.mark.parametrize("reduction", ["example", "token"])
+def test_every_position_of_a_canvas_is_scored_alike_whatever_the_noise(reduction, level):
+    """Corrupted or not, EOS fill or not; no 1/t; the target is the clean token at the same position."""
+    rows = rows_of([3, 6], [3, 1])
+    config = ObjectiveConfig(canvases_per_example=0, reduction=reduction, autoregressive_weight=0)
+    loss, recorder, places = scored(rows, config, level)
+    ((positions, labels, weights),) = recorder.scored
+    assert positions.tolist() == list(range(16))
+    responses = [rows.tokens_BS[row, rows.prompt_lengths[row] : rows.lengths[row]] for row in range(2)]
+    assert torch.equal(labels, torch.cat(responses))
+    by_row = [1 / (2 * 12)] * 12 + [1 / (2 * 4)] * 4 if reduction == "example" else [1 / 16] * 16
+    torch.testing.assert_close(weights, torch.tensor(by_row))
+    assert float(loss.total) == pytest.approx(1.0)
+
+
+def test_next_tokens_are_scored_inside_a_row_only():
+    """Four tokens by hand: a prompt of two and ... three pairs; nothing from or to padding, prompt pairs included."""
+    tokens = torch.tensor([[10, 11, 12, 13, 14, 15, 0, 0], [20, 21, 22, 23, 24, 25, 26, 27]])
+    rows = Rows(tokens, [2, 4], [6, 8], [0, 1])
+    _, recorder, _ = scored(rows, ObjectiveConfig(canvases_per_example=0))
+    positions, labels, weights = recorder.scored[1]
+    assert labels.tolist() == [11, 12, 13, 14, 15, 21, 22, 23, 24, 25, 26, 27]
+    assert positions.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]  # each from the state one token earlier
+    torch.testing.assert_close(weights, torch.tensor([1 / (2 * 5)] * 5 + [1 / (2 * 7)] * 7))
+    _, recorder, _ = scored(rows, ObjectiveConfig(canvases_per_example=0, reduction="token"))
+    torch.testing.assert_close(recorder.scored[1][2], torch.full((12,), 1 / 12))
+
+
+@pytest.mark.parametrize("reduction", ["example", "token"])
+def test_shares_of_micro_batches_add_up_to_the_loss(reduction):
+    """However rows are dealt: the denominators are the whole batch's."""
+    rows = rows_of([3, 6, 2, 4], [3, 1, 2, 2])
+    config = ObjectiveConfig(canvases_per_example=0, reduction=reduction)
+    whole, _, places = scored(rows, config)
+    totals = count(rows, places, 4)
+    parts = [Rows(*(part[cut] for part in rows)) for cut in (slice(0, 1), slice(1, 4))]
+    assert sum((count(p, choose_canvases(p, 4, 0, 0), 4) for p in parts[1:]), count(
+        parts[0], choose_canvases(parts[0], 4, 0, 0), 4)) == totals  # fmt: skip
+    shares = [scored(part, config, totals=totals)[0] for part in parts]
+    for name in ("total", "diffusion", "autoregressive"):
+        assert float(sum(getattr(s, name) for s in shares)) == pytest.approx(float(getattr(whole, name)))
+
+
+def test_the_first_pass_has_no_gradient_and_is_run_whatever_the_coins():
+    """Ranks that share experts run the same passes; where no coin fell the signal is zero, not zero logits."""
+    rows = rows_of([3] * 6, [1] * 6)
+    _, recorder, places = scored(rows, ObjectiveConfig())
+    assert recorder.gradient_free == [True, False] and recorder.signals[0] is None
+    shown = self_conditioned(rows, places, 0.5, seed=0)
+    assert 0 < shown.sum() < 6
+    assert torch.equal(recorder.signals[1][:, 0].view(6, 4), shown[:, None].expand(6, 4).float())
+
+    never = rows_of([3] * 6, [1] * 6)
+    samples = [s for s in range(100) if not self_conditioned(Rows(never[0], [3], [7], [s]), [Place(0, 3, 0)], 0.5, 0)]
+    _, recorder, _ = scored(never._replace(samples=samples[:6]), ObjectiveConfig())
+    assert recorder.gradient_free == [True, False] and not recorder.signals[1].any()
+
+    _, recorder, _ = scored(rows, ObjectiveConfig(self_conditioning_probability=0))
+    assert recorder.gradient_free == [False] and recorder.signals == [None]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(reduction="sum"), "objective.reduction='sum'; use 'example' or 'token'"),
+        (dict(self_conditioning_probability=1.5), "objective.self_conditioning_probability=1.5; expected 0 to 1"),
+        (dict(noise_floor=1.0), "objective.noise_floor=1.0; expected at least 0 and below 1"),
+        (dict(canvases_per_example=-1), "cannot be negative"),
+        (dict(autoregressive_weight=-0.5), "cannot be negative"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_mean_nothing_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveConfig(**wrong)
