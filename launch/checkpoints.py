@@ -13,13 +13,12 @@ from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from nemo_diffgemma.checkpoint import nemo_archive, sharded
 from nemo_diffgemma.checkpoint.huggingface import TensorFiles
 from nemo_diffgemma.checkpoint.names import released_name, released_shape
-from nemo_diffgemma.checkpoint.open import format_of, load_network
+from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.training.schema import ConfigurationError, SamplerGroup
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 

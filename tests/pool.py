@@ -69,7 +69,7 @@ class Pool:
                 self.kill()
                 raise RuntimeError(f"a pool of {world} ranks did not start")
 
-    def run(self, reference: str, timeout: float = 180, **arguments: Any) -> list[Any]:
+    def run(self, reference: str, /, timeout: float = 180, **arguments: Any) -> list[Any]:
         """Results of all ranks; raises with every rank's traceback, or kills the pool when a rank hangs."""
         for connection in self._connections:
             connection.send((reference, arguments))

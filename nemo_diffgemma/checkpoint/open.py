@@ -12,6 +12,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.groups import agree_error
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a network can be loaded as
 FORMATS = ("huggingface", "sharded", "nemo")
 
 

@@ -32,6 +32,7 @@ class Denoiser(Protocol):
         soft: Tensor | None = None,
         temperature: float = 1.0,
         uniforms: Tensor | None = None,
+        last: bool = False,
     ) -> Any:
         """-> (statistics with entropy_N, argmax_N, sample_N and soft_embedding_NH, cache)"""
 
@@ -95,9 +96,8 @@ def generate(
             break
     new = sequences[:, prompt:]
     # a tensor in either case: an int divided by a tensor is rounded twice
-    emitted_B = (
-        torch.full_like(forwards_B, new.shape[1]) if sampler.pad_token_id is None else (new != sampler.pad_token_id).sum(1)
-    )
+    pad = sampler.pad_token_id
+    emitted_B = torch.full_like(forwards_B, new.shape[1]) if pad is None else (new != pad).sum(1)
     return Generation(sequences, forwards_B, emitted_B / forwards_B.clamp_min(1))
 
 
@@ -117,7 +117,7 @@ def _denoise_canvas(
     shape = canvas_BC.shape
     done_B, live_B = torch.zeros_like(finished_B), torch.zeros_like(finished_B, dtype=torch.long)
     stop = StableAndConfident(sampler)
-    best_BC, soft_NH, entropy_BC = canvas_BC, None, None
+    best_BC, soft_NH = canvas_BC, None
     for remaining in range(sampler.max_denoising_steps, 0, -1):
         live_B += ~(done_B | finished_B)
         found, cache = network.denoising_step(
@@ -128,27 +128,18 @@ def _denoise_canvas(
             soft=soft_NH,
             temperature=sampler.temperature(remaining),
             uniforms=noise.uniforms(index, remaining).to(canvas_BC.device),
+            last=remaining == 1,
         )
-        fresh_BC = found.entropy_N.view(shape)
-        accepted_BC = accept(fresh_BC, sampler.entropy_bound)
+        entropy_BC = found.entropy_N.view(shape)
+        accepted_BC = accept(entropy_BC, sampler.entropy_bound)
         replaced_BC = noise.replacements(index, remaining).to(canvas_BC.device)
-        next_BC = torch.where(accepted_BC, found.sample_N.view(shape), replaced_BC)
-        # a row that is done keeps all it has; so do its statistics, which the stopping rule may look at again
-        keep_B1 = done_B[:, None]
-        canvas_BC = torch.where(keep_B1, canvas_BC, next_BC)
-        best_BC = torch.where(keep_B1, best_BC, found.argmax_N.view(shape))
-        entropy_BC = fresh_BC if entropy_BC is None else torch.where(keep_B1, entropy_BC, fresh_BC)
-        soft_NH = _keep_rows(done_B, soft_NH, found.soft_embedding_NH)
+        canvas_BC = torch.where(accepted_BC, found.sample_N.view(shape), replaced_BC)
+        # a row that is done keeps its answer; what else becomes of it touches nobody
+        best_BC = torch.where(done_B[:, None], best_BC, found.argmax_N.view(shape))
+        soft_NH = found.soft_embedding_NH
         done_B = done_B | stop(best_BC, entropy_BC)
         if observe is not None:
             observe(Denoised(index, remaining, best_BC, accepted_BC, entropy_BC, done_B))
         if remaining == 1 or network.agree(bool(done_B.all())):
             break
     return best_BC, cache, live_B
-
-
-def _keep_rows(done_B: Tensor, before_NH: Tensor | None, now_NH: Tensor) -> Tensor:
-    if before_NH is None:
-        return now_NH
-    kept = done_B.repeat_interleave(now_NH.shape[0] // done_B.shape[0])[:, None]
-    return torch.where(kept, before_NH, now_NH)

@@ -196,8 +196,12 @@ class Network(MegatronModule):
         soft: Tensor | None = None,
         temperature: float = 1.0,
         uniforms: Tensor | None = None,
+        last: bool = False,
     ) -> Step:
-        """One denoising step of [B, C] canvases; new `context` columns [B, S] before them join the same pass."""
+        """One denoising step of [B, C] canvases; new `context` columns [B, S] before them join the same pass.
+
+        After the `last` step nobody needs a self-conditioning signal.
+        """
         if context is None:
             assert cache is not None
             done = self._canvas_pass(canvas, cache, soft)
@@ -214,6 +218,7 @@ class Network(MegatronModule):
             softcap=self.model.final_logit_softcapping,
             temperature=temperature,
             uniforms_N=None if uniforms is None else uniforms.flatten(),
+            soft_embedding=not last,
         )
         return Step(found, done.cache)
 

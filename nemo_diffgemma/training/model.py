@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nemo_diffgemma.checkpoint import nemo_archive
-from nemo_diffgemma.checkpoint.open import load_network
+from nemo_diffgemma.checkpoint.open import DTYPES, load_network
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batch, Batches, collate
 from nemo_diffgemma.diffusion.generate import Generation
@@ -47,8 +47,6 @@ from nemo_diffgemma.training.schema import (
     TrainConfig,
     TrainerGroup,
 )
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TrainingError(RuntimeError):

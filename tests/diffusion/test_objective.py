@@ -73,7 +73,7 @@ def test_canvases_are_chosen_uniformly_and_without_replacement():
     samples = range(4000)
     rows = Rows(torch.zeros(4000, 21, dtype=torch.long), [1] * 4000, [21] * 4000, list(samples))
     chosen = choose_canvases(rows, 4, 2, seed=3)
-    assert len(chosen) == 8000 == len({place[:2] for place in chosen})
+    assert len(chosen) == 8000 == len({(place.row, place.start) for place in chosen})
     frequency = torch.bincount(torch.tensor([place.index for place in chosen])) / 4000
     assert (frequency - 2 / 5).abs().max() < 5 * math.sqrt(0.4 * 0.6 / 4000)
 
@@ -87,7 +87,7 @@ def test_a_row_is_a_prompt_and_whole_canvases(prompt, length):
         choose_canvases(rows, 4, 1, seed=0)
 
 
-# -- corruption --------------------------------------------------------------------------------------------------------
+# -- corruption ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
@@ -158,7 +158,7 @@ def test_coins_fall_by_example():
     assert abs(coins[:, 0].double().mean() - 0.3) < 5 * math.sqrt(0.21 / 3000)
 
 
-# -- what is scored ------------------------------------------------------------------------------------------------------
+# -- what is scored --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0])
@@ -167,7 +167,7 @@ def test_every_position_of_a_canvas_is_scored_alike_whatever_the_noise(reduction
     """Corrupted or not, EOS fill or not; no 1/t; the target is the clean token at the same position."""
     rows = rows_of([3, 6], [3, 1])
     config = ObjectiveConfig(canvases_per_example=0, reduction=reduction, autoregressive_weight=0)
-    loss, recorder, places = scored(rows, config, level)
+    loss, recorder, _ = scored(rows, config, level)
     ((positions, labels, weights),) = recorder.scored
     assert positions.tolist() == list(range(16))
     responses = [rows.tokens_BS[row, rows.prompt_lengths[row] : rows.lengths[row]] for row in range(2)]

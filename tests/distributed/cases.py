@@ -118,6 +118,50 @@ def generated(model: Any, sampler: dict[str, Any], **arguments: Any) -> tuple[Te
     return result.sequences.cpu(), result.forwards.cpu(), result.tokens_per_forward.cpu()
 
 
+def influence(
+    path: str,
+    layout: dict[str, int],
+    context: Tensor,
+    canvas: Tensor,
+    canvases: list[tuple[int, int]],
+    joint: bool,
+    recompute: str,
+) -> list[tuple[Tensor, Tensor]]:
+    """For each canvas, how strongly its hidden states depend on each embedding: of context [B, S], of canvases [M, C].
+
+    The largest absolute gradient over the hidden axis, so 0 is exactly no influence.
+    """
+    model = load(path, layout)
+    model.recompute = recompute
+    looked_up: list[Tensor] = []
+    look_up = model.embed_tokens.look_up
+
+    def keeping(ids: Tensor) -> Tensor:
+        looked_up.append(look_up(ids))
+        return looked_up[-1]
+
+    model.embed_tokens.look_up = keeping
+    if joint:
+        hidden = model.run(context.to(device()), canvas.to(device()), canvases).canvas_hidden
+    else:
+        cache = model.encode_clean(context.to(device()))
+        hidden = model.canvas_hidden(canvas.to(device()), canvases, cache, None)
+    found = []
+    for states in hidden.view(len(canvases), -1):
+        local = torch.autograd.grad(states.square().sum(), looked_up, retain_graph=True)
+        every = torch.cat([_all_tokens(gradient.abs().amax(-1)) for gradient in local])
+        end = context.numel() + canvas.numel()
+        found.append((every[: context.numel()].view_as(context), every[context.numel() : end].view_as(canvas)))
+    return found
+
+
+def _all_tokens(x: Tensor) -> Tensor:
+    group = process_groups().tp
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, x, group=group)
+    return torch.cat(parts).cpu()
+
+
 def initial_weights(path: str, layout: dict[str, int], seed: int) -> dict[str, Tensor]:
     """Whole initial weights by released name, of the architecture at `path` (rank 0; empty elsewhere)."""
     from nemo_diffgemma import DiffusionGemma, ModelConfig

@@ -22,6 +22,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], tuple[bool, ...]]] = {
     # name: (ObjectiveConfig, coin of each row: is it shown the first pass's prediction?)
     "two_canvases": (dict(canvases_per_example=2, autoregressive_weight=0.7), (False, False, True, True)),
     "all_canvases_by_token": (dict(canvases_per_example=0, reduction="token"), (True, False, True, False)),
+    "diffusion_alone": (dict(canvases_per_example=1, autoregressive_weight=0.0), (True, False, False, True)),
     "no_coin": (dict(canvases_per_example=1), (False, False, False, False)),
 }
 

@@ -1,0 +1,74 @@
+"""Jobs for ranks: arithmetic over a vocabulary that is cut over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups, vocabulary
+from nemo_diffgemma.parallel.vocabulary import VocabularyShard
+
+
+def cut(table_VH: Tensor, tensor: int) -> tuple[Tensor, VocabularyShard]:
+    """This rank's rows of a table padded to a multiple of 128; padding is NaN, so whoever reads it is found out."""
+    initialize(ParallelLayout(tensor=tensor))
+    group = process_groups().tp
+    vocab_size = table_VH.shape[0]
+    padded = -(-vocab_size // 128) * 128
+    whole = torch.full((padded, table_VH.shape[1]), torch.nan, dtype=table_VH.dtype)
+    whole[:vocab_size] = table_VH
+    return whole.chunk(tensor)[group.rank()].contiguous(), VocabularyShard.of(vocab_size, padded, group)
+
+
+def statistics(tensor: int, problems: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """`vocabulary.statistics` of some (hidden_NH, table_VH, keyword arguments)."""
+    return [_statistics(tensor, **problem) for problem in problems]
+
+
+def _statistics(tensor: int, hidden_NH: Tensor, table_VH: Tensor, **arguments: Any) -> dict[str, Tensor]:
+    found = vocabulary.statistics(hidden_NH, *cut(table_VH, tensor), **arguments)
+    return vars(found)
+
+
+def logits(tensor: int, hidden_NH: Tensor, table_VH: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Logits, and the soft embedding of them."""
+    weight, shard = cut(table_VH, tensor)
+    found = vocabulary.logits(hidden_NH, weight, shard, softcap)
+    return found, vocabulary.soft_embedding_of_logits(found, weight, shard)
+
+
+def cross_entropy(
+    tensor: int,
+    hidden_NH: Tensor,
+    table_VH: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    softcap: float,
+    loss_bytes: int | None = None,
+    scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """Loss, losses and gradients: this rank's share of the hidden one, this rank's rows of the table's."""
+    weight, shard = cut(table_VH, tensor)
+    hidden_NH, weight = hidden_NH.clone().requires_grad_(), weight.requires_grad_()
+    before = vocabulary.LOSS_BYTES
+    vocabulary.LOSS_BYTES = before if loss_bytes is None else loss_bytes
+    try:
+        loss, losses_N = vocabulary.linear_cross_entropy(hidden_NH, weight, labels_N, weights_N, shard, softcap)
+        (loss * scale).backward()
+    finally:
+        vocabulary.LOSS_BYTES = before
+    assert hidden_NH.grad is not None and weight.grad is not None
+    return dict(loss=loss.detach(), losses_N=losses_N, hidden=hidden_NH.grad, table=weight.grad)
+
+
+def soft_embedding(
+    tensor: int, hidden_NH: Tensor, table_VH: Tensor, softcap: float, gradient_NH: Tensor
+) -> dict[str, Tensor | None]:
+    """Soft embedding and the gradients for a gradient of it."""
+    weight, shard = cut(table_VH, tensor)
+    hidden_NH, weight = hidden_NH.clone().requires_grad_(), weight.requires_grad_()
+    soft_NH = vocabulary.soft_embedding(hidden_NH, weight, shard, softcap)
+    soft_NH.backward(gradient_NH)
+    return dict(soft=soft_NH.detach(), hidden=hidden_NH.grad, table=weight.grad)

@@ -1,0 +1,261 @@
+"""One sweep over a cut vocabulary gives what a dense float64 softmax gives; padding and chunks leave no trace.
+
+Shapes: N positions, H hidden, V ids.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.parallel import cases
+
+LAST = 1 - 2**-24  # the largest float32 below 1
+
+
+def dense(hidden_NH: Tensor, table_VH: Tensor, softcap: float, temperature: float = 1.0) -> Tensor:
+    """Tempered logits in float64."""
+    return softcap * torch.tanh(hidden_NH.double() @ table_VH.double().T / softcap) / temperature
+
+
+def problem(seed: int, positions: int, ids: int, hidden: int, scale: float = 1.0, **arguments: Any) -> dict[str, Any]:
+    """Random arguments of `statistics`; hidden times table has standard deviation `scale` before the softcap."""
+    generator = torch.Generator().manual_seed(seed)
+    return dict(
+        hidden_NH=torch.randn(positions, hidden, generator=generator) * scale * hidden**-0.5,
+        table_VH=torch.randn(ids, hidden, generator=generator),
+        uniforms_N=torch.rand(positions, generator=generator),
+        **{"softcap": 30.0, **arguments},
+    )
+
+
+def check(found: dict[str, Tensor], asked: dict[str, Any]) -> None:
+    z_NV = dense(asked["hidden_NH"], asked["table_VH"], asked["softcap"], asked.get("temperature", 1.0))
+    rounding = 2.0**-24 * max(1.0, float(z_NV.abs().max()))  # of one float32 logit
+    p_NV = z_NV.softmax(-1)
+    rows = range(len(z_NV))
+
+    torch.testing.assert_close(found["log_sum_exp_N"].double(), z_NV.logsumexp(-1), atol=8 * rounding, rtol=0)
+    entropy_N = -(p_NV * z_NV.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(found["entropy_N"].double(), entropy_N, atol=16 * rounding + 1e-6, rtol=1e-6)
+    assert (found["entropy_N"] >= 0).all()
+
+    best_N = z_NV[rows, found["argmax_N"]]
+    assert (z_NV.amax(-1) - best_N).max() <= 8 * rounding
+    clear_N = z_NV.topk(min(2, z_NV.shape[1])).values
+    clear_N = clear_N[:, 0] - clear_N[:, -1] > 16 * rounding
+    assert torch.equal(found["argmax_N"][clear_N], z_NV.argmax(-1)[clear_N])
+
+    uniforms_N = asked["uniforms_N"].double()
+    cumulative_NV = p_NV.cumsum(-1)
+    sample_N = found["sample_N"]
+    near = 1e-6 + 8 * rounding
+    assert (cumulative_NV[rows, sample_N] >= uniforms_N - near).all()
+    assert (cumulative_NV[rows, sample_N] - p_NV[rows, sample_N] <= uniforms_N + near).all()
+    assert (p_NV[rows, sample_N] > 0).all()
+    truth_N = (cumulative_NV <= uniforms_N[:, None]).sum(-1).clamp_max(z_NV.shape[1] - 1)
+    exact_N = (cumulative_NV - uniforms_N[:, None]).abs().amin(-1) > near
+    assert torch.equal(sample_N[exact_N], truth_N[exact_N])
+
+    soft_NH = p_NV @ asked["table_VH"].double()
+    largest = float(asked["table_VH"].abs().max())
+    torch.testing.assert_close(
+        found["soft_embedding_NH"].double(), soft_NH, atol=(16 * rounding + 1e-6) * largest, rtol=1e-5
+    )
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 2**31),
+    positions=st.integers(1, 5),
+    ids=st.integers(1, 700),
+    hidden=st.sampled_from([1, 8, 24]),
+    chunk=st.integers(1, 900),
+    scale=st.sampled_from([0.01, 1.0, 6.0, 60.0]),
+    temperature=st.floats(0.05, 4.0),
+    softcap=st.sampled_from([1.0, 30.0]),
+)
+def test_statistics_are_those_of_the_dense_softmax(
+    single, seed, positions, ids, hidden, chunk, scale, temperature, softcap
+):
+    asked = problem(seed, positions, ids, hidden, scale, temperature=temperature, softcap=softcap, chunk=chunk)
+    check(*cases.statistics(1, [asked]), asked)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("ids", [61, 257, 1000])
+def test_statistics_of_a_cut_vocabulary(pool, tensor, ids):
+    """61 ids are padded to 128: of four ranks two hold padding alone. Every rank has the whole result."""
+    asked = [
+        problem(seed, 4, ids, 24, scale, chunk=chunk, temperature=temperature)
+        for seed, (chunk, scale, temperature) in enumerate(
+            [(2048, 1.0, 1.0), (7, 3.0, 0.5), (32, 10.0, 0.4), (100, 0.1, 0.8), (1, 2.0, 0.7)]
+        )
+    ]
+    ranks = pool(tensor).run("tests.parallel.cases:statistics", tensor=tensor, problems=asked)
+    for found in ranks:
+        for one, its in zip(found, asked, strict=True):
+            check(one, its)
+    for other in ranks[1:]:
+        for ours, theirs in zip(ranks[0], other, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def extremes(ids: int) -> dict[str, dict[str, Any]]:
+    hidden = torch.zeros(5, 8)
+    hidden[:, 0] = 1e4
+    table = torch.zeros(ids, 8)
+    table[:, 0] = -1.0
+    uniforms = torch.tensor([0.0, 1e-7, 0.5, 0.999, LAST])
+    certain = table.clone()
+    certain[ids - 2, 0] = 1.0
+    halves = table.clone()
+    halves[[3, ids - 1], 0] = 1.0
+    common = dict(hidden_NH=hidden, uniforms_N=uniforms, softcap=30.0, temperature=0.4, chunk=16)
+    return {
+        "certain": dict(common, table_VH=certain),
+        "halves": dict(common, table_VH=halves),
+        "uniform": dict(common, table_VH=table, hidden_NH=torch.zeros(5, 8)),
+    }
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("ids", [61, 257])
+def test_extremes(single, pool, tensor, ids):
+    """Saturated and flat distributions, numbers at either end of [0, 1), ties: nothing is NaN or a massless id."""
+    asked = extremes(ids)
+    if tensor == 1:
+        ranks = [cases.statistics(1, list(asked.values()))]
+    else:
+        ranks = pool(tensor).run("tests.parallel.cases:statistics", tensor=tensor, problems=list(asked.values()))
+    for found in ranks:
+        certain, halves, uniform = found
+        assert (certain["entropy_N"] == 0).all()
+        assert (certain["argmax_N"] == ids - 2).all() and (certain["sample_N"] == ids - 2).all()
+        assert torch.equal(certain["soft_embedding_NH"], asked["certain"]["table_VH"][[ids - 2] * 5])
+
+        torch.testing.assert_close(halves["entropy_N"], torch.full((5,), math.log(2)), atol=1e-5, rtol=0)  # nats
+        assert (halves["argmax_N"] == 3).all()  # of equal logits the smallest id, in whatever chunk or rank
+        assert halves["sample_N"].tolist() == [3, 3, ids - 1, ids - 1, ids - 1]  # exceeds: at 0.5 it is the second
+
+        torch.testing.assert_close(uniform["entropy_N"], torch.full((5,), math.log(ids)), atol=1e-5, rtol=0)
+        assert (uniform["argmax_N"] == 0).all()
+        assert uniform["sample_N"].tolist() == [0, 0, ids // 2, int(0.999 * ids), ids - 1]
+        assert all(value.isfinite().all() for one in found for value in one.values())
+
+
+def test_a_temperature_divides_after_the_softcap(single):
+    """Half of 30 tanh(x / 30), not 30 tanh(x / 60)."""
+    asked = problem(0, 3, 61, 8, 40.0, temperature=2.0)
+    (found,) = cases.statistics(1, [asked])
+    z_NV = 30 * torch.tanh(asked["hidden_NH"] @ asked["table_VH"].T / 30) / 2
+    torch.testing.assert_close(found["log_sum_exp_N"], z_NV.logsumexp(-1), atol=1e-5, rtol=0)
+
+
+def test_nothing_is_computed_that_was_not_asked_for(single):
+    asked = problem(0, 3, 61, 8)
+    del asked["uniforms_N"]
+    (found,) = cases.statistics(1, [dict(asked, soft_embedding=False)])
+    assert found["sample_N"] is None and found["soft_embedding_NH"] is None
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("ids", [61, 257])
+def test_logits_have_no_padding(single, pool, tensor, ids):
+    asked = problem(3, 4, ids, 24, 5.0)
+    arguments = dict(tensor=tensor, hidden_NH=asked["hidden_NH"], table_VH=asked["table_VH"], softcap=30.0)
+    ranks = [cases.logits(**arguments)] if tensor == 1 else pool(tensor).run("tests.parallel.cases:logits", **arguments)
+    z_NV = dense(asked["hidden_NH"], asked["table_VH"], 30.0)
+    for logits, soft in ranks:
+        torch.testing.assert_close(logits.double(), z_NV, atol=1e-5, rtol=0)
+        torch.testing.assert_close(soft.double(), z_NV.softmax(-1) @ asked["table_VH"].double(), atol=1e-5, rtol=0)
+
+
+# -- with gradient ---------------------------------------------------------------------------------------------------
+
+
+def loss_problem(seed: int, positions: int, ids: int, hidden: int, scale: float) -> dict[str, Any]:
+    asked = problem(seed, positions, ids, hidden, scale)
+    generator = torch.Generator().manual_seed(seed + 1)
+    return dict(
+        hidden_NH=asked["hidden_NH"],
+        table_VH=asked["table_VH"],
+        labels_N=torch.randint(ids, (positions,), generator=generator),
+        weights_N=torch.rand(positions, generator=generator),
+        softcap=30.0,
+    )
+
+
+def check_loss(ranks: list[dict[str, Tensor]], asked: dict[str, Any], scale: float = 1.0) -> None:
+    """Shares of the hidden gradient add up; rows of the table's lie one below the other, padding without gradient."""
+    hidden, table = asked["hidden_NH"].double().requires_grad_(), asked["table_VH"].double().requires_grad_()
+    z_NV = dense(hidden, table, asked["softcap"])
+    losses_N = torch.nn.functional.cross_entropy(z_NV, asked["labels_N"], reduction="none")
+    loss = (losses_N * asked["weights_N"].double()).sum()
+    (loss * scale).backward()
+    assert hidden.grad is not None and table.grad is not None
+    bound = 1e-6 * (1 + float(z_NV.detach().abs().max()))
+    for found in ranks:
+        torch.testing.assert_close(found["losses_N"].double(), losses_N.detach(), atol=bound, rtol=1e-6)
+        torch.testing.assert_close(found["loss"].double(), loss.detach(), atol=bound * len(losses_N), rtol=1e-6)
+    shares = sum(found["hidden"] for found in ranks)
+    torch.testing.assert_close(shares.double(), hidden.grad, atol=bound * float(hidden.grad.abs().max()), rtol=1e-5)
+    rows = torch.cat([found["table"] for found in ranks])
+    ids = len(table)
+    torch.testing.assert_close(rows[:ids].double(), table.grad, atol=bound * float(table.grad.abs().max()), rtol=1e-5)
+    assert (rows[ids:] == 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    positions=st.integers(1, 9),
+    ids=st.integers(2, 300),
+    scale=st.sampled_from([0.1, 2.0, 20.0]),
+    loss_bytes=st.sampled_from([1, 4 * 128 * 2, 4 * 384 * 3, 1 << 28]),
+    factor=st.sampled_from([1.0, -0.25]),
+)
+def test_cross_entropy_and_its_gradients(single, seed, positions, ids, scale, loss_bytes, factor):
+    """One position at a time, a few, or all: the bytes allowed change memory, not values."""
+    asked = loss_problem(seed, positions, ids, 24, scale)
+    check_loss([cases.cross_entropy(1, **asked, loss_bytes=loss_bytes, scale=factor)], asked, factor)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("loss_bytes", [1, 1 << 28], ids=["one at a time", "at once"])
+@pytest.mark.parametrize("ids", [61, 257])
+def test_cross_entropy_over_a_cut_vocabulary(pool, tensor, loss_bytes, ids):
+    asked = loss_problem(5, 6, ids, 24, 3.0)
+    ranks = pool(tensor).run(
+        "tests.parallel.cases:cross_entropy", tensor=tensor, **asked, loss_bytes=loss_bytes, scale=0.5
+    )
+    check_loss(ranks, asked, 0.5)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("ids", [61, 257, 2500])
+def test_soft_embedding_is_differentiable_in_the_table_alone(single, pool, tensor, ids):
+    """2500 ids are more than one chunk. The probabilities are those of the first pass: they have no gradient."""
+    asked = problem(9, 5, ids, 24, 3.0)
+    gradient = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
+    arguments = dict(hidden_NH=asked["hidden_NH"], table_VH=asked["table_VH"], softcap=30.0, gradient_NH=gradient)
+    if tensor == 1:
+        ranks = [cases.soft_embedding(1, **arguments)]
+    else:
+        ranks = pool(tensor).run("tests.parallel.cases:soft_embedding", tensor=tensor, **arguments)
+    table = asked["table_VH"].double().requires_grad_()
+    p_NV = dense(asked["hidden_NH"], asked["table_VH"], 30.0).softmax(-1)
+    soft_NH = p_NV @ table
+    soft_NH.backward(gradient.double())
+    for found in ranks:
+        torch.testing.assert_close(found["soft"].double(), soft_NH.detach(), atol=1e-5, rtol=0)
+        assert found["hidden"] is None
+    rows = torch.cat([found["table"] for found in ranks])
+    torch.testing.assert_close(rows[:ids].double(), table.grad, atol=1e-5, rtol=0)
+    assert (rows[ids:] == 0).all()
