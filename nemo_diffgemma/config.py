@@ -261,8 +261,9 @@ _SMALLEST_VISION = {
 
 def _refuse_foreign_features(text: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
     for key, absent in _ABSENT.items():
-        value = text.get(key, raw.get(key, absent[0]))
-        if value not in absent:
+        for value in (text.get(key, absent[0]), raw.get(key, absent[0])):
+            if value in absent:
+                continue
             raise ConfigError(
                 f"config.json sets {key}={value!r}, which DiffusionGemma does not have (expected {absent[0]!r}); this "
                 "checkpoint is of another member of the Gemma 4 family"

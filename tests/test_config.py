@@ -159,10 +159,12 @@ def test_the_released_sizes_make_the_released_number_of_parameters(single):
     ],
 )
 def test_features_of_the_rest_of_the_family(key, value):
-    with pytest.raises(ConfigError) as raised:
-        ModelConfig.from_huggingface(changed(**{key: value}))
-    assert f"sets {key}={value!r}, which DiffusionGemma does not have" in str(raised.value)
-    assert "another member of the Gemma 4 family" in str(raised.value) and "\n" not in str(raised.value)
+    """In the text configuration or above it."""
+    for raw in (changed(**{key: value}), TOP | {key: value}):
+        with pytest.raises(ConfigError) as raised:
+            ModelConfig.from_huggingface(raw)
+        assert f"sets {key}={value!r}, which DiffusionGemma does not have" in str(raised.value)
+        assert "another member of the Gemma 4 family" in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

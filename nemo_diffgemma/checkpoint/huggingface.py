@@ -63,8 +63,8 @@ class TensorFiles:
         index = self.directory / INDEX
         if index.is_file():
             try:
-                weights = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
+                weights = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index} is damaged ({error!r}); copy it again from the checkpoint") from None
             missing = sorted({file for file in weights.values() if not (self.directory / file).is_file()})
             if missing:
@@ -188,8 +188,13 @@ def save(network: Network, directory: str | Path) -> Written:
     with new_directory(target) as partial:
         shards = _plan(network)
         weight_map: dict[str, str] = {}
+        carried: dict[str, Tensor] = {}
+        with on_first_rank(partial):
+            if partial is not None:
+                carried = carried_tensors(network)
+        files = len(shards) + bool(carried)
         for index, names in enumerate(shards):
-            file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            file = _file_name(index, files)
             tensors = {released_name(n): t for n, t in full_tensors(network, names)}
             with on_first_rank(partial):  # the others must not wait in the next gather when the disk is full
                 if partial is not None:
@@ -198,7 +203,10 @@ def save(network: Network, directory: str | Path) -> Written:
                     written = _add(written, tensors)
         with on_first_rank(partial):
             if partial is not None:
-                weight_map, written = _write_carried(network, partial, weight_map, written)
+                if carried:  # byte for byte, in a file of their own
+                    save_file(carried, partial / _file_name(files - 1, files), metadata={"format": "pt"})
+                    weight_map |= dict.fromkeys(carried, _file_name(files - 1, files))
+                    written = _add(written, carried)
                 write_assets(network, partial)
                 _write_index(partial, weight_map, written)
     counts = [written]
@@ -211,15 +219,9 @@ def _add(written: Written, tensors: Mapping[str, Tensor]) -> Written:
     return Written(written.tensors + len(tensors), written.bytes + sum(t.nbytes for t in tensors.values()))
 
 
-def _write_carried(
-    network: Network, partial: Path, weight_map: dict[str, str], written: Written
-) -> tuple[dict[str, str], Written]:
-    """Vision tensors go to a file of their own, byte for byte."""
-    carried = carried_tensors(network)
-    if carried:
-        save_file(carried, partial / "model-vision.safetensors", metadata={"format": "pt"})
-        weight_map, written = weight_map | dict.fromkeys(carried, "model-vision.safetensors"), _add(written, carried)
-    return weight_map, written
+def _file_name(index: int, files: int) -> str:
+    """transformers reads `model.safetensors` and nothing else where there is one, so it must be the only file."""
+    return "model.safetensors" if files == 1 else f"model-{index + 1:05}-of-{files:05}.safetensors"
 
 
 def _write_index(partial: Path, weight_map: dict[str, str], written: Written) -> None:
@@ -239,7 +241,7 @@ def write_assets(network: Network, directory: Path) -> None:
 
 def carried_tensors(network: Network) -> dict[str, Tensor]:
     """Vision tensors of the checkpoint this model came from."""
-    if network.assets is None or not any(network.assets.glob("*.safetensors")):
+    if network.assets is None or not (any(network.assets.glob("*.safetensors")) or (network.assets / INDEX).is_file()):
         return {}
     with TensorFiles(network.assets) as files:
         names = [name for name in files.files if name.startswith(CARRIED_PREFIXES)]
@@ -296,6 +298,8 @@ def on_first_rank(partial: Path | None) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
+    except CheckpointError as found:
+        error = found
     except (OSError, SafetensorError) as found:
         error = CheckpointError(f"cannot write {partial}: {found}")
     agree_error(error)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -175,16 +178,76 @@ def initial_weights(path: str, layout: dict[str, int], seed: int) -> dict[str, T
     return {released_name(name): tensor for name, tensor in full_tensors(model, names)}
 
 
-def round_trip(path: str, layout: dict[str, int], target: str, dtype: str = "float32") -> tuple[int, int]:
-    """Load in a layout and write again; tensors and bytes written."""
-    written = load(path, layout, getattr(torch, dtype)).save_huggingface(target)
+def round_trip(
+    path: str, layout: dict[str, int], target: str, dtype: str = "float32", shard_bytes: int | None = None
+) -> tuple[int, int]:
+    """Load in a layout and write again, in files of up to `shard_bytes`; tensors and bytes written."""
+    from nemo_diffgemma.checkpoint import huggingface
+
+    model = load(path, layout, getattr(torch, dtype))
+    with mock.patch.object(huggingface, "SHARD_BYTES", shard_bytes or huggingface.SHARD_BYTES):
+        written = model.save_huggingface(target)
     return written.tensors, written.bytes
 
 
-def error_of(reference: str, **arguments: Any) -> str:
-    """Message of the exception that a case raises on this rank."""
+def save_initial(config: Any, layout: dict[str, int], target: str, seed: int) -> None:
+    """Write a model from scratch."""
+    from nemo_diffgemma import DiffusionGemma
+
+    initialize(ParallelLayout(**layout))
+    model = DiffusionGemma(config)
+    model.init_weights(seed)
+    model.save_huggingface(target)
+
+
+def load_where_a_rank_fails(path: str, layout: dict[str, int], rank: int, at: str) -> None:
+    """Load where one rank cannot read a file that the others can."""
+    from nemo_diffgemma import ModelConfig
+    from nemo_diffgemma.checkpoint import huggingface
+
+    owner, name = {"config": (ModelConfig, "from_pretrained"), "weights": (huggingface, "_fill")}[at]
+    with _failing_on(rank, owner, name, OSError("Stale file handle")):
+        load(path, layout)
+
+
+def save_where_the_disk_is_full(path: str, layout: dict[str, int], target: str, after: int) -> None:
+    """Write several files, of which the one after `after` fails on the rank that writes."""
+    from nemo_diffgemma.checkpoint import huggingface
+
+    model = load(path, layout)
+    written = []
+    save_file = huggingface.save_file
+
+    def full(tensors: Any, file: Any, **arguments: Any) -> None:
+        if len(written) == after:
+            raise OSError("No space left on device")
+        written.append(file)
+        save_file(tensors, file, **arguments)
+
+    with mock.patch.object(huggingface, "save_file", full), mock.patch.object(huggingface, "SHARD_BYTES", 20_000):
+        model.save_huggingface(target)
+
+
+def save_where_the_source_is_gone(path: str, layout: dict[str, int], target: str) -> None:
+    """The vision tensors are copied from the directory that was loaded, one file of which has disappeared since."""
+    model = load(path, layout)
+    if torch.distributed.get_rank() == 0:
+        for file in Path(path).glob("*.safetensors"):
+            file.unlink()
+    torch.distributed.barrier()
+    model.save_huggingface(target)
+
+
+def _failing_on(rank: int, owner: Any, name: str, error: Exception) -> Any:
+    if torch.distributed.get_rank() != rank:
+        return contextlib.nullcontext()
+    return mock.patch.object(owner, name, side_effect=error)
+
+
+def error_of(case: str, **arguments: Any) -> str:
+    """Type and message of the exception that a case raises on this rank."""
     try:
-        globals()[reference](**arguments)
+        globals()[case](**arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

@@ -82,5 +82,5 @@ def test_a_model_needs_process_groups_first(single, monkeypatch):
 
 
 def test_every_rank_is_told(pool):
-    errors = pool(2).run("tests.distributed.cases:error_of", reference="load", path="nowhere", layout=dict(tensor=4))
+    errors = pool(2).run("tests.distributed.cases:error_of", case="load", path="nowhere", layout=dict(tensor=4))
     assert all("LayoutError" in error and "needs 4 processes" in error for error in errors)
