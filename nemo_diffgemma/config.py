@@ -143,7 +143,7 @@ class ModelConfig:
 
     def _read_global_heads(self, text: Mapping[str, Any]) -> HeadSizes:
         """Head sizes of the global layers: two fields in the released file, `per_layer_config` in what HF saves."""
-        if "per_layer_config" not in text:
+        if text.get("per_layer_config") is None:
             return HeadSizes(
                 text.get("global_head_dim") or 512, text.get("num_global_key_value_heads") or self.num_key_value_heads
             )

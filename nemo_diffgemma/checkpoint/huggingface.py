@@ -322,12 +322,11 @@ def new_directory(target: Path) -> Iterator[Path | None]:
     agree_error(error)
     try:
         yield partial
-        if partial is not None:
-            if target.exists():
-                target.rmdir()
-            partial.rename(target)
+        with on_first_rank(partial):
+            if partial is not None:
+                if target.exists():
+                    target.rmdir()
+                partial.rename(target)
     finally:
         if partial is not None and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
-    if dist.get_world_size() > 1:
-        dist.barrier()

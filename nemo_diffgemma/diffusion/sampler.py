@@ -23,7 +23,8 @@ class SamplerConfig:
     """Settings of generation, with Hugging Face's names and defaults. Bounds and thresholds are in nats.
 
     `stability_threshold` steps must have had the same arg-max canvas, and the mean entropy must be below
-    `confidence_threshold`, for a canvas to be finished early. `eos_token_id` None: whatever the model's is.
+    `confidence_threshold`, for a canvas to be finished early. Without `eos_token_id` nothing ends a row early;
+    without `pad_token_id` nothing is padded. Start from `DiffusionGemma.sampler_defaults` to keep the checkpoint's.
     """
 
     max_denoising_steps: int = 48

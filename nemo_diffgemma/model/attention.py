@@ -7,6 +7,8 @@ raw key projection, before the key norm and the rotation.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -18,6 +20,7 @@ from nemo_diffgemma.config import GLOBAL, ModelConfig
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm
 from nemo_diffgemma.model.rotary import rotate
 from nemo_diffgemma.model.segments import KeyValue, Stream, attend
+from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_tensor
 
 
@@ -60,8 +63,6 @@ def row_parallel(columns: int, config: TransformerConfig, groups: ProcessGroupCo
 def _without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
     twin = config.__dict__.get("_gathered_twin")
     if twin is None:
-        import copy
-
         twin = copy.copy(config)
         twin.sequence_parallel = False
         config.__dict__["_gathered_twin"] = twin
@@ -79,9 +80,8 @@ class SharedKeyValue(nn.Module):
         super().__init__()
         head = groups.tp.rank() // (groups.tp.size() // heads)
         self.rows = slice(head * head_dim, (head + 1) * head_dim)
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
         self.weight = nn.Parameter(
-            torch.empty(heads * head_dim, config.hidden_size, dtype=config.params_dtype, device=device)
+            torch.empty(heads * head_dim, config.hidden_size, dtype=config.params_dtype, device=device())
         )
         self.weight.sequence_parallel = True  # type: ignore[attr-defined]
 
@@ -100,7 +100,6 @@ class Attention(nn.Module):
         self.head_dim, kv_heads = model.heads(layer)
         self.eps = model.rms_norm_eps
         self.window = None if kind == GLOBAL else model.sliding_window
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
 
         def key_value() -> nn.Module:
             if kv_heads % groups.tp.size():
@@ -111,8 +110,8 @@ class Attention(nn.Module):
         self.k_proj = key_value()
         self.v_proj = None if kind == GLOBAL else key_value()
         self.o_proj = row_parallel(model.num_attention_heads * self.head_dim, config, groups)
-        self.q_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device)
-        self.k_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device)
+        self.q_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device())
+        self.k_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device())
 
     def project(self, x_TH: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the whole stream for this rank's heads, [T, heads, D] each."""

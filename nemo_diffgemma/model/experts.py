@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nemo_diffgemma.model.norm import rms_norm
+from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_experts
 
 
@@ -29,11 +30,10 @@ class Router(TopKRouter):
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
-        self.weight.data = self.weight.data.to(device)
+        self.weight.data = self.weight.data.to(device())
 
         def learned(size: int) -> nn.Parameter:
-            parameter = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
+            parameter = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device()))
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             return parameter
 
@@ -66,10 +66,9 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
 
         def weight(*shape: int, width_axis: int) -> nn.Parameter:
-            parameter = nn.Parameter(torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=device))
+            parameter = nn.Parameter(torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=device()))
             declare(parameter, over_experts(pg_collection, width_axis))
             replicated = pg_collection.ep.size() == 1 and pg_collection.expt_tp.size() == pg_collection.tp.size()
             parameter.allreduce = replicated  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from nemo_diffgemma.model.attention import Attention, column_parallel, row_paral
 from nemo_diffgemma.model.experts import MixtureOfExperts
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.segments import KeyValue, Stream
+from nemo_diffgemma.parallel.groups import device
 
 
 def recompute(function: Any, *args: Any) -> Any:
@@ -62,10 +63,9 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.group = groups.tp
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
 
         def norm() -> RMSNorm:
-            return RMSNorm(model.hidden_size, model.rms_norm_eps, config.params_dtype, device)
+            return RMSNorm(model.hidden_size, model.rms_norm_eps, config.params_dtype, device())
 
         self.self_attn = Attention(model, layer, config, groups)
         self.mlp = GatedMLP(model.intermediate_size, config, groups)
@@ -78,7 +78,7 @@ class Layer(nn.Module):
         self.pre_feedforward_layernorm_2 = norm()
         self.post_feedforward_layernorm_2 = norm()
         for name in ("layer_scalar", "encoder_layer_scalar"):
-            self.register_buffer(name, torch.ones(1, dtype=config.params_dtype, device=device))
+            self.register_buffer(name, torch.ones(1, dtype=config.params_dtype, device=device()))
 
     def forward(
         self,

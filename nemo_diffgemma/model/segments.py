@@ -15,7 +15,6 @@ keys before its start (transformers' DynamicCache + sdpa; the window is anchored
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -23,9 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-# (offset, length, members) of the tokens of a piece of the output; None: all context rows or all canvases, in order
-Order = list["tuple[int, int, tuple[int, ...]] | None"]
 
 _QUERY_BLOCK = 512  # rows of a causal mask at a time, where a mask is needed at all
 
@@ -90,6 +86,27 @@ class Stream:
         mask[self.context_tokens : self.context_tokens + self.canvas_tokens] = True
         return mask
 
+    def restoring_order(self, device: torch.device) -> Tensor | None:
+        """Where each token lies in the outputs of all groups, one after the other; None where they are in order.
+
+        Made once a stream: it is the same in every layer.
+        """
+        if "_order" not in self.__dict__:
+            self.__dict__["_order"] = self._restoring_order(device)
+        return self.__dict__["_order"]
+
+    def _restoring_order(self, device: torch.device) -> Tensor | None:
+        groups = [(rows, 0, self.context, self.rows) for _, rows in self.context_groups] if self.context else []
+        offset, length, total = self.context_tokens, self.canvas_length, len(self.canvases)
+        groups += [(members, offset, length, total) for _, _, members, _ in self.canvas_groups]
+        if all(members.indices is None for members, *_ in groups):
+            return None
+        tokens = []
+        for members, offset, length, total in groups:
+            chosen = torch.tensor(members.indices or range(total))
+            tokens.append((offset + chosen[:, None] * length + torch.arange(length)).flatten())
+        return torch.cat(tokens).argsort().to(device)
+
     @cached_property
     def context_groups(self) -> list[tuple[int, Members]]:
         """Rows by left padding."""
@@ -148,7 +165,7 @@ class KeyValue(NamedTuple):
     def columns(self, members: Members, start: int, end: int) -> tuple[Tensor, Tensor]:
         start = max(start, self.offset)
         cut = slice(start - self.offset, end - self.offset)
-        return members.select(self.keys)[:, :, cut], members.select(self.values)[:, :, cut]
+        return members.select(self.keys[:, :, cut]), members.select(self.values[:, :, cut])
 
 
 def attend(
@@ -160,17 +177,16 @@ def attend(
         fresh = KeyValue(_rows(k_TGD, stream), _rows(v_TGD, stream))
         context = fresh if past is None else _append(past, fresh)
     pieces: list[Tensor] = []
-    order: Order = []
     if stream.context:
         assert context is not None
-        pieces, order = _attend_context(_rows(q_TND, stream), stream, window, context)
+        pieces += _attend_context(_rows(q_TND, stream), stream, window, context)
     if stream.canvases:
         assert context is not None
-        canvas_pieces, canvas_order = _attend_canvases(q_TND, k_TGD, v_TGD, stream, window, context)
-        pieces, order = pieces + canvas_pieces, order + canvas_order
+        pieces += _attend_canvases(q_TND, k_TGD, v_TGD, stream, window, context)
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if any(part is not None for part in order):
-        out = out[_inverse(order, stream, out.device)]
+    order = stream.restoring_order(out.device)
+    if order is not None:
+        out = out[order]
     if stream.padding:
         out = F.pad(out, (0, 0, 0, stream.padding))
     return out, context
@@ -188,10 +204,8 @@ def _append(past: KeyValue, fresh: KeyValue) -> KeyValue:
     )
 
 
-def _attend_context(
-    q_BNSD: Tensor, stream: Stream, window: int | None, context: KeyValue
-) -> tuple[list[Tensor], Order]:
-    pieces, order = [], []
+def _attend_context(q_BNSD: Tensor, stream: Stream, window: int | None, context: KeyValue) -> list[Tensor]:
+    pieces = []
     for first, rows in stream.context_groups:
         q_start, end = max(first, stream.cached), stream.cached + stream.context
         q = rows.select(q_BNSD)[:, :, q_start - stream.cached :]
@@ -200,19 +214,18 @@ def _attend_context(
         out = _causal(q, keys, values, q_start - k_start, window)
         out = F.pad(out, (0, 0, q_start - stream.cached, 0))  # nobody reads what padding sees: nothing
         pieces.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
-        order.append(None if rows.indices is None else (0, stream.context, rows.indices))
-    return pieces, order
+    return pieces
 
 
 def _attend_canvases(
     q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, stream: Stream, window: int | None, context: KeyValue
-) -> tuple[list[Tensor], Order]:
+) -> list[Tensor]:
     def canvases(x: Tensor) -> Tensor:
         x = x[stream.context_tokens : stream.context_tokens + stream.canvas_tokens]
         return x.view(len(stream.canvases), stream.canvas_length, *x.shape[1:]).transpose(1, 2)
 
     q_MNCD, k_MGCD, v_MGCD = canvases(q_TND), canvases(k_TGD), canvases(v_TGD)
-    pieces, order = [], []
+    pieces = []
     for first, start, members, rows in stream.canvas_groups:
         seen = first if window is None else max(first, start - (window - 1))
         keys, values = context.columns(rows, seen, start)
@@ -224,12 +237,14 @@ def _attend_canvases(
         q = q.reshape(m, keys.shape[1], -1, width)
         out = F.scaled_dot_product_attention(q, keys, values, scale=1.0).view(m, heads, length, width)
         pieces.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
-        order.append(None if members.indices is None else (stream.context_tokens, length, members.indices))
-    return pieces, order
+    return pieces
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, ahead: int, window: int | None) -> Tensor:
     """Causal attention of [b, N, Q, D] queries whose first one stands `ahead` columns after the first key."""
+    if q.is_cuda and k.shape[1] < q.shape[1] and (q.shape[3] > 256 or q.dtype == torch.float32):
+        # flash attention takes neither, and only it knows grouped heads on CUDA: the fallback holds [heads, S, S]
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     queries, keys = q.shape[2], k.shape[2]
     narrow = window is not None and keys > window
     if not narrow and ahead == 0:
@@ -256,28 +271,3 @@ def _band(queries: int, ahead: int, window: int | None, device: torch.device) ->
         ahead + queries, device=device
     )
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-
-def _inverse(order: Order, stream: Stream, device: torch.device) -> Tensor:
-    """Where each token of the stream lies in the concatenated pieces."""
-    tokens: list[int] = []
-    for part, default in zip(order, _defaults(order, stream), strict=True):
-        offset, length, members = default if part is None else part
-        tokens.extend(offset + member * length + column for member in members for column in range(length))
-    return _index(tuple(_invert(tokens)), device)
-
-
-def _defaults(order: Order, stream: Stream) -> Iterable[tuple[int, int, tuple[int, ...]]]:
-    contexts = len(stream.context_groups) if stream.context else 0
-    for index in range(len(order)):
-        if index < contexts:
-            yield 0, stream.context, tuple(range(stream.rows))
-        else:
-            yield stream.context_tokens, stream.canvas_length, tuple(range(len(stream.canvases)))
-
-
-def _invert(permutation: list[int]) -> list[int]:
-    inverse = [0] * len(permutation)
-    for place, token in enumerate(permutation):
-        inverse[token] = place
-    return inverse

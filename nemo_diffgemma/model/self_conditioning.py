@@ -7,7 +7,6 @@ get unit RMS, which the encoder's embeddings do not (transformers' modeling_diff
 
 from __future__ import annotations
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.model.layer import GatedMLP
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm
+from nemo_diffgemma.parallel.groups import device
 
 
 class SelfConditioning(GatedMLP):
@@ -22,9 +22,8 @@ class SelfConditioning(GatedMLP):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(model.intermediate_size, config, groups)
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
         self.eps = model.rms_norm_eps
-        self.pre_norm = RMSNorm(model.hidden_size, self.eps, config.params_dtype, device)
+        self.pre_norm = RMSNorm(model.hidden_size, self.eps, config.params_dtype, device())
 
     def forward(self, embeddings_TH: Tensor, soft_TH: Tensor | None = None) -> Tensor:
         """This rank's canvas embeddings and signal, [T/tp, H] -> the decoder's input."""

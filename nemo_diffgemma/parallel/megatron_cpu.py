@@ -3,7 +3,7 @@
 Megatron asks `torch.cuda` for the current device, for streams and for random states even where nothing runs on a GPU.
 Here the name `torch` inside `megatron.core.*` modules is rebound to a stand-in whose factories send "cuda" to the CPU
 and whose `.cuda` answers for it. PyTorch itself is left alone: other code in the process sees the real one.
-Also here: gloo lacks collectives of uneven sizes, and Megatron's distributed optimizer restores torch's AdamW wrongly.
+Also here: gloo lacks collectives of uneven sizes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def enable() -> None:
     """Make Megatron usable without CUDA. Idempotent; does nothing where CUDA is available."""
     global _enabled
     if torch.cuda.is_available():
-        _fix_distributed_optimizer()
         return
     if not _enabled:
         for name in _LAZY:
@@ -58,7 +57,6 @@ def enable() -> None:
     _python_split_sizes()
     _uneven_collectives()
     _cuda_type_names_where_asserted()
-    _fix_distributed_optimizer()
 
 
 # -- the stand-in for `torch` ----------------------------------------------------------------------------------------
@@ -214,38 +212,6 @@ def _cuda_type_names_where_asserted() -> None:
         setattr(owner, name, call)
 
     wrap(distrib_optimizer.DistributedOptimizer, "__init__")
-    wrap(distrib_optimizer.DistributedOptimizer, "get_parameter_state_dp_zero")
     wrap(optimizer.Float16OptimizerWithFloat16Params, "__init__")
     wrap(clip_grads, "clip_grad_by_total_norm_fp32")
     wrap(optimizer, "clip_grad_by_total_norm_fp32")
-
-
-_fixed_optimizer = False
-
-
-def _fix_distributed_optimizer() -> None:
-    """Restoring torch's AdamW through Megatron's DistributedOptimizer, needed wherever neither TE nor apex is present.
-
-    Megatron sets no 'step' for a parameter it restores from a sharded checkpoint, then gives every parameter the same
-    step tensor; AdamW increments it in place, once for each parameter, and training silently diverges after a resume.
-    """
-    global _fixed_optimizer
-    if _fixed_optimizer:
-        return
-    _fixed_optimizer = True
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-    load = DistributedOptimizer.load_state_dict
-
-    def set_states_with_step(self: Any, model_param: Any, tensors: dict) -> Any:
-        return set_states(self, model_param, {"step": None, **tensors})
-
-    def load_with_own_steps(self: Any, state_dict: Any) -> None:
-        load(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
-    DistributedOptimizer.load_state_dict = load_with_own_steps

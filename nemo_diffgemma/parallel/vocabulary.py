@@ -5,6 +5,9 @@ float32). What sampler and loss need of them are a few numbers a position, so on
 computes product, softcap, log-sum-exp, entropy, arg-max, chunk masses and the soft embedding while a chunk lies in the
 cache. Rows of the padded table beyond V are never multiplied: padding cannot leak.
 
+In bfloat16 the soft embedding of a denoising step deviates from transformers on purpose: there the tempered logits are
+rounded to bfloat16 before the softmax, which moves the signal by 4.6 % at T = 0.41; here only the weights are, 0.2 %.
+
 Shapes: N positions, H hidden, v ids of this rank (the real ones), V ids in all, c ids of a chunk, k chunks of a rank.
 Weight tables are `[v + padding, H]`, `first` is the id of the first row of this rank.
 """
@@ -269,11 +272,11 @@ class _SoftEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
-        found = statistics(hidden_NH, weight, shard, softcap=softcap)
-        assert found.soft_embedding_NH is not None
-        ctx.save_for_backward(hidden_NH, weight, found.log_sum_exp_N)
+        step = max(1, LOSS_BYTES // (4 * weight.shape[0]))
+        found = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(step)]
+        ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in found]))
         ctx.shard, ctx.softcap = shard, softcap
-        return found.soft_embedding_NH
+        return torch.cat([part.soft_embedding_NH for part in found if part.soft_embedding_NH is not None])
 
     @staticmethod
     def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor, None, None]:

@@ -1,7 +1,7 @@
 """On GPUs, over nccl, the same claims as on the CPU: the questions, cases and tolerances are those of `tests/parity`.
 
-float32 products are done in float32 (torch's default; TF32 would cost three digits). With one GPU the one-process claims
-run; layouts run where there are as many GPUs as they have ranks.
+float32 products are done in float32 (torch's default; TF32 would cost three digits). With one GPU the one-process
+claims run; layouts run where there are as many GPUs as they have ranks.
 """
 
 from __future__ import annotations

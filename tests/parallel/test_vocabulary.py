@@ -158,6 +158,14 @@ def test_a_temperature_divides_after_the_softcap(single):
     torch.testing.assert_close(found["log_sum_exp_N"], z_NV.logsumexp(-1), atol=1e-5, rtol=0)
 
 
+def test_the_next_step_leaves_the_last_ones_statistics_alone(single):
+    """Memory may be used again from step to step, what was returned may not: the sampler keeps it."""
+    asked = [problem(seed, 4, 61, 24, 3.0) for seed in range(3)]
+    found = cases.statistics(1, asked)
+    for one, its in zip(found, asked, strict=True):
+        check(one, its)
+
+
 def test_nothing_is_computed_that_was_not_asked_for(single):
     asked = problem(0, 3, 61, 8)
     del asked["uniforms_N"]

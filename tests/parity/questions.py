@@ -17,10 +17,11 @@ from tests.reference import SIZES, multi_canvas
 TOLERANCE = 1e-4
 """Largest difference of two float32 logits that lie in (-30, 30)."""
 
-SUBLAYERS = dict.fromkeys(SIZES, 1.0) | {"deep": 0.5}
+SUBLAYERS = dict.fromkeys(SIZES, 1.0) | {"deep": 0.2}
 """Seven undamped random layers amplify rounding so far that float32 itself is not good to 1e-4: the reference is up to
-2.0e-4 away from itself in float64, we as far, and of seeds 0 to 4 two differ from us by 1.2e-4 and 1.5e-4. With half
-the weight on the norms behind the sublayers all five stay below 7e-5; three layers stay below 3e-5 as they are."""
+2.0e-4 away from itself in float64, we are 1.7e-4, and of seeds 0 to 4 two differ from us by 1.2e-4 and 1.5e-4. With a
+fifth of the weight on the norms behind the sublayers the reference is good to 2e-5. Three layers differ from us by up
+to 3e-5 as they are."""
 
 KINDS = ("plain", "signal", "padded", "after_1_canvas", "after_3_canvases")
 

@@ -18,13 +18,16 @@ def model(single, checkpoint):
     return cases.load(checkpoint("odd_vocab"), {})
 
 
-VOCABULARY = "token ids range from .*, but this model has 61 ids \\(0 to 60\\); was the prompt made with another tokenizer"
+VOCABULARY = r"token ids range from .*, but this model has 61 ids \(0 to 60\); was the prompt made with another"
 LEFT = "attention_mask must be zeros at the left of a row and then ones, at least one of them; pad prompts on the left"
 BAD = {
     "an id above the vocabulary": (lambda m: m.encode(IDS + 50), VOCABULARY),
     "an id in the padding of the table": (lambda m: m.generate(torch.tensor([[61]])), VOCABULARY),
     "a negative id": (lambda m: m.encode(IDS - 1), VOCABULARY),
-    "an empty prompt": (lambda m: m.generate(IDS[:, :0]), r"input_ids has shape \[2, 0\].* needs at least the <bos> token, id 2"),
+    "an empty prompt": (
+        lambda m: m.generate(IDS[:, :0]),
+        r"input_ids has shape \[2, 0\].* needs at least the <bos> token, id 2",
+    ),
     "no rows": (lambda m: m.encode(IDS[:0]), r"input_ids has shape \[0, 6\]; expected \[rows, tokens\]"),
     "one row without its axis": (lambda m: m.encode(IDS[0]), r"input_ids has shape \[6\]; expected \[rows, tokens\]"),
     "padding on the right": (lambda m: m.encode(IDS, torch.tensor([[1] * 6, [1] * 5 + [0]])), LEFT),
@@ -36,13 +39,13 @@ BAD = {
     ),
     "a short canvas": (
         lambda m: m.denoise(CANVAS[:, :3], m.encode(IDS)),
-        r"canvas has shape \[2, 3\]; expected \[2, 4\], that is one canvas of canvas_length=4 tokens for each encoded row",
+        r"canvas has shape \[2, 3\]; expected \[2, 4\], that is one canvas of canvas_length=4 tokens",
     ),
     "a canvas for one row of two": (lambda m: m.denoise(CANVAS[:1], m.encode(IDS)), r"canvas has shape \[1, 4\]"),
     "a canvas outside the vocabulary": (lambda m: m.denoise(CANVAS + 60, m.encode(IDS)), VOCABULARY),
     "no new tokens": (lambda m: m.generate(IDS, max_new_tokens=0), "max_new_tokens=0; expected at least 1"),
     "too few seeds": (lambda m: m.generate(IDS, seed=[1]), "1 seeds for 2 rows; give one int, or one int for each row"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
