@@ -1,11 +1,16 @@
-"""The checkpoint argument of the entry points: open it, or say what it holds without reading its tensors."""
+"""The checkpoint argument of the entry points: open it, or say what it holds without reading its tensors.
+
+A `.nemo` is unpacked for either, once a process.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
@@ -19,14 +24,20 @@ from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.training.schema import ConfigurationError, SamplerGroup
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what a text model can have on disk
 
 
 def open_network(checkpoint: str, dtype: str) -> DiffusionGemma:
     """The network of a checkpoint of any format, in the current layout. Raises one-paragraph errors on every rank."""
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype={dtype!r}; use one of {', '.join(DTYPES)}")
-    return load_network(checkpoint, DTYPES[dtype])
+    place = Path(checkpoint).expanduser()
+    return load_network(_unpacked(place) if nemo_archive.is_archive(place) else place, DTYPES[dtype])
+
+
+@cache
+def _unpacked(archive: Path) -> Path:
+    return nemo_archive.unpack(archive) / nemo_archive.WEIGHTS
 
 
 def sampler_of(network: DiffusionGemma, overrides: SamplerGroup) -> SamplerConfig:
@@ -45,21 +56,28 @@ class Contents:
 
 
 def contents(checkpoint: str) -> Contents:
-    """What a checkpoint holds, from its headers. Raises `CheckpointError`."""
-    found = format_of(checkpoint)
+    """What a checkpoint holds, from headers; a `.nemo` is unpacked to get at them. Raises `CheckpointError`."""
+    found, place = format_of(checkpoint), Path(checkpoint).expanduser()
     if found == "sharded":
-        return _of_sharded(Path(checkpoint).expanduser())
-    if found == "nemo":
-        return _of_directory(nemo_archive.unpack(checkpoint) / nemo_archive.WEIGHTS)
-    return _of_directory(Path(checkpoint).expanduser())
+        return _of_sharded(place)
+    return _of_directory(_unpacked(place) if found == "nemo" else place)
 
 
 def _of_directory(directory: Path) -> Contents:
     with TensorFiles(directory) as files:
-        headers = [files.slice(name) for name in files.files]
-        dtypes = {header.get_dtype() for header in headers}
-        size = sum(prod(header.get_shape()) * _BYTES[header.get_dtype()] for header in headers)
+        for name in files.files:
+            files.slice(name)  # raises where a file is damaged or lacks it
+        of_files = {file: _header(file) for file in set(files.files.values())}
+        headers = [of_files[file][name] for name, file in files.files.items()]
+    dtypes = {header["dtype"] for header in headers}
+    size = sum(end - start for start, end in (header["data_offsets"] for header in headers))
     return Contents(len(headers), size, "bfloat16" if dtypes == {"BF16"} else "float32")
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Of a safetensors file: 8 bytes with the length of the JSON that follows."""
+    with file.open("rb") as stream:
+        return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
 
 
 def _of_sharded(directory: Path) -> Contents:

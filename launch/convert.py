@@ -2,7 +2,7 @@
 
     python launch/convert.py source=runs/sudoku_cpu/mine/checkpoints/step-1300 target=/tmp/sudoku format=huggingface
     python launch/convert.py source=<directory> target=model.nemo format=nemo
-    python launch/convert.py source=<directory> target=out format=sharded dry_run=true      # reads headers only
+    python launch/convert.py source=<directory> target=out format=sharded dry_run=true   # headers; unpacks a .nemo
 
 The last line is JSON: tensors, bytes (as a Hugging Face directory holds them), peak_memory (of the largest process).
 """

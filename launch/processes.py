@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from omegaconf import DictConfig
 from launch.configuration import compose
 from launch.output import USER_ERROR, Results, paragraph, refuse
 from nemo_diffgemma.training.schema import ConfigurationError, ParallelGroup, validate
+from nemo_diffgemma.training.threads import threads_of_process
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
@@ -60,8 +62,9 @@ def launch(work: Work, schema: type, config_name: str) -> None:
             processes = processes_of(config.parallel)
         except ValueError as error:
             refuse(error)
+        others = started_by_others()
         _fix_run_directory(config)
-        if started_by_others() or (processes == 1 and not _is_multirun()):
+        if others or (processes == 1 and not _is_multirun()):
             _run(work, config)
         else:
             _become_torchrun(config, processes)
@@ -72,18 +75,11 @@ def launch(work: Work, schema: type, config_name: str) -> None:
 # -- how many ----------------------------------------------------------------------------------------------------------
 
 
-def layout_of(parallel: ParallelGroup) -> Any:
-    """The `ParallelLayout` of a configuration. Raises `LayoutError`."""
-    from nemo_diffgemma.parallel.layout import ParallelLayout
-
-    return ParallelLayout(**{axis: size for axis, size in vars(parallel).items() if axis != "replicas"})
-
-
 def processes_of(parallel: ParallelGroup) -> int:
     """Number of processes of a configuration."""
     if parallel.replicas < 1:
         raise ConfigurationError(f"parallel.replicas={parallel.replicas}; expected at least 1")
-    return layout_of(parallel).world_size * parallel.replicas
+    return parallel.layout().world_size * parallel.replicas
 
 
 def _is_multirun() -> bool:
@@ -122,7 +118,7 @@ def _as_torchrun_would() -> None:
 def _run(work: Work, config: Any) -> None:
     rank = int(os.environ.get("RANK", 0))
     results = Results(rank)
-    layout = layout_of(config.parallel)
+    layout = config.parallel.layout()
     try:
         layout.check_world(int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:  # every rank has it, and none has started anything
@@ -152,10 +148,22 @@ def _set_threads(config: Any) -> None:
 
 
 def _fix_run_directory(config: Any) -> None:
-    """Name the run after this moment, once, where it has no name."""
-    if hasattr(config, "exp_manager") and config.exp_manager.version is None:
-        job = f"-{HydraConfig.get().job.num}" if _is_multirun() else ""
-        config.exp_manager.version = f"{datetime.now():%Y-%m-%d_%H-%M-%S}{job}"
+    """Name the run after this moment, once, where it has no name, and make its directory, which no other run gets."""
+    if not hasattr(config, "exp_manager") or config.exp_manager.version is not None:
+        return
+    job = f"-{HydraConfig.get().job.num}" if _is_multirun() else ""
+    moment = f"{datetime.now():%Y-%m-%d_%H-%M-%S}{job}"
+    config.exp_manager.version = moment
+    for again in count(2):
+        if int(os.environ.get("RANK", 0)) != 0:
+            return  # rank 0 names it
+        try:
+            config.exp_manager.run_dir.mkdir(parents=True)
+            return
+        except FileExistsError:  # another run started in this second
+            config.exp_manager.version = f"{moment}_{again}"
+        except OSError:
+            return  # told by the run itself, on every rank
 
 
 def _agree_on_run_directory(config: Any) -> None:
@@ -206,8 +214,7 @@ def _become_torchrun(config: Any, processes: int) -> None:
         )
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we tell what happened ourselves
-    cores = len(os.sched_getaffinity(0))
-    threads = getattr(getattr(config, "trainer", None), "threads", 0) or max(1, cores // processes)
+    threads = getattr(getattr(config, "trainer", None), "threads", 0) or threads_of_process(processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     command = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", *sys.argv]
     with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:

@@ -79,12 +79,15 @@ def unpack(path: str | Path) -> Path:
     error: CheckpointError | None = None
     directory: str | None = None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        directory = tempfile.mkdtemp(prefix="nemo_diffgemma-")
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
         try:
+            directory = tempfile.mkdtemp(prefix="nemo_diffgemma-")
+            atexit.register(shutil.rmtree, directory, ignore_errors=True)
             _extract(source, Path(directory))
         except (OSError, tarfile.TarError) as found:
-            error = CheckpointError(f"{source} cannot be unpacked ({found}); is it a complete .nemo archive?")
+            error = CheckpointError(
+                f"{source} cannot be unpacked ({found}); is it a complete .nemo archive, and is "
+                "there room for it under TMPDIR?"
+            )
         except CheckpointError as found:
             error = found
     agree_error(error)

@@ -25,6 +25,8 @@ def format_of(path: str | Path) -> str:
         return "sharded"
     if place.is_dir() and (place / "config.json").is_file():
         return "huggingface"
+    if place.is_dir() and (place / ".metadata").is_file():
+        sharded.check_complete(place)
     if nemo_archive.is_archive(place):
         return "nemo"
     raise CheckpointError(

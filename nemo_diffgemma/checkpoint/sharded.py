@@ -30,6 +30,8 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_diffgemma.checkpoint import huggingface
 from nemo_diffgemma.checkpoint.huggingface import CheckpointError
@@ -43,10 +45,21 @@ MODEL = "model."
 ASSETS, DTYPES = "assets", "dtypes.json"
 
 
+_FILES = (".metadata", "metadata.json", DTYPES, f"{ASSETS}/config.json")  # beside the *.distcp that .metadata names
+
+
 def is_sharded(path: str | Path) -> bool:
-    """Whether `path` is a complete sharded checkpoint."""
-    directory = Path(path)
-    return all((directory / name).is_file() for name in (".metadata", "metadata.json", f"{ASSETS}/config.json"))
+    """Whether `path` has what every sharded checkpoint has."""
+    return all((Path(path) / name).is_file() for name in _FILES)
+
+
+def check_complete(directory: Path) -> None:
+    """Raise `CheckpointError` unless `is_sharded`."""
+    missing = [name for name in _FILES if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory} is not a complete sharded checkpoint: it lacks {', '.join(missing)}; copy it again"
+        )
 
 
 # -- describing ------------------------------------------------------------------------------------------------------
@@ -93,7 +106,10 @@ def save_sharded(
         assert paths[0] is not None
         state = {**sharded_state_dict(network), **(tensors or {}), **(common or {})}
         _write_in_process()
-        dist_checkpointing.save(state, str(paths[0]))
+        try:
+            dist_checkpointing.save(state, str(paths[0]))
+        except (CheckpointException, OSError) as found:  # torch tells every rank what befell one of them
+            raise CheckpointError(f"cannot write {directory}: {_reason(found)}") from found
         _on_first_rank(lambda: _write_beside(network, paths[0]))  # type: ignore[arg-type]
 
 
@@ -125,13 +141,13 @@ def _write_beside(network: Network, directory: Path) -> None:
 def load_sharded(network: Network, directory: str | Path) -> None:
     """Fill `network` from a sharded checkpoint of any layout: weights only, whatever else it holds.
 
-    Raises `CheckpointError` on every rank, before any weight is set.
+    Raises `CheckpointError` on every rank, before any weight is set unless a file of the right size is damaged inside.
     """
     source = Path(directory)
     state = sharded_state_dict(network)
     agree_error(_error(lambda: _check(state, source)))
     read_tensors(state, source)
-    network.file_dtypes = json.loads((source / DTYPES).read_text())
+    network.file_dtypes = _file_dtypes(source)
     network.assets = source / ASSETS
 
 
@@ -141,8 +157,8 @@ def read_tensors(state: dict[str, ShardedTensor], directory: Path) -> None:
     wanted = {key: tensor.data for key, tensor in state.items()}
     try:
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
-    except (CheckpointingException, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{directory} cannot be read ({error}); is it copied completely?") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
     with torch.no_grad():
         for key, data in wanted.items():
             if loaded[key].data_ptr() != data.data_ptr():
@@ -150,9 +166,21 @@ def read_tensors(state: dict[str, ShardedTensor], directory: Path) -> None:
 
 
 def read_common(directory: str | Path) -> dict[str, Any]:
-    """The plain values that training stored; loaded as weights only, so no class but a container's is made."""
-    _refuse_foreign_classes(Path(directory))
-    return load_common_state_dict(str(directory))
+    """The plain values that training stored; loaded as weights only, so no class but a container's is made.
+
+    Collective. Raises `CheckpointError` on every rank.
+    """
+    found: dict[str, Any] = {}
+
+    def read() -> None:
+        _check_sizes(Path(directory), _read_metadata(Path(directory)))
+        try:
+            found.update(load_common_state_dict(str(directory)))
+        except (*_UNREADABLE, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
+
+    agree_error(_error(read))
+    return found
 
 
 def keys(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -161,13 +189,13 @@ def keys(directory: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check(state: Mapping[str, ShardedTensor], directory: Path) -> None:
-    if not is_sharded(directory):
-        raise CheckpointError(
-            f"{directory} is not a complete sharded checkpoint: it needs .metadata, metadata.json and "
-            f"{ASSETS}/config.json; was it copied completely?"
-        )
-    _refuse_foreign_classes(directory)
-    found = keys(directory)
+    check_complete(directory)
+    _check_sizes(directory, _read_metadata(directory))
+    _file_dtypes(directory)
+    try:
+        found = keys(directory)
+    except (*_UNREADABLE, ValueError, TypeError) as error:  # metadata.json
+        raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
     missing = [key for key in state if key not in found]
     if missing:
         raise CheckpointError(
@@ -180,6 +208,27 @@ def _check(state: Mapping[str, ShardedTensor], directory: Path) -> None:
                 f"tensor {key} has shape {list(found[key])} in {directory}, but this model makes it "
                 f"{list(tensor.global_shape)}; are the sizes those of its {ASSETS}/config.json?"
             )
+
+
+def _check_sizes(directory: Path, metadata: Any) -> None:
+    """That the files which `.metadata` names are there, and reach as far as it says."""
+    ends: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in ends.items():
+        file = directory / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or size < end:
+            found = "lacks it" if size is None else f"has {size} of its {end} bytes or more"
+            raise CheckpointError(f"{directory} is not complete: of {name} it {found}; copy it again")
+
+
+def _file_dtypes(directory: Path) -> dict[str, str]:
+    file = directory / DTYPES
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); copy {directory} again") from None
 
 
 _METADATA = {  # what torch's writer puts into `.metadata`, by exact name: a dotted one would reach other modules
@@ -204,17 +253,31 @@ class _PlainMetadata(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _refuse_foreign_classes(directory: Path) -> None:
+def _read_metadata(directory: Path) -> Any:
     """torch reads `.metadata` with plain pickle; read it first with one that knows torch's classes only."""
     try:
-        _PlainMetadata(io.BytesIO((directory / ".metadata").read_bytes())).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        metadata = _PlainMetadata(io.BytesIO((directory / ".metadata").read_bytes())).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}")
+        return metadata
+    except Exception as error:  # damaged bytes may lead pickle to any
         raise CheckpointError(
-            f"{directory}/.metadata is damaged or not of a checkpoint ({error}); do not load it unless you made it"
+            f"{directory}/.metadata is damaged or not of a checkpoint ({error}); if you made {directory}, copy it "
+            "again, else do not load it"
         ) from None
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
+
+_UNREADABLE = (CheckpointException, CheckpointingException, OSError, RuntimeError)  # torch's is a BaseException
+
+
+def _reason(error: BaseException) -> str:
+    """In one line: torch's own exception carries a traceback of each rank."""
+    if isinstance(error, CheckpointException):
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(failure).__name__}: {failure}".splitlines()[0]
+    return str(error)
 
 
 def _error(action: Callable[[], None]) -> Exception | None:

@@ -8,7 +8,6 @@ All functions are collective, and give the same on every rank. Shapes: M canvase
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,9 +38,8 @@ def held_out_rows(data: DataGroup, model: ModelConfig, wanted: int | None = None
     Raises `ConfigurationError` where the network cannot read this data.
     """
     tasks.check(data, model)
-    eos = model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]
     examples = tasks.held_out_examples(data, data.test_puzzles if wanted is None else wanted)
-    batch = collate(examples, model.canvas_length, eos, model.pad_token_id)
+    batch = collate(examples, model.canvas_length, tasks.fill_id(model), model.pad_token_id)
     return Rows(
         batch.tokens_BS.to(device()),
         batch.prompt_lengths_B.tolist(),
@@ -78,15 +76,12 @@ def sudoku_solve_rate(
     steps: int,
     seed: int,
     batch: int = 400,
-    sampler: SamplerConfig | None = None,
 ) -> SolveRate:
     """Share of `puzzles` solved exactly with at most `steps` denoising steps, `batch` puzzles at a time.
 
-    Puzzle i draws its noise by (seed, i), whatever the batch. `sampler` gives the other settings.
+    Puzzle i draws its noise by (seed, i), whatever the batch.
     """
-    sampler = dataclasses.replace(
-        sampler or SamplerConfig(), max_denoising_steps=steps, eos_token_id=None, pad_token_id=None
-    )
+    sampler = SamplerConfig(max_denoising_steps=steps, eos_token_id=None, pad_token_id=None)
     model, cells = network.model, len(puzzles[0])
     responses, forwards = [], 0
     for start in range(0, len(puzzles), batch):

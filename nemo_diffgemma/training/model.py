@@ -153,9 +153,11 @@ class DiffusionGemmaModel(ModelPT):
     def _loader(self, examples: Any, batches: Iterable[list[int]]) -> DataLoader:
         assert self.network is not None
         model = self.network.model
-        eos = model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]
         together = partial(
-            collate, canvas_length=model.canvas_length, eos_token_id=eos, pad_token_id=model.pad_token_id
+            collate,
+            canvas_length=model.canvas_length,
+            eos_token_id=tasks.fill_id(model),
+            pad_token_id=model.pad_token_id,
         )
         return DataLoader(examples, batch_sampler=batches, collate_fn=together)
 
@@ -176,15 +178,12 @@ class DiffusionGemmaModel(ModelPT):
         wrapped: DistributedDataParallel = self.__dict__["_wrapped"]
         wrapped.zero_grad_buffer()
         self._adapter.zero_grad()
-        loss, tokens = self.accumulate(batch, backward=True)
-        if not math.isfinite(loss[0]):  # equal on every rank: the sum over replicas
-            raise TrainingError(
-                f"the loss of step {step} is {loss[0]}; the last checkpoint is from before it. Use a smaller optim.lr "
-                "or optim.clip_grad, or more optim.warmup_steps"
-            )
+        loss, tokens = self.accumulate(batch, backward=True, micro_batch_size=settings.data.micro_batch_size)
+        _require_finite("loss", loss[0], step)
         finalize_model_grads([wrapped])
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
         self.optimizers().step()
+        _require_finite("gradient norm", self._adapter.grad_norm, step)  # before metrics or a checkpoint tell of it
         seconds = time.perf_counter() - started
         self.result = StepResult(
             step=step,
@@ -203,17 +202,20 @@ class DiffusionGemmaModel(ModelPT):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The objective on held-out rows, which every replica holds alike."""
         loss, _ = self.accumulate(batch, backward=False)
-        value = torch.tensor(loss[0] / process_groups().dp_cp.size())
+        value = torch.tensor(loss[0])
         self.log("val_loss", value, batch_size=len(batch.samples_B))
         return {"val_loss": value}
 
-    def accumulate(self, batch: Batch, backward: bool) -> tuple[list[float], int]:
-        """Total, diffusion and autoregressive loss of the global batch, and its tokens; gradients if `backward`."""
+    def accumulate(self, batch: Batch, backward: bool, micro_batch_size: int = 0) -> tuple[list[float], int]:
+        """Total, diffusion and autoregressive loss of the global batch, and its tokens; gradients if `backward`.
+
+        Each is a mean over the rows of all replicas, also where these hold the same ones.
+        """
         assert self.network is not None
         network, settings = self.network, self.settings
         config, length = settings.network.objective, network.model.canvas_length
         parts = [(rows, choose_canvases(rows, length, config.canvases_per_example, settings.seed)) for rows in
-                 micro_batches(batch, settings.data.micro_batch_size)]  # fmt: skip
+                 micro_batches(batch, micro_batch_size)]  # fmt: skip
         counts = sum((count(rows, places, length) for rows, places in parts), Counts(0, 0, 0))
         totals = Counts(*_sum_over_replicas(torch.tensor(astuple(counts), device=device())).tolist())
         shares = torch.zeros(3, dtype=torch.float64, device=device())
@@ -306,6 +308,15 @@ def _check(group: ModelGroup) -> None:
         raise ConfigurationError(f"model.dtype={group.dtype!r}; use one of {', '.join(DTYPES)}")
     if group.recompute not in RECOMPUTE:
         raise ConfigurationError(f"model.recompute={group.recompute!r}; use one of {', '.join(RECOMPUTE)}")
+
+
+def _require_finite(name: str, value: float, step: int) -> None:
+    """`value` is equal on every rank: a sum over replicas."""
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {name} of step {step} is {value}; the last checkpoint is from before it. Use a smaller optim.lr or "
+            "optim.clip_grad, or more optim.warmup_steps"
+        )
 
 
 def micro_batches(batch: Batch, size: int) -> list[Rows]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.data import EOS_ID, PAD_ID, Batches, build_tokenizer
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.groups import agree_error, initialize, process_groups
-from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.training import callbacks, optimizer, tasks
 from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings, empty_network
 from nemo_diffgemma.training.schema import ConfigurationError, ExpManagerGroup, TrainConfig
 from nemo_diffgemma.training.strategy import MegatronStrategy
+from nemo_diffgemma.training.threads import threads_of_process
 
 CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
 
@@ -53,12 +54,12 @@ def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
     """Train until `trainer.max_steps`. Every process calls it with equal arguments.
 
     Raises one-paragraph errors (`ConfigurationError`, `LayoutError`, `CheckpointError`, ...) on every rank before the
-    first step, and `TrainingError` where the loss is no number.
+    first step, and `TrainingError` where loss or gradients are no numbers.
     """
     run_dir = Path(run_dir).absolute()
     _quiet()
-    _set_threads(config.trainer.threads)
-    initialize(layout_of(config))
+    torch.set_num_threads(config.trainer.threads or threads_of_process())
+    initialize(config.parallel.layout())
     _check(config)
     resumed = _checkpoint_to_resume(config, run_dir)
     model = DiffusionGemmaModel(ModelSettings.of(config))
@@ -74,15 +75,9 @@ def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
     model.set_trainer(trainer)
     trainer.fit(model, ckpt_path=None if resumed is None else str(resumed))
     last = run_dir / CHECKPOINTS / f"step-{trainer.global_step}"
-    if not sharded.is_sharded(last):
+    if not trainer.strategy.broadcast(sharded.is_sharded(last)):  # rank 0's files decide: saving is collective
         trainer.save_checkpoint(f"{last}.ckpt")
     return TrainResult(run_dir, last, trainer.global_step, _last_loss(model, run_dir))
-
-
-def layout_of(config: TrainConfig) -> ParallelLayout:
-    """The layout that `parallel` names."""
-    sizes = config.parallel
-    return ParallelLayout(sizes.tensor, sizes.expert, sizes.expert_tensor, sizes.pipeline, sizes.context)
 
 
 def _quiet() -> None:
@@ -98,11 +93,6 @@ def _quiet() -> None:
     logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
     telemetry = CallbackGroup.get_instance()._callbacks
     telemetry[:] = [callback for callback in telemetry if not isinstance(callback, OneLoggerNeMoCallback)]
-
-
-def _set_threads(wanted: int) -> None:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // here))
 
 
 def _check(config: TrainConfig) -> None:
@@ -156,17 +146,28 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
-    """Decided by rank 0: another rank may look later, when there are more."""
+    """Decided by rank 0: another rank may look later, when there are more. Makes the folder, and removes from it what
+    killed saves left.
+    """
     box: list[Any] = [None]
     error: ConfigurationError | None = None
     if dist.get_rank() == 0:
-        (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        box = [last_checkpoint(run_dir)]
+        try:
+            (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run_dir).close()  # a directory that was there may not be ours to write
+            box = [last_checkpoint(run_dir)]
+        except OSError as found:
+            error = ConfigurationError(
+                f"the run directory {run_dir} cannot be written ({found}); name another exp_manager.exp_dir"
+            )
         if box[0] is not None and not config.exp_manager.resume:
             error = ConfigurationError(
                 f"{run_dir} has a checkpoint of an earlier run ({box[0].name}) and exp_manager.resume=false; continue "
                 "it with exp_manager.resume=true, or name another exp_manager.version"
             )
+        elif error is None:
+            for unfinished in (run_dir / CHECKPOINTS).glob(".step-*.partial"):
+                shutil.rmtree(unfinished, ignore_errors=True)
     agree_error(error)
     dist.broadcast_object_list(box, src=0)
     return box[0]

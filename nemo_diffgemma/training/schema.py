@@ -18,6 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.objective import ObjectiveConfig
+from nemo_diffgemma.parallel.layout import ParallelLayout
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of replaced tokens at which canvas loss is measured
 BUDGETS = (1, 2, 4, 8, 16, 48)  # numbers of denoising steps with which puzzles are solved
@@ -78,6 +79,10 @@ class ParallelGroup:
     context: int = 1
     replicas: int = 1  # data-parallel copies of the smallest world, where we start the processes ourselves
 
+    def layout(self) -> ParallelLayout:
+        """Raises `LayoutError`."""
+        return ParallelLayout(self.tensor, self.expert, self.expert_tensor, self.pipeline, self.context)
+
 
 @dataclass
 class TrainerGroup:
@@ -133,7 +138,6 @@ class TrainConfig:
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
     trainer: TrainerGroup = field(default_factory=TrainerGroup)
     exp_manager: ExpManagerGroup = field(default_factory=ExpManagerGroup)
-    sampler: SamplerGroup = field(default_factory=SamplerGroup)
     seed: int = 0
 
 

@@ -49,6 +49,11 @@ def held_out_examples(data: DataGroup, wanted: int) -> Sequence[Example]:
     ]
 
 
+def fill_id(model: ModelConfig) -> int:
+    """The id that fills the last canvas of a response."""
+    return model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]
+
+
 def check(data: DataGroup, model: ModelConfig) -> None:
     """Raise `ConfigurationError` where the network cannot read this data."""
     _check_kind(data)

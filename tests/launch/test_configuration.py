@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from launch import configuration
+from launch import configuration, processes
 from launch.convert import ConvertConfig
 from launch.evaluate import EvaluateConfig
 from launch.generate import GenerateConfig
@@ -22,6 +22,7 @@ from launch.processes import processes_of
 from launch.verify import VerifyConfig
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.training.schema import ConfigurationError, TrainConfig, keys_of, unknown_key, validate
+from nemo_diffgemma.training.threads import threads_of_process
 
 CONF = configuration.CONF
 ENTRY_POINTS: list[tuple[str, type, list[str]]] = [
@@ -57,8 +58,11 @@ def test_every_entry_point_composes_with_every_parallel_layout(name, schema, ove
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_option_of_every_group_composes_into_a_valid_run(path):
-    found = composed("config", TrainConfig, [f"{path.parent.name}={path.stem}"])
-    ModelConfig(**found.model.architecture)
+    option = f"{path.parent.name}={path.stem}"
+    if path.parent.name == "sampler":
+        composed("generate", GenerateConfig, ["checkpoint=x", "prompt=y", option])
+    else:
+        ModelConfig(**composed("config", TrainConfig, [option]).model.architecture)
 
 
 def test_without_an_entry_point_the_files_compose_too():
@@ -128,6 +132,38 @@ def test_a_prompt_is_taken_as_it_is(text):
     config = OmegaConf.create({"prompt": None})
     OmegaConf.update(config, "prompt", override.value())
     assert config.prompt == text
+
+
+def test_two_runs_that_start_in_the_same_second_have_two_directories(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_is_multirun", lambda: False)
+    monkeypatch.delenv("RANK", raising=False)
+    directories = set()
+    for _ in range(3):
+        config = TrainConfig()
+        config.exp_manager.exp_dir = str(tmp_path)
+        processes._fix_run_directory(config)
+        directories.add(config.exp_manager.run_dir)
+    assert len(directories) == 3 and all(directory.is_dir() for directory in directories)
+
+
+@pytest.mark.parametrize(
+    ("started", "environment", "threads"),
+    [
+        (8, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 4),
+        (8, {"WORLD_SIZE": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_CPUS_ON_NODE": "8"}, 4),
+        (4, {"WORLD_SIZE": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_CPUS_ON_NODE": "8"}, 4),  # bound by srun
+        (8, {"WORLD_SIZE": "4"}, 2),
+        (8, {"SLURM_NTASKS_PER_NODE": "4"}, 8),  # one process inside an allocation
+    ],
+)
+def test_processes_of_a_machine_share_its_cores(monkeypatch, started, environment, threads):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(started)))
+    assert threads_of_process() == threads
 
 
 def test_no_file_of_launch_hides_an_installed_module():

@@ -245,3 +245,32 @@ def test_verification_finds_us_equal_and_a_moved_weight_different(model, single,
     results = Shown()
     assert verify.verify(config, results)["verdict"] == "different"
     assert results.failed
+
+
+def test_tokens_that_were_not_compared_are_not_called_equal(model, single, monkeypatch):
+    from launch import verify
+
+    config = verify.VerifyConfig(str(model), prompt_lengths=[5], rows=2, canvases=1, max_denoising_steps=3)
+    tried = []
+
+    def robust_at_the_third(network, reference, prompts, config):
+        tried.append((config.seed, prompts.tolist()))
+        return [True] * (len(tried) == 3)
+
+    monkeypatch.setattr(verify, "compare_tokens", robust_at_the_third)
+    assert verify.verify(config, Shown())["verdict"] == "equal"
+    assert [seed for seed, _ in tried] == [0, 1, 2] and tried[0][1] != tried[1][1]
+    monkeypatch.setattr(verify, "compare_tokens", lambda *_: [])
+    assert verify.verify(config, Shown())["verdict"] == "equal, tokens not compared"
+
+
+def test_a_directory_with_whole_numbers_is_counted_from_its_headers(tmp_path):
+    from safetensors.torch import save_file
+
+    from launch.checkpoints import contents
+
+    tensors = {"a": torch.zeros(3, dtype=torch.int64), "b": torch.zeros(5, dtype=torch.bool), "c": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    found = contents(str(tmp_path))
+    assert (found.tensors, found.bytes) == (3, 24 + 5 + 8)

@@ -153,3 +153,15 @@ def message(directory: str, **settings: Any) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def validation_losses(micro_batch_size: int) -> list[float]:
+    """Of each batch of six held-out examples, with weights of a seed."""
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+    from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings
+
+    initialize(ParallelLayout())
+    settings = config(data__micro_batch_size=micro_batch_size, trainer__validation_examples=6)
+    model = DiffusionGemmaModel(ModelSettings.of(settings))
+    model.configure_model()
+    return [float(model.validation_step(batch, i)["val_loss"]) for i, batch in enumerate(model.val_dataloader())]

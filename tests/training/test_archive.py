@@ -113,6 +113,50 @@ def test_metadata_that_names_a_foreign_class_is_refused(single, trained, tmp_pat
     assert "executed" not in capsys.readouterr().out
 
 
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("*.distcp", _truncate),
+        ("*.distcp", Path.unlink),
+        (".metadata", _truncate),
+        ("metadata.json", _truncate),
+        ("dtypes.json", _truncate),
+        ("dtypes.json", Path.unlink),
+        ("metadata.json", Path.unlink),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name_before_any_weight_is_set(single, trained, tmp_path, name, damage):
+    from nemo_diffgemma import DiffusionGemma, ModelConfig
+    from nemo_diffgemma.checkpoint.sharded import load_sharded, read_common
+
+    broken = tmp_path / "step-2"
+    shutil.copytree(trained / "run" / "checkpoints" / "step-2", broken)
+    damage(sorted(broken.glob(name))[0])
+    network = DiffusionGemma(ModelConfig(**cases.ARCHITECTURE))
+    for parameter in network.parameters():
+        parameter.data.fill_(7.0)
+    with pytest.raises(CheckpointError, match=str(broken)) as told:
+        load_sharded(network, broken)
+    assert "again" in str(told.value) and "\n" not in str(told.value)
+    assert all((parameter == 7.0).all() for parameter in network.parameters())
+    if name == "*.distcp":
+        with pytest.raises(CheckpointError, match=str(broken)):
+            read_common(broken)
+
+
+def test_a_checkpoint_that_is_damaged_inside_is_refused(single, trained, tmp_path):
+    broken = tmp_path / "step-2"
+    shutil.copytree(trained / "run" / "checkpoints" / "step-2", broken)
+    for file in broken.glob("*.distcp"):
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(CheckpointError, match=f"{broken} cannot be read"):
+        cases.weights_of(str(broken), {})
+
+
 def test_what_is_no_checkpoint_is_named(single, tmp_path):
     from nemo_diffgemma.checkpoint.open import load_network
 

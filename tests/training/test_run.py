@@ -99,6 +99,48 @@ def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
     assert found is not None and found.name == "step-2"
 
 
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    left = tmp_path / "checkpoints" / ".step-5.x.partial"
+    left.mkdir(parents=True)
+    cases.run(str(tmp_path), steps=1)
+    assert not left.exists()
+
+
+def test_a_run_directory_that_cannot_be_made_is_told_on_every_rank(pool, tmp_path):
+    (tmp_path / "file").write_text("")
+    messages = pool(2).run("tests.training.cases:message", directory=str(tmp_path / "file" / "run"))
+    assert all("name another exp_manager.exp_dir" in message for message in messages), messages
+    assert messages[0].startswith("ConfigurationError")
+
+
+def test_gradients_that_are_no_numbers_end_the_run_before_its_metrics_tell_them(tmp_path, monkeypatch):
+    from nemo_diffgemma.training.optimizer import MegatronAdapter
+
+    step = MegatronAdapter.step
+
+    def overflow(self, closure=None):
+        step(self, closure)
+        self.grad_norm = math.inf
+
+    monkeypatch.setattr(MegatronAdapter, "step", overflow)
+    said = cases.message(str(tmp_path), steps=1)
+    assert said.startswith("TrainingError: the gradient norm of step 1 is inf")
+    assert not (tmp_path / "metrics.jsonl").exists() and not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_without_clipping_there_is_a_gradient_norm_too(one_process, tmp_path):
+    free = cases.losses(str(tmp_path), steps=1, optim__clip_grad=0.0)
+    assert free[0] == pytest.approx(one_process[0], abs=1e-5)
+
+
+def test_validation_loss_is_that_of_one_process_whatever_the_micro_batch(pool):
+    alone = cases.validation_losses(0)
+    assert len(alone) == 1
+    parts = pool(2).run("tests.training.cases:validation_losses", micro_batch_size=4)[0]  # 4 rows, then 2
+    assert len(parts) == 2
+    assert (4 * parts[0] + 2 * parts[1]) / 6 == pytest.approx(alone[0], abs=1e-5)
+
+
 def test_a_finished_run_started_again_changes_nothing(tmp_path):
     first = cases.run(str(tmp_path), steps=2)
     assert cases.run(str(tmp_path), steps=2) == first
