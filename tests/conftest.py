@@ -15,10 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 from tests.pool import Pool, Pools
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples in every run
+hypothesis.settings.load_profile("suite")
 
 GPUS = torch.cuda.device_count()  # asks the driver's library, starts nothing
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")

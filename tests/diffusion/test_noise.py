@@ -24,7 +24,7 @@ def splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(key=st.lists(INT64, min_size=1, max_size=6), as_tensors=st.booleans())
 def test_bits_are_splitmix64_folded_over_the_key(key, as_tensors):
     state = 0
@@ -34,7 +34,7 @@ def test_bits_are_splitmix64_folded_over_the_key(key, as_tensors):
     assert int(bits) & _64 == state
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(bits=INT64, vocab_size=st.integers(1, 262_144))
 def test_every_word_becomes_an_id_of_the_vocabulary_and_a_number_below_one(bits, vocab_size):
     word = torch.tensor(bits)

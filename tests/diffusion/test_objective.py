@@ -131,7 +131,7 @@ def test_noise_levels_are_uniform_from_the_floor_to_one(floor):
     assert abs(float(((counts - 200) ** 2 / 200).sum()) - 19) < 5 * math.sqrt(2 * 19)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(order=st.permutations(range(4)), seed=st.integers(0, 2**31))
 def test_noise_of_a_canvas_depends_on_its_sample_not_on_its_batch(order, seed):
     rows = rows_of([3, 5, 2, 9], [3, 1, 2, 2])

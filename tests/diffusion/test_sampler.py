@@ -20,7 +20,6 @@ def accepted_by_hand(entropies: list[float], bound: float) -> list[bool]:
     return [sum(entropies[j] for j in order[: order.index(i)]) <= bound for i in range(len(entropies))]
 
 
-@settings(deadline=None)
 @given(entropies=ENTROPIES, bound=BOUNDS)
 def test_accepted_is_the_longest_prefix_of_the_ranking_that_the_bound_allows(entropies, bound):
     mask = accept(torch.tensor([entropies]), bound)[0]
@@ -33,7 +32,6 @@ def test_accepted_is_the_longest_prefix_of_the_ranking_that_the_bound_allows(ent
     assert mask.any()  # the most certain position has nothing before it
 
 
-@settings(deadline=None)
 @given(entropies=ENTROPIES, bounds=st.tuples(BOUNDS, BOUNDS))
 def test_a_larger_bound_accepts_no_fewer(entropies, bounds):
     row = torch.tensor([entropies])
@@ -47,7 +45,7 @@ def test_rows_are_ranked_apart():
     assert accept(entropy, 0.0).tolist() == [[False, True, True], [False, False, True]]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     wanted=st.integers(0, 3),
     answers=st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=1, max_size=10),
@@ -68,7 +66,6 @@ def test_mean_entropy_must_be_below_the_threshold_not_at_it():
     assert rule(torch.zeros(2, 2), torch.tensor([[0.5, 0.5], [0.5, 0.4375]])).tolist() == [False, True]
 
 
-@settings(deadline=None)
 @given(
     canvas=st.lists(st.integers(0, 5), min_size=1, max_size=12),
     eos=st.sets(st.integers(0, 5), max_size=3),

@@ -37,8 +37,9 @@ def problem(seed: int, positions: int, ids: int, hidden: int, scale: float = 1.0
 
 def check(found: dict[str, Tensor], asked: dict[str, Any]) -> None:
     z_NV = dense(asked["hidden_NH"], asked["table_VH"], asked["softcap"], asked.get("temperature", 1.0))
-    largest = max(float(z_NV.abs().max()), float(z_NV.logsumexp(-1).abs().max()))
-    rounding = 2.0**-24 * max(1.0, largest)  # of one float32 logit, or of their log-sum-exp
+    terms_NV = asked["hidden_NH"].abs() @ asked["table_VH"].abs().T / asked.get("temperature", 1.0)
+    largest = max(1.0, float(terms_NV.max()), float(z_NV.abs().max()), float(z_NV.logsumexp(-1).abs().max()))
+    rounding = 2.0**-24 * largest  # of a float32 logit, of the terms that it is a sum of, or of the log-sum-exp
     p_NV = z_NV.softmax(-1)
     rows = range(len(z_NV))
 
@@ -71,7 +72,7 @@ def check(found: dict[str, Tensor], asked: dict[str, Any]) -> None:
     )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**31),
     positions=st.integers(1, 5),
@@ -209,7 +210,8 @@ def check_loss(ranks: list[dict[str, Tensor]], asked: dict[str, Any], scale: flo
     loss = (losses_N * asked["weights_N"].double()).sum()
     (loss * scale).backward()
     assert hidden.grad is not None and table.grad is not None
-    bound = 1e-6 * (1 + float(z_NV.detach().abs().max()))
+    terms_NV = asked["hidden_NH"].abs() @ asked["table_VH"].abs().T
+    bound = 1e-6 * (1 + max(float(z_NV.detach().abs().max()), float(terms_NV.max())))
     for found in ranks:
         torch.testing.assert_close(found["losses_N"].double(), losses_N.detach(), atol=bound, rtol=1e-6)
         torch.testing.assert_close(found["loss"].double(), loss.detach(), atol=bound * len(losses_N), rtol=1e-6)
@@ -225,7 +227,7 @@ def check_loss(ranks: list[dict[str, Tensor]], asked: dict[str, Any], scale: flo
     assert (rows[ids:] == 0).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     positions=st.integers(1, 9),

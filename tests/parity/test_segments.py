@@ -95,7 +95,7 @@ def check(stream: Stream, window: int | None, key_heads: int, seed: int = 0) -> 
         assert kept is not None and kept.end == stream.cached + stream.context
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(case=streams(), key_heads=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))
 def test_segments_are_the_dense_mask(case, key_heads, seed):
     """Any left padding, cached columns, window, and set of canvases, several of a row and at one place included."""
