@@ -5,11 +5,14 @@ pool(2).run("tests.distributed.cases:logits", path=..., layout=dict(tensor=2))  
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from datetime import timedelta
 from typing import Any
@@ -25,6 +28,7 @@ def _work(rank: int, world: int, port: int, connection: Any, gpus: str, hidden_m
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES=gpus,
     )
+    faulthandler.register(signal.SIGUSR1)
     for name in hidden_modules:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it now fails as if it were not installed
     import torch
@@ -76,13 +80,13 @@ class Pool:
         results = []
         for rank, connection in enumerate(self._connections):
             if not connection.poll(timeout):
-                self.kill()
-                raise TimeoutError(f"{reference}({arguments}): rank {rank} gave no answer within {timeout} s")
+                self.kill(show_stacks=True)
+                raise TimeoutError(f"{reference}: rank {rank} gave no answer within {timeout} s")
             try:
                 results.append(connection.recv())
             except EOFError:
                 self.kill()
-                raise RuntimeError(f"{reference}({arguments}): rank {rank} died") from None
+                raise RuntimeError(f"{reference}: rank {rank} died") from None
         errors = [f"rank {rank}:\n{value}" for rank, (kind, value) in enumerate(results) if kind == "error"]
         if errors:
             raise AssertionError("\n".join(errors))
@@ -100,7 +104,12 @@ class Pool:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
 
-    def kill(self) -> None:
+    def kill(self, show_stacks: bool = False) -> None:
+        """End the ranks; `show_stacks` has each write to standard error where it is."""
+        if show_stacks:
+            for process in self._processes:
+                os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1)
         for process in self._processes:
             process.kill()
         for process in self._processes:
