@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,11 +10,13 @@ from torch import Tensor
 
 from nemo_diffgemma.checkpoint import huggingface
 from nemo_diffgemma.config import ConfigError, ModelConfig
-from nemo_diffgemma.diffusion.generate import Denoised, Generation, generate
+from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler import SamplerConfig, accept
+from nemo_diffgemma.model.cache import Cache
 from nemo_diffgemma.model.initialisation import initialise
-from nemo_diffgemma.model.network import Network, left_padding
+from nemo_diffgemma.model.network import Network
+from nemo_diffgemma.model.segments import left_padding
 from nemo_diffgemma.parallel.groups import agree_error, device
 from nemo_diffgemma.parallel.layout import LayoutError
 
@@ -45,11 +46,7 @@ class DiffusionGemma(Network):
     @property
     def sampler_defaults(self) -> SamplerConfig:
         """Sampler settings of the checkpoint's generation_config.json, else Hugging Face's defaults."""
-        file = None if self.assets is None else self.assets / "generation_config.json"
-        found = json.loads(file.read_text()) if file is not None and file.is_file() else {}
-        found.setdefault("eos_token_id", self.model.eos_token_id)
-        found.setdefault("pad_token_id", self.model.pad_token_id)
-        return SamplerConfig.from_mapping(found)
+        return SamplerConfig.of_checkpoint(self.assets, self.model)
 
     @torch.no_grad()
     def generate(
@@ -85,6 +82,38 @@ class DiffusionGemma(Network):
             noise=noise,
             observe=observe,
         )
+
+    def sampling_step(
+        self,
+        canvas: Tensor,
+        cache: Cache | None,
+        *,
+        context: Tensor | None,
+        first: tuple[int, ...],
+        soft: Tensor | None,
+        temperature: float,
+        entropy_bound: float,
+        uniforms: Tensor,
+        replacements: Tensor,
+        last: bool,
+    ) -> Settled:
+        """One denoising step and its sampling, as generation asks for it."""
+        found, cache = self.denoising_step(
+            canvas,
+            cache,
+            context=context,
+            first=first,
+            soft=soft,
+            temperature=temperature,
+            uniforms=uniforms,
+            last=last,
+        )
+        assert found.sample_N is not None
+        entropy = found.entropy_N.view(canvas.shape)
+        accepted = accept(entropy, entropy_bound)
+        canvas = torch.where(accepted, found.sample_N.view(canvas.shape), replacements)
+        argmax = found.argmax_N.view(canvas.shape)
+        return Settled(canvas, argmax, entropy, accepted, found.soft_embedding_NH, cache)
 
     def init_weights(self, seed: int) -> None:
         """Fill matrices with N(0, initializer_range), everything else with ones: a function of (seed, tensor name)."""

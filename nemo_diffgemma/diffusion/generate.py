@@ -16,25 +16,38 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.diffusion.noise import Noise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig, StableAndConfident, accept, pad_after_eos
+from nemo_diffgemma.diffusion.sampler import SamplerConfig, StableAndConfident, pad_after_eos
+
+
+class Settled(NamedTuple):
+    """One denoising step with its sampling: [B, C] each, `soft` the next step's self-conditioning signal."""
+
+    canvas: Tensor
+    argmax: Tensor
+    entropy: Tensor
+    accepted: Tensor
+    soft: Any
+    cache: Any
 
 
 class Denoiser(Protocol):
-    """What generation needs of a network; positions of a step are flat, row after row."""
+    """What generation needs of a network or an engine."""
 
-    def denoising_step(
+    def sampling_step(
         self,
         canvas: Tensor,
         cache: Any,
         *,
-        context: Tensor | None = None,
-        first: tuple[int, ...] | None = None,
-        soft: Tensor | None = None,
-        temperature: float = 1.0,
-        uniforms: Tensor | None = None,
-        last: bool = False,
-    ) -> Any:
-        """-> (statistics with entropy_N, argmax_N, sample_N and soft_embedding_NH, cache)"""
+        context: Tensor | None,
+        first: tuple[int, ...],
+        soft: Any,
+        temperature: float,
+        entropy_bound: float,
+        uniforms: Tensor,
+        replacements: Tensor,
+        last: bool,
+    ) -> Settled:
+        """Denoise [B, C] canvases once after the cached context and the new `context` [B, S], and sample."""
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` holds on every rank."""
@@ -70,17 +83,19 @@ def generate(
     sampler: SamplerConfig,
     noise: Noise,
     observe: Callable[[Denoised], None] | None = None,
+    denoise_canvas: Callable[..., tuple[Tensor, Any, Tensor]] | None = None,
 ) -> Generation:
     """Generate whole canvases until `max_new_tokens` are reached (rounded up) or every row has met an EOS id.
 
-    `first` is the left padding of each row; `observe` is called after every step.
+    `first` is the left padding of each row; `observe` is called after every step. `denoise_canvas` is for an engine that
+    runs all steps of a canvas in one call; it takes and gives what `stepwise` does.
     """
     rows, prompt = input_ids.shape
     finished_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
     forwards_B = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
     sequences, context, cache = input_ids, input_ids, None
     for index in range(-(-max_new_tokens // canvas_length)):
-        final_BC, cache, live_B = _denoise_canvas(
+        final_BC, cache, live_B = (denoise_canvas or stepwise)(
             network, cache, context, first, index, finished_B, sampler, noise, observe
         )
         forwards_B += live_B
@@ -101,7 +116,7 @@ def generate(
     return Generation(sequences, forwards_B, emitted_B / forwards_B.clamp_min(1))
 
 
-def _denoise_canvas(
+def stepwise(
     network: Denoiser,
     cache: Any,
     context_BS: Tensor,
@@ -114,32 +129,29 @@ def _denoise_canvas(
 ) -> tuple[Tensor, Any, Tensor]:
     """Denoise one canvas -> its final tokens [B, C], the cache with its context, and live steps of each row [B]."""
     canvas_BC = noise.initial(index).to(context_BS.device)
-    shape = canvas_BC.shape
     done_B, live_B = torch.zeros_like(finished_B), torch.zeros_like(finished_B, dtype=torch.long)
     stop = StableAndConfident(sampler)
-    best_BC, soft_NH = canvas_BC, None
+    best_BC, soft = canvas_BC, None
     for remaining in range(sampler.max_denoising_steps, 0, -1):
         live_B += ~(done_B | finished_B)
-        found, cache = network.denoising_step(
+        settled = network.sampling_step(
             canvas_BC,
             cache,
-            context=context_BS if soft_NH is None else None,
+            context=context_BS if soft is None else None,
             first=first,
-            soft=soft_NH,
+            soft=soft,
             temperature=sampler.temperature(remaining),
+            entropy_bound=sampler.entropy_bound,
             uniforms=noise.uniforms(index, remaining).to(canvas_BC.device),
+            replacements=noise.replacements(index, remaining).to(canvas_BC.device),
             last=remaining == 1,
         )
-        entropy_BC = found.entropy_N.view(shape)
-        accepted_BC = accept(entropy_BC, sampler.entropy_bound)
-        replaced_BC = noise.replacements(index, remaining).to(canvas_BC.device)
-        canvas_BC = torch.where(accepted_BC, found.sample_N.view(shape), replaced_BC)
+        canvas_BC, soft, cache = settled.canvas, settled.soft, settled.cache
         # a row that is done keeps its answer; what else becomes of it touches nobody
-        best_BC = torch.where(done_B[:, None], best_BC, found.argmax_N.view(shape))
-        soft_NH = found.soft_embedding_NH
-        done_B = done_B | stop(best_BC, entropy_BC)
+        best_BC = torch.where(done_B[:, None], best_BC, settled.argmax)
+        done_B = done_B | stop(best_BC, settled.entropy)
         if observe is not None:
-            observe(Denoised(index, remaining, best_BC, accepted_BC, entropy_BC, done_B))
+            observe(Denoised(index, remaining, best_BC, settled.accepted, settled.entropy, done_B))
         if remaining == 1 or network.agree(bool(done_B.all())):
             break
     return best_BC, cache, live_B

@@ -10,8 +10,10 @@ Rule: Ben-Hamu et al., arXiv 2505.24857; as in transformers' generation_diffusio
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +55,15 @@ class SamplerConfig:
         nested = values.get("sampler_config") or {}
         return cls(**{k: v for k, v in {**values, **nested}.items() if k in known and v is not None})
 
+    @classmethod
+    def of_checkpoint(cls, directory: Path | None, model: Any) -> SamplerConfig:
+        """From the generation_config.json in `directory`, if it is there; special ids else from the `ModelConfig`."""
+        file = None if directory is None else directory / "generation_config.json"
+        found = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+        found.setdefault("eos_token_id", model.eos_token_id)
+        found.setdefault("pad_token_id", model.pad_token_id)
+        return cls.from_mapping(found)
+
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids as a tuple, empty when there are none."""
@@ -73,6 +84,32 @@ def accept(entropy_BC: Tensor, bound: float) -> Tensor:
     ranked_BC, order_BC = entropy_BC.sort(dim=-1)
     before_BC = ranked_BC.cumsum(-1) - ranked_BC  # entropy already accepted when this one is considered
     return torch.zeros_like(order_BC, dtype=torch.bool).scatter(-1, order_BC, before_BC <= bound)
+
+
+def choose_chunk(mass_NK: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse CDF, first half: the chunk of ids in which the cumulative mass exceeds the uniform's share of it.
+
+    `mass_NK` [N, K] is the unnormalised mass of K chunks of the vocabulary, in order. Returns the chunk and what is left
+    of the target inside it, [N, 1] each. Two levels, because one running sum over a whole vocabulary loses digits.
+    """
+    cumulative_NK = mass_NK.cumsum(1)
+    target_N1 = uniforms_N.float()[:, None] * cumulative_NK[:, -1:]
+    # rounding may leave the target at the very end: the last chunk, and in it the last id, that has mass
+    chunk_N1 = (cumulative_NK <= target_N1).sum(1, keepdim=True)
+    chunk_N1 = torch.minimum(chunk_N1, _last_positive(mass_NK))
+    return chunk_N1, target_N1 - (cumulative_NK.gather(1, chunk_N1) - mass_NK.gather(1, chunk_N1))
+
+
+def choose_inside(mass_Nc: Tensor, rest_N1: Tensor) -> Tensor:
+    """Inverse CDF, second half: the smallest place in the chosen chunk whose cumulative mass exceeds the rest, [N, 1]."""
+    inside_N1 = (mass_Nc.cumsum(1) <= rest_N1).sum(1, keepdim=True)
+    return torch.minimum(inside_N1, _last_positive(mass_Nc))
+
+
+def _last_positive(mass: Tensor) -> Tensor:
+    """Index of the last positive entry of each row, [N, 1]."""
+    places = torch.arange(mass.shape[1], device=mass.device)
+    return torch.where(mass > 0, places, 0).amax(1, keepdim=True)
 
 
 class StableAndConfident:

@@ -1,8 +1,7 @@
 """The mixture of experts: Megatron's router base, dispatcher and layer around DiffusionGemma's rule and our experts.
 
-Rule (transformers' modeling_diffusion_gemma): the router reads the raw residual stream through its own weightless norm,
-softmax over all experts in float32, top k renormalised to one, then multiplied by a learned scale for each expert. The
-experts read another, normed, input. No capacity limit, no dropping, no auxiliary loss.
+The router reads the raw residual stream, through its own weightless norm (rule in `routing`); the experts read another,
+normed, input. No capacity limit, no dropping, no auxiliary loss.
 
 Shapes: T tokens of this rank (sequence parallel), E experts in all, L experts of this rank, K chosen, H hidden,
 W expert width of this rank, R rows dispatched to this rank.
@@ -20,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.model.norm import rms_norm
+from nemo_diffgemma.model.routing import route, router_logits
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_experts
 
@@ -42,16 +41,12 @@ class Router(TopKRouter):
 
     def gating(self, x: Tensor) -> Tensor:
         """Router logits of the raw residual stream, [T, 1, H] -> [T, 1, E]."""
-        x = rms_norm(x, None, self.config.layernorm_epsilon) * self.scale * self.config.hidden_size**-0.5
-        return F.linear(x, self.weight)
+        return router_logits(x, self.weight, self.scale, self.config.layernorm_epsilon)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights [T, E] float32 (zero where not chosen) and the chosen map [T, E] bool."""
-        probabilities = logits.view(-1, self.num_experts).softmax(dim=-1, dtype=torch.float32)
-        weights_TK, chosen_TK = probabilities.topk(self.topk, dim=-1)
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) * self.per_expert_scale.float()[chosen_TK]
-        weights = torch.zeros_like(probabilities).scatter(-1, chosen_TK, weights_TK)
-        return weights, torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, chosen_TK, True)
+        weights, chosen_TK = route(logits.view(-1, self.num_experts), self.per_expert_scale, self.topk)
+        return weights, torch.zeros_like(weights, dtype=torch.bool).scatter(-1, chosen_TK, True)
 
 
 class Experts(nn.Module):

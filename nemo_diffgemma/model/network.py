@@ -26,7 +26,7 @@ from nemo_diffgemma.model.embedding import TokenTable
 from nemo_diffgemma.model.layer import Layer, gather_tokens, recompute
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
-from nemo_diffgemma.model.segments import Canvas, KeyValue, Stream
+from nemo_diffgemma.model.segments import Canvas, KeyValue, Stream, left_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
 from nemo_diffgemma.parallel import vocabulary
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
@@ -294,26 +294,6 @@ class Network(MegatronModule):
                 f"canvas_length={self.model.canvas_length} tokens for each encoded row"
             )
         self.check_ids(canvas)
-
-
-def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int, ...]:
-    """Number of padding columns at the left of each row. Raises ValueError for any other kind of mask."""
-    if attention_mask is None:
-        return (0,) * input_ids.shape[0]
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)} but input_ids has {list(input_ids.shape)}; give "
-            "one mask entry for each token"
-        )
-    mask = attention_mask.bool().cpu()
-    first = (~mask).sum(1)
-    columns = torch.arange(mask.shape[1])
-    if not torch.equal(mask, columns >= first[:, None]) or bool((first == mask.shape[1]).any()):
-        raise ValueError(
-            "attention_mask must be zeros at the left of a row and then ones, at least one of them; pad prompts on "
-            "the left (tokenizer.padding_side='left')"
-        )
-    return tuple(first.tolist())
 
 
 def transformer_config(model: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:

@@ -26,6 +26,26 @@ from torch.nn import functional as F
 _QUERY_BLOCK = 512  # rows of a causal mask at a time, where a mask is needed at all
 
 
+def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int, ...]:
+    """Number of padding columns at the left of each row. Raises ValueError for any other kind of mask."""
+    if attention_mask is None:
+        return (0,) * input_ids.shape[0]
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)} but input_ids has {list(input_ids.shape)}; give "
+            "one mask entry for each token"
+        )
+    mask = attention_mask.bool().cpu()
+    first = (~mask).sum(1)
+    columns = torch.arange(mask.shape[1])
+    if not torch.equal(mask, columns >= first[:, None]) or bool((first == mask.shape[1]).any()):
+        raise ValueError(
+            "attention_mask must be zeros at the left of a row and then ones, at least one of them; pad prompts on "
+            "the left (tokenizer.padding_side='left')"
+        )
+    return tuple(first.tolist())
+
+
 class Canvas(NamedTuple):
     """A canvas of one row; `start` counts the context columns before it, cached ones included."""
 

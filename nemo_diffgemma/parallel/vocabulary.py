@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.sampler import choose_chunk, choose_inside
+
 CHUNK = 1024  # ids; a chunk of 256 positions is 1 MiB and stays in a core's cache (benchmarks/vocabulary.py)
 LOSS_BYTES = 256 << 20  # of float32 logits that the loss holds at a time
 
@@ -176,16 +178,9 @@ class _Sweep:
 
     def search_sample(self, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor) -> Tensor:
         """Smallest id whose cumulative probability exceeds its uniform; -1 if it is not ours."""
-        cumulative_NK = mass_NK.cumsum(1)
-        target_N1 = uniforms_N.float()[:, None] * cumulative_NK[:, -1:]
-        # rounding may leave the target at the very end: the last chunk, and in it the last id, that has mass
-        chunk_N1 = (cumulative_NK <= target_N1).sum(1, keepdim=True)
-        chunk_N1 = torch.minimum(chunk_N1, _last_positive(mass_NK))
-        rest_N1 = target_N1 - (cumulative_NK.gather(1, chunk_N1) - mass_NK.gather(1, chunk_N1))
+        chunk_N1, rest_N1 = choose_chunk(mass_NK, uniforms_N)
         mine_N, z_Nc = self._chunk_of(chunk_N1[:, 0])
-        mass_Nc = torch.exp(z_Nc - top_N1)
-        inside_N1 = (mass_Nc.cumsum(1) <= rest_N1).sum(1, keepdim=True)
-        inside_N1 = torch.minimum(inside_N1, _last_positive(mass_Nc))
+        inside_N1 = choose_inside(torch.exp(z_Nc - top_N1), rest_N1)
         return self._ids(chunk_N1[:, 0], mine_N, inside_N1[:, 0])
 
     def _chunk_of(self, chunk_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,12 +206,6 @@ def _scratch(shape: tuple[int, ...], device: torch.device, inference: bool) -> T
 
 
 _NEVER = -1e30  # the maximum of no logits: finite, so that differences of it are too
-
-
-def _last_positive(mass: Tensor) -> Tensor:
-    """Index of the last positive entry of each row, [N, 1]."""
-    places = torch.arange(mass.shape[1], device=mass.device)
-    return torch.where(mass > 0, places, 0).amax(1, keepdim=True)
 
 
 def _gather_chunks(sweep: _Sweep) -> tuple[Tensor, Tensor, Tensor]:

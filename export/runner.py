@@ -1,0 +1,256 @@
+"""Generation with the graphs of a bundle: the same loop, sampler and noise as `DiffusionGemma.generate`.
+
+The context lives in buffers that grow by what `encode` gives; sliding layers keep the last `window - 1` columns. A
+buffer has one column more than there is context at the start, which no token sees: engines have no empty axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.sessions import Session, Tensors
+from export.tracing import past_names, present_names
+from nemo_diffgemma.config import SLIDING, ModelConfig
+from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
+from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
+from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.model.segments import left_padding
+from nemo_diffgemma.parallel.layout import ParallelLayout
+
+
+class EngineError(ValueError):
+    """Something an engine was not built for; the message says what it was built for and how to build another."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the canvases see: `length` columns of `first.shape[0]` rows, in the buffers of each rank of this process."""
+
+    first: Tensor
+    length: int
+    past: tuple[dict[str, Tensor], ...]
+
+    def inputs(self) -> dict[str, Tensor]:
+        return {"first": self.first, "past_length": torch.tensor(self.length)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engines take: rows of a batch, context columns in all, and columns of one call of `encode`."""
+
+    batch: int
+    context: int
+    chunk: int
+
+
+class Engine:
+    """The model of a bundle; `generate` is `DiffusionGemma.generate`. Made by `open_bundle`.
+
+    `encode`, `step` and `loop` are sessions; `loop` may be missing, and `loop_steps` None means any number of steps.
+    `ranks` are those that this process runs; `device` is where inputs are wanted.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: ParallelLayout,
+        dtype: torch.dtype,
+        sessions: Mapping[str, Session],
+        limits: Limits,
+        assets: Path,
+        ranks: Sequence[int],
+        loop_steps: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config, self.layout, self.dtype = config, layout, dtype
+        self.limits, self.assets, self.device = limits, assets, device or torch.device("cpu")
+        self.loop_steps = loop_steps
+        self._sessions = sessions
+        self._ranks = [{"rank": torch.tensor(rank)} for rank in ranks]
+
+    @property
+    def sampler_defaults(self) -> SamplerConfig:
+        """Sampler settings of the checkpoint."""
+        return SamplerConfig.of_checkpoint(self.assets, self.config)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 256,
+        sampler: SamplerConfig | None = None,
+        noise: Noise | None = None,
+        seed: int | Sequence[int] = 0,
+        observe: Callable[[Denoised], None] | None = None,
+    ) -> Generation:
+        """Generate whole canvases after [B, S] prompts, as `DiffusionGemma.generate` does.
+
+        Runs `step` until a canvas is stable, or `loop` in one call where it has the right number of steps, stopping is
+        off (`confidence_threshold=0`) and nobody observes. Raises `EngineError` beyond what the engines were built for.
+        """
+        sampler = sampler or self.sampler_defaults
+        self._check(input_ids, max_new_tokens)
+        rows, length = input_ids.shape[0], self.config.canvas_length
+        if noise is None:
+            noise = KeyedNoise.for_rows(seed, rows, length, self.config.vocab_size, self.device)
+        whole = "loop" in self._sessions and observe is None and sampler.confidence_threshold <= 0
+        whole = whole and self.loop_steps in (None, sampler.max_denoising_steps)
+        return generate(
+            self,
+            input_ids.to(self.device),
+            left_padding(input_ids, attention_mask),
+            canvas_length=length,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            noise=noise,
+            observe=observe,
+            denoise_canvas=self._denoise_canvas if whole else None,
+        )
+
+    # -- the graphs ------------------------------------------------------------------------------------------------
+
+    def encode(self, ids: Tensor, context: Context) -> Context:
+        """The context with [B, S] more columns."""
+        for chunk in ids.split(self.limits.chunk, dim=1):
+            fresh = self._sessions["encode"].run(
+                {"input_ids": chunk, **context.inputs()},
+                [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)],
+            )
+            past = tuple(self._append(old, new, context.length) for old, new in zip(context.past, fresh, strict=True))
+            context = Context(context.first, context.length + chunk.shape[1], past)
+        return context
+
+    def step(self, context: Context, inputs: Tensors) -> dict[str, Tensor]:
+        """One denoising step; `inputs` are the step's own (canvas, soft, temperature, ...)."""
+        return self._denoise("step", context, inputs)
+
+    def empty(self, first: Sequence[int]) -> Context:
+        """No context yet, of rows with that left padding."""
+        past = {}
+        for layer in range(self.config.num_hidden_layers):
+            head_dim, heads = self.config.heads(layer)
+            shape = (len(first), max(1, heads // self.layout.tensor), 1, head_dim)
+            for name in past_names(layer):
+                past[name] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return Context(torch.tensor(first, device=self.device), 0, tuple(dict(past) for _ in self._ranks))
+
+    def no_signal(self, rows: int) -> Tensor:
+        """The self-conditioning signal of a first step."""
+        shape = (rows, self.config.canvas_length, self.config.hidden_size)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _denoise(self, graph: str, context: Context, inputs: Tensors) -> dict[str, Tensor]:
+        ranked = [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)]
+        return self._sessions[graph].run({**inputs, **context.inputs()}, ranked)[0]
+
+    def _append(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+        past = {}
+        for layer in range(self.config.num_hidden_layers):
+            keep = self.config.sliding_window - 1 if self.config.layer_kind(layer) == SLIDING else None
+            for name, fresh in zip(past_names(layer), present_names(layer), strict=True):
+                kept = torch.cat([old[name], new[fresh]], dim=2) if length else new[fresh]
+                past[name] = kept if keep is None or kept.shape[2] <= keep else kept[:, :, -keep:].contiguous()
+        return past
+
+    # -- what generation asks for ------------------------------------------------------------------------------------
+
+    def sampling_step(
+        self,
+        canvas: Tensor,
+        cache: Context | None,
+        *,
+        context: Tensor | None,
+        first: tuple[int, ...],
+        soft: Tensor | None,
+        temperature: float,
+        entropy_bound: float,
+        uniforms: Tensor,
+        replacements: Tensor,
+        last: bool,
+    ) -> Settled:
+        """One denoising step of [B, C] canvases; new context columns are encoded first."""
+        cache = self._extended(cache, context, first)
+        found = self.step(
+            cache,
+            {
+                "canvas": canvas,
+                "soft": self.no_signal(canvas.shape[0]) if soft is None else soft,
+                "temperature": torch.tensor(temperature, dtype=torch.float32),
+                "entropy_bound": torch.tensor(entropy_bound, dtype=torch.float32),
+                "uniforms": uniforms,
+                "replacements": replacements,
+            },
+        )
+        return Settled(
+            found["next_canvas"], found["argmax"], found["entropy"], found["accepted"], found["next_soft"], cache
+        )
+
+    def agree(self, flag: bool) -> bool:
+        """Ranks of an engine see the same numbers: nothing has to be agreed."""
+        return flag
+
+    def _extended(self, cache: Context | None, context: Tensor | None, first: tuple[int, ...]) -> Context:
+        if context is None:
+            assert cache is not None
+            return cache
+        return self.encode(context, cache or self.empty(first))
+
+    def _denoise_canvas(
+        self,
+        network: Any,
+        cache: Context | None,
+        context: Tensor,
+        first: tuple[int, ...],
+        index: int,
+        finished: Tensor,
+        sampler: SamplerConfig,
+        noise: Noise,
+        observe: None,
+    ) -> tuple[Tensor, Context, Tensor]:
+        """All steps of a canvas in one call of `loop`; its randomness is drawn beforehand."""
+        cache = self._extended(cache, context, first)
+        steps = range(sampler.max_denoising_steps, 0, -1)
+        canvas = noise.initial(index).to(self.device)
+        found = self._denoise(
+            "loop",
+            cache,
+            {
+                "canvas": canvas,
+                "soft": self.no_signal(canvas.shape[0]),
+                "temperatures": torch.tensor([sampler.temperature(n) for n in steps], dtype=torch.float32),
+                "entropy_bound": torch.tensor(sampler.entropy_bound, dtype=torch.float32),
+                "uniforms": torch.stack([noise.uniforms(index, n) for n in steps]).to(self.device),
+                "replacements": torch.stack([noise.replacements(index, n) for n in steps]).to(self.device),
+            },
+        )
+        return found["argmax"], cache, (~finished).long() * len(steps)
+
+    def _check(self, input_ids: Tensor, max_new_tokens: int) -> None:
+        config, limits = self.config, self.limits
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise EngineError(f"input_ids has shape {list(input_ids.shape)}; expected [rows, at least one token]")
+        if max_new_tokens < 1:
+            raise EngineError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= config.vocab_size:
+            raise EngineError(f"input_ids holds {low if low < 0 else high}; token ids go from 0 to {config.vocab_size - 1}")
+        if input_ids.shape[0] > limits.batch:
+            raise EngineError(
+                f"{input_ids.shape[0]} rows, but the engines were built for batches of 1 to {limits.batch}; send fewer, "
+                f"or build with max_batch_size={input_ids.shape[0]}"
+            )
+        canvases = -(-max_new_tokens // config.canvas_length)
+        needed = input_ids.shape[1] + (canvases - 1) * config.canvas_length
+        if needed > limits.context:
+            raise EngineError(
+                f"{input_ids.shape[1]} prompt tokens and {max_new_tokens} new ones need a context of {needed} columns, but "
+                f"the engines were built for at most {limits.context}; shorten the prompt, or build with max_context={needed}"
+            )
+
+

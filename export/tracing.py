@@ -1,0 +1,197 @@
+"""From functions to ONNX: weights as inputs, batch and context lengths dynamic, nothing of the weights in memory.
+
+Traced once for all ranks: what differs between ranks (which rows, which experts) is weights and the input `rank`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnxscript
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from export.graph import Model, Weights
+from export.weights import engine_weights
+from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
+from nemo_diffgemma.parallel.layout import ParallelLayout
+
+OPSET = 22  # the first in which every operator used here takes bfloat16
+COLLECTIVES = "trt"  # domain in which TensorRT's ONNX parser looks for DistCollective
+
+STEP_OUTPUTS = ("next_canvas", "next_soft", "argmax", "entropy", "accepted", "accepted_count")
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    """Inputs that hold the context of a layer, [B, G, columns, D]."""
+    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
+
+
+def present_names(layer: int) -> tuple[str, str]:
+    """Outputs of `encode`: keys and values of the new columns, [B, G, S, D]."""
+    return f"present.{layer}.key", f"present.{layer}.value"
+
+
+def trace(graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> ModelProto:
+    """ONNX of `encode` or `step` of one rank. Inputs that the graph does not read are left out."""
+    # made of real tensors: its rotary frequencies become constants
+    module = _Encode(config, layout, dtype) if graph == "encode" else _Step(config, layout, dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+        weights = {
+            name: torch.empty(weight.shape, dtype=dtype) for name, weight in engine_weights(config, layout).items()
+        }
+        inputs, dynamic = example_inputs(graph, config, layout, dtype)
+        fixed: dict[str, Any] = {name: None for name in weights}
+        program = torch.export.export(
+            module,
+            (),
+            dict(weights=weights, inputs=inputs),
+            dynamic_shapes=dict(
+                weights=fixed,
+                inputs={name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in dynamic.items()},
+            ),
+            strict=False,
+        )
+    outputs = list(STEP_OUTPUTS)
+    if graph == "encode":
+        outputs = [name for layer in range(config.num_hidden_layers) for name in present_names(layer)]
+    with _quiet():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[*weights, *inputs],
+            output_names=[_OUTPUT + name for name in outputs],
+            custom_translation_table={torch.ops.nemo_diffgemma.all_reduce.default: _dist_collective},
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model_proto
+    _name_outputs(model)
+    _keep_used_inputs(model)
+    _name_axes(model, dynamic)
+    model.producer_name = "nemo_diffgemma"
+    return model
+
+
+class _Step(nn.Module):
+    def __init__(self, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._model = Model(config, layout, dtype)
+
+    def forward(self, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        given = dict(inputs)
+        past = _pop_past(given, self._model.config)
+        return self._model.step(Weights(weights), past=past, **given)
+
+
+class _Encode(_Step):
+    def forward(self, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        given = dict(inputs)
+        past = _pop_past(given, self._model.config)
+        fresh = self._model.encode(Weights(weights), past=past, **given)
+        return tuple(tensor for pair in fresh for tensor in pair)
+
+
+def _pop_past(inputs: dict[str, Tensor], config: ModelConfig) -> list[tuple[Tensor, Tensor]]:
+    names = [past_names(layer) for layer in range(config.num_hidden_layers)]
+    return [(inputs.pop(key), inputs.pop(value)) for key, value in names]
+
+
+def example_inputs(
+    graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, rows: int = 2, new: int = 5
+) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
+    """Inputs besides the weights, zeros, and which of their axes may change from call to call."""
+    batch, chunk = "batch", "chunk"
+    columns = {GLOBAL: "context_columns", SLIDING: "window_columns"}
+    inputs: dict[str, Tensor] = {}
+    dynamic: dict[str, dict[int, str]] = {}
+
+    def add(name: str, shape: tuple[int, ...], dtype: torch.dtype, axes: dict[int, str]) -> None:
+        inputs[name], dynamic[name] = torch.zeros(shape, dtype=dtype), axes
+
+    if graph == "encode":
+        add("input_ids", (rows, new), torch.int64, {0: batch, 1: chunk})
+    else:
+        shape = (rows, config.canvas_length)
+        add("canvas", shape, torch.int64, {0: batch})
+        add("soft", (*shape, config.hidden_size), dtype, {0: batch})
+        add("temperature", (), torch.float32, {})
+        add("entropy_bound", (), torch.float32, {})
+        add("uniforms", shape, torch.float32, {0: batch})
+        add("replacements", shape, torch.int64, {0: batch})
+    add("first", (rows,), torch.int64, {0: batch})
+    add("past_length", (), torch.int64, {})
+    add("rank", (), torch.int64, {})
+    for layer in range(config.num_hidden_layers):
+        head_dim, heads = config.heads(layer)
+        kind = config.layer_kind(layer)
+        held = 7 if kind == GLOBAL else 3
+        for name in past_names(layer):
+            add(name, (rows, max(1, heads // layout.tensor), held, head_dim), dtype, {0: batch, 2: columns[kind]})
+    return inputs, dynamic
+
+
+_collectives = onnxscript.values.Opset(COLLECTIVES, 1)
+
+
+def _dist_collective(x: Any) -> Any:
+    return _collectives.DistCollective(x, collective_operation="all_reduce", reduce_op="sum", root=-1)
+
+
+_OUTPUT = "output."
+
+
+def _name_outputs(model: ModelProto) -> None:
+    """torch names values after its operators, `argmax` for one: outputs are renamed when theirs are out of the way."""
+    ours = {value.name.removeprefix(_OUTPUT) for value in model.graph.output}
+
+    def name(old: str) -> str:
+        return "inner." + old if old in ours else old.removeprefix(_OUTPUT)
+
+    for node in model.graph.node:
+        node.input[:] = map(name, node.input)
+        node.output[:] = map(name, node.output)
+    for value in model.graph.output:
+        value.name = name(value.name)
+
+
+def _keep_used_inputs(model: ModelProto) -> None:
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [value for value in model.graph.input if value.name in used]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+
+
+def _name_axes(model: ModelProto, dynamic: dict[str, dict[int, str]]) -> None:
+    """torch names dynamic axes s41, s3, ...: call them what they are."""
+    names = {}
+    for value in model.graph.input:
+        for axis, name in dynamic.get(value.name, {}).items():
+            dim = value.type.tensor_type.shape.dim[axis]
+            names[dim.dim_param] = name
+            dim.dim_param = name
+    for value in model.graph.output:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = names[dim.dim_param]
+    del model.graph.value_info[:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter tells the progress of its own passes."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.getLogger("torch.onnx").setLevel(level)
+
