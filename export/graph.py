@@ -13,6 +13,7 @@ table are those of one rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,17 +34,14 @@ _NEVER = -1e30  # finite: masked entries must not make a NaN anywhere
 KeyValue = tuple[Tensor, Tensor]
 
 
-@torch.library.custom_op("nemo_diffgemma::all_reduce", mutates_args=())
 def all_reduce(x: Tensor) -> Tensor:
-    """Sum over the ranks of the engine; becomes `DistCollective` in ONNX."""
+    """Sum over the ranks of the engine; a node of TensorRT's own in ONNX."""
+    if torch.compiler.is_exporting():
+        attributes: dict[str, Any] = {"collective_operation": "all_reduce", "reduce_op": "sum", "root": -1}
+        return torch.onnx.ops.symbolic("trt::DistCollective", (x,), attributes, dtype=x.dtype, shape=x.shape, version=1)
     x = x.clone()
     dist.all_reduce(x)
     return x
-
-
-@all_reduce.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
 
 
 class Weights:
@@ -77,7 +75,12 @@ class Model:
     # -- the two graphs --------------------------------------------------------------------------------------------
 
     def encode(
-        self, weights: Weights, input_ids: Tensor, first: Tensor, past_length: Tensor, rank: Tensor,
+        self,
+        weights: Weights,
+        input_ids: Tensor,
+        first: Tensor,
+        past_length: Tensor,
+        rank: Tensor,
         past: Sequence[KeyValue],
     ) -> list[KeyValue]:
         """[B, S] ids behind the cached context -> their keys and values, [B, G, S, D] for each layer.
@@ -91,8 +94,17 @@ class Model:
         return fresh
 
     def step(
-        self, weights: Weights, canvas: Tensor, soft: Tensor, first: Tensor, past_length: Tensor, rank: Tensor,
-        temperature: Tensor, entropy_bound: Tensor, uniforms: Tensor, replacements: Tensor,
+        self,
+        weights: Weights,
+        canvas: Tensor,
+        soft: Tensor,
+        first: Tensor,
+        past_length: Tensor,
+        rank: Tensor,
+        temperature: Tensor,
+        entropy_bound: Tensor,
+        uniforms: Tensor,
+        replacements: Tensor,
         past: Sequence[KeyValue],
     ) -> tuple[Tensor, ...]:
         """One denoising step -> next canvas, next soft embedding, arg-max, entropy, accepted, accepted count.
@@ -145,18 +157,29 @@ class Model:
     # -- layers ----------------------------------------------------------------------------------------------------
 
     def _layers(
-        self, weights: Weights, x: Tensor, positions: Tensor, first: Tensor, past_length: Tensor,
-        past: Sequence[KeyValue], rank: Tensor, causal: bool,
+        self,
+        weights: Weights,
+        x: Tensor,
+        positions: Tensor,
+        first: Tensor,
+        past_length: Tensor,
+        past: Sequence[KeyValue],
+        rank: Tensor,
+        causal: bool,
     ) -> tuple[Tensor, list[KeyValue]]:
         rotary = {kind: cosine_and_sine(positions, table, self.dtype) for kind, table in self.frequencies.items()}
         columns = {self.config.layer_kind(i): keys.shape[2] for i, (keys, _) in enumerate(past)}
-        masks = {kind: self._mask(kind, count, positions, first, past_length, causal) for kind, count in columns.items()}
+        masks = {
+            kind: self._mask(kind, count, positions, first, past_length, causal) for kind, count in columns.items()
+        }
         fresh = []
         self.routed = []
         for i in range(self.config.num_hidden_layers):
             kind, prefix = self.config.layer_kind(i), f"{DECODER}layers.{i}."
             normed = self._norm(x, weights[prefix + "input_layernorm.weight"])
-            attended, new = self._attention(weights, prefix + "self_attn.", kind, normed, rotary[kind], masks[kind], past[i])
+            attended, new = self._attention(
+                weights, prefix + "self_attn.", kind, normed, rotary[kind], masks[kind], past[i]
+            )
             fresh.append(new)
             x = x + self._norm(attended, weights[prefix + "post_attention_layernorm.weight"])
             x = x + self._feed_forward(weights, prefix, x, rank)
@@ -207,9 +230,7 @@ class Model:
 
     def _feed_forward(self, weights: Weights, prefix: str, x: Tensor, rank: Tensor) -> Tensor:
         """Dense MLP and experts in parallel."""
-        dense = self._mlp(
-            weights, prefix + "mlp.", self._norm(x, weights[prefix + "pre_feedforward_layernorm.weight"])
-        )
+        dense = self._mlp(weights, prefix + "mlp.", self._norm(x, weights[prefix + "pre_feedforward_layernorm.weight"]))
         mixed = self._experts(
             weights, prefix, x, self._norm(x, weights[prefix + "pre_feedforward_layernorm_2.weight"]), rank
         )
@@ -234,9 +255,7 @@ class Model:
         logits = router_logits(
             x.to(self.dtype), weights[prefix + "router.proj.weight"], weights[prefix + "router.scale"], self._eps
         )
-        shares, chosen = route(
-            logits.flatten(0, 1), weights[prefix + "router.per_expert_scale"], config.top_k_experts
-        )
+        shares, chosen = route(logits.flatten(0, 1), weights[prefix + "router.per_expert_scale"], config.top_k_experts)
         self.routed.append(chosen)
         if self.layout.expert > 1:
             shares = shares.view(-1, self.layout.expert, local).index_select(
@@ -301,9 +320,7 @@ class Model:
         local = chunk_T1 if self.layout.tensor == 1 else (chunk_T1 - rank * chunks).clamp(0, chunks - 1)
         return z_TKc.gather(1, local[..., None].expand(-1, -1, z_TKc.shape[2]))[:, 0]
 
-    def _ids(
-        self, chunk: Tensor, inside: Tensor, rows: int, size: int, chunks: int, rank: Tensor
-    ) -> Tensor:
+    def _ids(self, chunk: Tensor, inside: Tensor, rows: int, size: int, chunks: int, rank: Tensor) -> Tensor:
         """Token ids of places (chunk of all ranks' chunks, place inside), known to the rank that holds the chunk."""
         if self.layout.tensor == 1:
             return chunk * size + inside

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 CARRIED = {"canvas": "next_canvas", "soft": "next_soft"}
 STACKED = {"temperature": "temperatures", "uniforms": "uniforms", "replacements": "replacements"}
@@ -40,14 +40,14 @@ def to_loop(step: ModelProto, steps: int | None) -> ModelProto:
         [_scalar("body.still", TensorProto.BOOL), *(_value(results[name], names[name]) for name in OUTPUTS)],
     )
     loop = helper.make_node(
-        "Loop", ["loop.count", "loop.true", *CARRIED, "canvas"], list(OUTPUTS), name="denoising_loop", body=body
+        "Loop", ["loop.count", "", *CARRIED, "canvas"], list(OUTPUTS), name="denoising_loop", body=body
     )  # any [B, C] ids may stand for the arg-max of no step
     outer = helper.make_graph(
         [*before, *_count(steps), loop],
         "loop",
         [_stacked(value, STACKED[name], steps) if name in STACKED else value for name, value in inputs.items()],
         [_stacked(results[name], name, steps) if name in OF_EVERY_STEP else results[name] for name in OUTPUTS],
-        [*graph.initializer, numpy_helper.from_array(np.array(True), "loop.true")],
+        graph.initializer,
     )
     return helper.make_model(
         outer, opset_imports=step.opset_import, ir_version=step.ir_version, producer_name=step.producer_name
@@ -82,7 +82,7 @@ def _renamed(node: NodeProto, names: dict[str, str]) -> NodeProto:
 def _count(steps: int | None) -> list[NodeProto]:
     """`loop.count`, the number of steps."""
     if steps is not None:
-        return [helper.make_node("Constant", [], ["loop.count"], value=numpy_helper.from_array(np.array(steps)))]
+        return [helper.make_node("Constant", [], ["loop.count"], value_int=steps)]
     return [
         helper.make_node("Shape", [STACKED["temperature"]], ["loop.shape"]),
         helper.make_node("Squeeze", ["loop.shape"], ["loop.count"]),

@@ -239,7 +239,9 @@ class Engine:
             raise EngineError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= config.vocab_size:
-            raise EngineError(f"input_ids holds {low if low < 0 else high}; token ids go from 0 to {config.vocab_size - 1}")
+            raise EngineError(
+                f"input_ids holds {low if low < 0 else high}; token ids go from 0 to {config.vocab_size - 1}"
+            )
         if input_ids.shape[0] > limits.batch:
             raise EngineError(
                 f"{input_ids.shape[0]} rows, but the engines were built for batches of 1 to {limits.batch}; send fewer, "
@@ -252,5 +254,3 @@ class Engine:
                 f"{input_ids.shape[1]} prompt tokens and {max_new_tokens} new ones need a context of {needed} columns, but "
                 f"the engines were built for at most {limits.context}; shorten the prompt, or build with max_context={needed}"
             )
-
-

@@ -7,6 +7,7 @@ bundle for several GPUs can be opened, and its numbers checked, without any.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import onnx
@@ -25,9 +26,12 @@ class Session(Protocol):
 
 
 class OnnxSession:
-    """Graphs of all ranks of a bundle in ONNX Runtime on the CPU; `weights` holds the weight inputs of each rank."""
+    """Graphs of all ranks of a bundle in ONNX Runtime on the CPU.
 
-    def __init__(self, models: Sequence[ModelProto], weights: Sequence[Tensors]) -> None:
+    `weights` holds the weight inputs of each rank; `directory` is where files lie that the graphs refer to.
+    """
+
+    def __init__(self, models: Sequence[ModelProto], weights: Sequence[Tensors], directory: Path | None = None) -> None:
         import onnxruntime
 
         self._ranks = len(models)
@@ -35,6 +39,8 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
+        if directory is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import onnxscript
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 OPSET = 22  # the first in which every operator used here takes bfloat16
-COLLECTIVES = "trt"  # domain in which TensorRT's ONNX parser looks for DistCollective
 
 STEP_OUTPUTS = ("next_canvas", "next_soft", "argmax", "entropy", "accepted", "accepted_count")
 
@@ -68,7 +66,6 @@ def trace(graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.
             opset_version=OPSET,
             input_names=[*weights, *inputs],
             output_names=[_OUTPUT + name for name in outputs],
-            custom_translation_table={torch.ops.nemo_diffgemma.all_reduce.default: _dist_collective},
             verbose=False,
         )
     assert exported is not None
@@ -138,13 +135,6 @@ def example_inputs(
     return inputs, dynamic
 
 
-_collectives = onnxscript.values.Opset(COLLECTIVES, 1)
-
-
-def _dist_collective(x: Any) -> Any:
-    return _collectives.DistCollective(x, collective_operation="all_reduce", reduce_op="sum", root=-1)
-
-
 _OUTPUT = "output."
 
 
@@ -194,4 +184,3 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     logging.getLogger("torch.onnx").setLevel(level)
-

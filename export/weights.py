@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from nemo_diffgemma.config import GLOBAL, ModelConfig
@@ -36,11 +34,13 @@ class WeightsError(ValueError):
 class Weight:
     """One engine input: `tensor.view(view)[spans of the rank].permute(permute).reshape(shape)`, zero rows appended.
 
-    `view` splits axes of the tensor on disk, `spans` holds (start, end) of every axis of `view` for every rank, `shape`
-    is that of the input, equal on all ranks; rows that a rank lacks (the end of a vocabulary) are zero.
+    `stored` is the shape of the tensor `key` on disk, `view` splits axes of it, `spans` holds (start, end) of every axis
+    of `view` for every rank, `shape` is that of the input, equal on all ranks; rows that a rank lacks (the end of a
+    vocabulary) are zero.
     """
 
     key: str
+    stored: tuple[int, ...]
     view: tuple[int, ...]
     spans: tuple[tuple[Span, ...], ...]
     permute: tuple[int, ...]
@@ -51,14 +51,10 @@ class Weight:
         spans = self.spans[rank]
         if isinstance(stored, Tensor):
             part = stored.view(self.view)
-        else:  # a leading axis that is not split can be cut while reading
-            whole = tuple(stored.get_shape())
-            if len(self.view) == 0 or self.view[0] != whole[0]:
-                part, spans = stored[:].view(self.view), spans
-            else:
-                start, end = spans[0]
-                part = stored[start:end].view(end - start, *self.view[1:])
-                spans = ((0, end - start), *spans[1:])
+        else:  # the leading axis is cut while reading
+            start, end = spans[0]
+            part = stored[start:end].view(end - start, *self.view[1:])
+            spans = ((0, end - start), *spans[1:])
         part = part[tuple(slice(*span) for span in spans)].permute(self.permute)
         missing = prod(self.shape) - part.numel()
         part = part.reshape(-1)
@@ -69,7 +65,14 @@ class Weight:
     @property
     def is_whole(self) -> bool:
         """Whether the input is the tensor as it lies on disk, so that a graph may point into the file."""
-        return len(self.spans) == 1 and self.permute == tuple(range(len(self.view)))
+        return prod(self.shape) == prod(self.stored) and self.permute == tuple(range(len(self.view)))
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Weight:
+        """What `dataclasses.asdict` has become in a JSON file."""
+        spans = tuple(tuple((start, end) for start, end in rank) for rank in entry["spans"])
+        shapes = {name: tuple(entry[name]) for name in ("stored", "view", "permute", "shape")}
+        return cls(key=entry["key"], spans=spans, **shapes)
 
 
 def check_layout(layout: ParallelLayout, config: ModelConfig) -> None:
@@ -157,7 +160,7 @@ def _table(config: ModelConfig, layout: ParallelLayout) -> Weight:
     for rank in range(layout.world_size):
         start = min(rank % layout.tensor * rows, size)
         spans.append(((start, min(start + rows, size)), (0, hidden)))
-    return Weight(TABLE, (size, hidden), tuple(spans), (0, 1), (rows, hidden))
+    return Weight(TABLE, (size, hidden), (size, hidden), tuple(spans), (0, 1), (rows, hidden))
 
 
 def _experts(prefix: str, config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, Weight]]:
@@ -169,18 +172,19 @@ def _experts(prefix: str, config: ModelConfig, layout: ParallelLayout) -> Iterat
     up, down = [], []
     for rank in range(layout.world_size):
         mine = _part(experts, layout.expert, rank // layout.expert_tensor % layout.expert)
-        columns = _part(width, layout.expert_tensor, rank % layout.expert_tensor)
-        up.append((mine, (0, 2), columns, (0, hidden)))
-        down.append((mine, (0, hidden), columns))
+        part = _part(width, layout.expert_tensor, rank % layout.expert_tensor)
+        up.append((mine, (0, 2), part, (0, hidden)))
+        down.append((mine, (0, hidden), part))
     local = experts // layout.expert * (width // layout.expert_tensor)
     gate_up, key = prefix + EXPERTS[0], prefix + EXPERTS[1]
-    yield gate_up, Weight(gate_up, (experts, 2, width, hidden), tuple(up), (0, 1, 2, 3), (2 * local, hidden))
-    yield key, Weight(key, (experts, hidden, width), tuple(down), (1, 0, 2), (hidden, local))
+    rows, columns = (experts, 2 * width, hidden), (experts, hidden, width)
+    yield gate_up, Weight(gate_up, rows, (experts, 2, width, hidden), tuple(up), (0, 1, 2, 3), (2 * local, hidden))
+    yield key, Weight(key, columns, columns, tuple(down), (1, 0, 2), (hidden, local))
 
 
 def _plain(key: str, view: tuple[int, ...], spans: list[tuple[Span, ...]]) -> Weight:
     shape = tuple(end - start for start, end in spans[0])
-    return Weight(key, view, tuple(spans), tuple(range(len(view))), shape)
+    return Weight(key, view, view, tuple(spans), tuple(range(len(view))), shape)
 
 
 def _part(size: int, parts: int, index: int) -> Span:

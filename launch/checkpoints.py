@@ -16,9 +16,9 @@ import torch
 from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 
 from nemo_diffgemma.checkpoint import nemo_archive, sharded
-from nemo_diffgemma.checkpoint.huggingface import TensorFiles
 from nemo_diffgemma.checkpoint.names import released_name, released_shape
 from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
+from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma

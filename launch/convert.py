@@ -38,8 +38,8 @@ class ConvertConfig:
 def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:
     """Convert one checkpoint."""
     from launch.checkpoints import contents, open_network
-    from nemo_diffgemma.checkpoint.huggingface import CheckpointError
     from nemo_diffgemma.checkpoint.open import FORMATS, save_network
+    from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 
     if config.format not in FORMATS:
         raise CheckpointError(f"format={config.format!r}; use one of {', '.join(FORMATS)}")

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_diffgemma.checkpoint.names import CARRIED_PREFIXES, released_name, released_shape, text_tensors
+from nemo_diffgemma.checkpoint.tensor_files import INDEX, CheckpointError, TensorFiles
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.groups import agree_error, process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
 _COPIED = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation and processor configuration
 _DTYPES = {
@@ -37,64 +37,7 @@ _DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message names the file or tensor and what to do."""
-
-
 # -- reading ---------------------------------------------------------------------------------------------------------
-
-
-class TensorFiles:
-    """The safetensors files of a directory, opened once, by tensor name."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._stack = contextlib.ExitStack()
-        self._handles: dict[Path, Any] = {}
-        self.files = self._locate()
-
-    def __enter__(self) -> TensorFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _locate(self) -> dict[str, Path]:
-        index = self.directory / INDEX
-        if index.is_file():
-            try:
-                weights = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{index} is damaged ({error!r}); copy it again from the checkpoint") from None
-            missing = sorted({file for file in weights.values() if not (self.directory / file).is_file()})
-            if missing:
-                raise CheckpointError(
-                    f"{index} names {', '.join(missing)}, which {self.directory} does not hold; copy the missing files"
-                )
-            return {name: self.directory / file for name, file in weights.items()}
-        files = sorted(self.directory.glob("*.safetensors"))
-        return {name: file for file in files for name in self.open(file).keys()}  # noqa: SIM118 (no mapping)
-
-    def open(self, file: Path) -> Any:
-        if file not in self._handles:
-            try:
-                self._handles[file] = self._stack.enter_context(safe_open(str(file), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} is truncated or not a safetensors file ({error}); copy it again from the checkpoint"
-                ) from None
-        return self._handles[file]
-
-    def slice(self, name: str) -> Any:
-        """Lazy view of a tensor: `get_shape()`, `get_dtype()`, and indexing that reads only what it selects."""
-        if name not in self.files:
-            raise CheckpointError(f"{self.directory} has no tensor {name}")
-        try:
-            return self.open(self.files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.files[name]} does not hold tensor {name} ({error}); its index is of another checkpoint"
-            ) from None
 
 
 def load(network: Network, directory: str | Path) -> None:

@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 import torch.distributed as dist
 
 from nemo_diffgemma.checkpoint import huggingface
-from nemo_diffgemma.checkpoint.huggingface import CheckpointError, Written
+from nemo_diffgemma.checkpoint.huggingface import Written
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.groups import agree_error
 

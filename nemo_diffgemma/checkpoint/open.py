@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded
-from nemo_diffgemma.checkpoint.huggingface import CheckpointError
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.groups import agree_error

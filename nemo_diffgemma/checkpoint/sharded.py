@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_diffgemma.checkpoint import huggingface
-from nemo_diffgemma.checkpoint.huggingface import CheckpointError
 from nemo_diffgemma.checkpoint.names import text_tensors
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.parallel.groups import agree_error, process_groups

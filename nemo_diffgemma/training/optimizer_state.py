@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from nemo_diffgemma.checkpoint import sharded
-from nemo_diffgemma.checkpoint.huggingface import CheckpointError
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.parallel.groups import agree_error, process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_diffgemma import ModelConfig
-from nemo_diffgemma.checkpoint.huggingface import INDEX
+from nemo_diffgemma.checkpoint.tensor_files import INDEX
 from tests.distributed import cases
 from tests.distributed.layouts import LAYOUTS
 from tests.parity import questions

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_diffgemma.checkpoint.huggingface import CheckpointError
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from tests.training import cases
 
 

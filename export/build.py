@@ -1,0 +1,133 @@
+"""Build a bundle: ONNX graphs of the block denoiser, and TensorRT engines of them, from a checkpoint.
+
+    python export/build.py checkpoint=<directory> out=bundles/mine                          # ONNX only
+    python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt_rtx gpu=rtx_5090 dtype=bfloat16
+    python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt gpu=h100 dtype=bfloat16 weights=inline
+    python export/build.py checkpoint=<directory> out=bundles/mine parallel=tp2_ep2 graphs=[encode,step]
+    python export/build.py model=diffusiongemma_26b_a4b out=/tmp/try builder=tensorrt_rtx   # no weights: can it be built?
+
+A checkpoint is a Hugging Face directory, a sharded checkpoint or a .nemo. Engines are built without a GPU. The last line
+is JSON: bundle, graphs (ONNX and engine bytes, seconds, peak memory in bytes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from export.entry import start
+from launch.output import Results, table
+from nemo_diffgemma.training.schema import ConfigurationError, ModelGroup, ParallelGroup
+
+
+@dataclass
+class BuildConfig:
+    """What `export/build.py` reads."""
+
+    checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo
+    model: ModelGroup = field(default_factory=ModelGroup)  # instead of a checkpoint: build the structure only
+    out: str = "???"  # directory of the bundle; must not exist
+    builder: str = "onnx"  # tensorrt_rtx, tensorrt, tensorrt_llm, edge_llm
+    gpu: str | None = None  # a file of conf/gpu: engines for that GPU
+    dtype: str = "float32"  # float16, bfloat16
+    steps: int | None = 48  # of the loop; null: each call says how many
+    graphs: list[str] = field(default_factory=lambda: ["encode", "step", "loop"])
+    weights: str = "inputs"  # inline: inside of the engine
+    quantization: str | None = None  # of the experts: fp8, int4, nvfp4
+    calibration: str | None = None  # text file, one prompt a line; fp8 and nvfp4 need it
+    max_batch_size: int = 8
+    max_context: int = 8192  # columns, prompt and finished canvases
+    max_chunk: int = 1024  # columns of one call of encode
+    parallel: ParallelGroup = field(default_factory=ParallelGroup)  # ranks of the engines
+
+
+def build(config: BuildConfig, results: Results) -> dict[str, Any]:
+    """Build one bundle."""
+    from export.building import build_bundle
+    from export.bundle import Settings
+    from export.runner import Limits
+
+    checkpoint = Path(config.checkpoint).expanduser() if config.checkpoint else None
+    if (checkpoint is None) == (not config.model.architecture):
+        raise ConfigurationError("give one of checkpoint=<directory> and model=<file of conf/model>, not both or none")
+    targets: tuple[str, ...] = ()
+    if config.gpu is not None:
+        from export.roofline import load_gpu
+
+        targets = (load_gpu(config.gpu).compute_capability,)
+    with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
+        source = _released_format(checkpoint, Path(folder)) if checkpoint is not None else _structure(config.model)
+        if config.builder == "edge_llm":
+            from export.edge_llm import write_checkpoint
+
+            write_checkpoint(source, Path(config.out).expanduser())
+            results.show(f"a checkpoint for tensorrt-edgellm-export is in {config.out}")
+            return {"bundle": config.out, "graphs": {}}
+        settings = Settings(
+            dtype=config.dtype,
+            layout=config.parallel.layout(),
+            graphs=tuple(config.graphs),
+            steps=config.steps,
+            weights=config.weights if checkpoint is not None else "none",
+            quantization=config.quantization,
+            limits=Limits(config.max_batch_size, config.max_context, config.max_chunk),
+        )
+        prompts = _prompts(config.calibration, source) if config.calibration else ()
+        with tqdm(total=0, bar_format="{desc} [{elapsed}]", file=sys.stderr, disable=not results.first) as bar:
+            built = build_bundle(
+                source,
+                Path(config.out).expanduser(),
+                settings,
+                config.builder,
+                targets,
+                prompts,
+                bar.set_description_str,
+            )
+            bar.set_description_str("done")
+    rows = [
+        [name, f"{g.onnx_bytes / 1e6:.2f}", f"{g.engine_bytes / 1e6:.2f}", f"{g.seconds:.1f}", f"{g.peak_memory / 1e9:.2f}"]
+        for name, g in built.items()
+    ]
+    results.show(table(["graph", "ONNX MB", "engine MB", "seconds", "peak GB"], rows))
+    results.show(f"bundle: {config.out}")
+    return {"bundle": config.out, "graphs": {name: dataclasses.asdict(graph) for name, graph in built.items()}}
+
+
+def _structure(model: ModelGroup) -> Any:
+    from nemo_diffgemma.config import ModelConfig
+
+    return ModelConfig(**model.architecture)
+
+
+def _released_format(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint as a Hugging Face directory, converted where it is none."""
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
+    from nemo_diffgemma.checkpoint.open import load_network
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+
+    initialize(ParallelLayout())
+    load_network(checkpoint).save_huggingface(folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def _prompts(file: str, source: Any) -> list[list[int]]:
+    from launch.text import Text
+
+    lines = [line for line in Path(file).expanduser().read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ConfigurationError(f"calibration={file} is empty; give one prompt a line, some tens of them")
+    text = Text(source if isinstance(source, Path) else None)
+    return [text.encode(line, chat=True) for line in lines]
+
+
+if __name__ == "__main__":
+    start(build, BuildConfig, "export_build")

@@ -1,0 +1,219 @@
+"""Build a bundle: trace the graphs, put weights and quantisation in place, build engines, write everything down."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto
+
+from export import triton_repository
+from export.builders import BUILDERS, build_engine, check_target
+from export.bundle import CHECKPOINT, DTYPES, QUANTIZED, BundleError, Settings, read_weights, write_descriptions, writing
+from export.inline import inline, store
+from export.loop import to_loop
+from export.tracing import trace
+from export.weights import Weight, check_layout, engine_weights
+from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
+from nemo_diffgemma.config import ModelConfig
+
+GRAPHS = ("encode", "step", "loop")
+
+
+@dataclass(frozen=True)
+class Built:
+    """One graph of one rank: bytes of the ONNX file and of the engine (0: none), seconds, peak memory in bytes so far."""
+
+    onnx_bytes: int
+    engine_bytes: int
+    seconds: float
+    peak_memory: int
+
+
+def build_bundle(
+    checkpoint: Path | ModelConfig,
+    out: Path,
+    settings: Settings,
+    builder: str = "onnx",
+    targets: Sequence[str] = (),
+    prompts: Sequence[Sequence[int]] = (),
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Built]:
+    """Write the bundle `out` of a released-format directory, or only its structure from a `ModelConfig`.
+
+    `targets` are compute capabilities ("sm_90") where the builder takes any; `prompts` (token ids) calibrate the
+    activations of FP8 and NVFP4. Returns what was built by `graph.rank{r}`. Raises a ValueError that says what to do
+    before anything is written; nothing half-written stays.
+    """
+    config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig.from_pretrained(checkpoint)
+    _check(config, settings, builder, targets, prompts)
+    weights = engine_weights(config, settings.layout)
+    with writing(out) as partial:
+        assets = partial / CHECKPOINT
+        if isinstance(checkpoint, ModelConfig):
+            assets.mkdir()
+            (assets / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
+        else:
+            _link(checkpoint, assets)
+            weights = _located(weights, assets)
+        if settings.quantization is not None:
+            weights = _quantize(config, settings, weights, partial, prompts, progress)
+        built = _build_graphs(config, settings, weights, partial, builder, targets, progress)
+        triton_repository.write(partial, builder)
+        write_descriptions(partial, config, settings, weights, builder, targets)
+    return built
+
+
+def _check(
+    config: ModelConfig, settings: Settings, builder: str, targets: Sequence[str], prompts: Sequence[Sequence[int]]
+) -> None:
+    if builder not in BUILDERS:
+        raise BundleError(f"builder={builder!r}; use one of {', '.join(BUILDERS)}")
+    if settings.dtype not in DTYPES:
+        raise BundleError(f"dtype={settings.dtype!r}; use one of {', '.join(DTYPES)}")
+    if settings.weights not in ("inputs", "inline", "none"):
+        raise BundleError(f"weights={settings.weights!r}; use inputs (bound when the engine is loaded) or inline (in it)")
+    unknown = [graph for graph in settings.graphs if graph not in GRAPHS]
+    if unknown or "encode" not in settings.graphs or "step" not in settings.graphs:
+        raise BundleError(f"graphs={list(settings.graphs)}; use [encode,step] or [encode,step,loop]")
+    if settings.steps is not None and settings.steps < 1:
+        raise BundleError(f"steps={settings.steps}; give at least 1, or null to let each call say how many")
+    for name, size in vars(settings.limits).items():
+        if size < 1:
+            raise BundleError(f"max_{name}={size}; expected at least 1")
+    if settings.limits.context > config.max_position_embeddings:
+        raise BundleError(
+            f"max_context={settings.limits.context} is beyond the {config.max_position_embeddings} positions of the model"
+        )
+    check_layout(settings.layout, config)
+    if settings.layout.world_size > 1 and "loop" in settings.graphs:
+        raise BundleError(
+            "graphs of several ranks keep the loop on the host (a collective inside of an engine's loop is unproven); use "
+            "graphs=[encode,step]"
+        )
+    if settings.quantization is not None:
+        from export.quantize import check
+
+        check(settings.quantization, config, settings.layout, prompts)
+    check_target(builder, targets, settings.dtype, settings.quantization)
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def _build_graphs(
+    config: ModelConfig,
+    settings: Settings,
+    weights: dict[str, Weight],
+    partial: Path,
+    builder: str,
+    targets: Sequence[str],
+    progress: Callable[[str], None],
+) -> dict[str, Built]:
+    built: dict[str, Built] = {}
+    models: dict[str, ModelProto] = {}
+    ranks = range(settings.layout.world_size)
+    places = [store(weights, rank, settings.torch_dtype, partial) for rank in ranks if settings.weights == "inline"]
+    for graph in settings.graphs:
+        start = time.perf_counter()
+        progress(f"{graph}: tracing")
+        if graph == "loop":
+            model = to_loop(models["step"], settings.steps)
+        else:
+            model = trace(graph, config, settings.layout, settings.torch_dtype)
+            if settings.quantization is not None:
+                from export.quantize import quantize_graph
+
+                model = quantize_graph(model, settings.quantization)
+            models[graph] = model
+        traced = time.perf_counter() - start
+        for rank in ranks:
+            start = time.perf_counter()
+            file = partial / settings.file(graph, rank)
+            onnx.save(inline(model, weights, places[rank], settings.torch_dtype) if places else model, file)
+            engine_bytes = 0
+            if builder != "onnx":
+                progress(f"{graph}, rank {rank}: building the engine")
+                engine = partial / settings.file(graph, rank, "engine")
+                engine_bytes = _engine(settings, config, builder, graph, file, engine, targets, rank)
+            seconds = time.perf_counter() - start + (traced if rank == 0 else 0.0)
+            built[f"{graph}.rank{rank}"] = Built(file.stat().st_size, engine_bytes, round(seconds, 2), _peak_memory())
+    return built
+
+
+def _engine(
+    settings: Settings,
+    config: ModelConfig,
+    builder: str,
+    graph: str,
+    file: Path,
+    engine: Path,
+    targets: Sequence[str],
+    rank: int,
+) -> int:
+    """Build one engine -> its bytes. With weights as inputs the graphs of all ranks are one, and so are the engines."""
+    first = engine.with_name(settings.file(graph, 0, "engine"))
+    if rank > 0 and settings.weights != "inline":
+        os.link(first, engine)
+        return engine.stat().st_size
+    profile = settings.profile(graph, config)
+    return build_engine(builder, file, engine, profile, world=settings.layout.world_size, targets=targets).bytes
+
+
+def _peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _link(checkpoint: Path, target: Path) -> None:
+    """The files of a released-format directory without another copy of the tensors, where the disk allows it."""
+    target.mkdir()
+    for file in sorted(checkpoint.iterdir()):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        try:
+            os.link(file.resolve(), target / file.name)
+        except OSError:  # another disk
+            shutil.copy(file, target / file.name)
+
+
+def _located(weights: dict[str, Weight], assets: Path) -> dict[str, Weight]:
+    """`weights` after a look at the files: every tensor is there and has the right shape."""
+    from export.bundle import stored_slice
+
+    with TensorFiles(assets) as files:
+        for weight in weights.values():
+            stored_slice(files, weight)
+    return weights
+
+
+def _quantize(
+    config: ModelConfig,
+    settings: Settings,
+    weights: dict[str, Weight],
+    partial: Path,
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[str], None],
+) -> dict[str, Weight]:
+    """Write the quantised expert matrices of every rank -> the weights that remain as they are."""
+    from export import quantize
+
+    progress("quantising the experts")
+    whole = read_weights(partial / CHECKPOINT, engine_weights(config, type(settings.layout)()), 0, settings.torch_dtype)
+    amax: dict[str, Any] = quantize.calibrate(config, whole, prompts, settings.torch_dtype, settings.quantization)
+    del whole
+    for rank in range(settings.layout.world_size):
+        quantize.write_quantized(
+            partial / QUANTIZED.format(rank=rank), partial / CHECKPOINT, weights, rank, settings, amax
+        )
+    return {name: weight for name, weight in weights.items() if not quantize.is_quantized(name)}

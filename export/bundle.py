@@ -1,0 +1,306 @@
+"""A bundle: the graphs and engines of one checkpoint, and all that is needed to run them, in one directory.
+
+    config.json           architecture, mapping over ranks, quantisation, what was built (TensorRT-LLM's shape)
+    {encode,step,loop}.rank{r}.onnx, .engine
+    weights.json          which part of which tensor every weight input is
+    profiles.json         sizes that the engines take
+    build_info.json       versions, targets, checksums; written last, so a bundle without it is half-built
+    checkpoint/           the released-format directory: tensors, tokenizer, template, generation settings
+    triton/               a model repository for Triton
+
+A bundle is written under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.runner import Limits
+from export.weights import Weight, WeightsError
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.parallel.layout import ParallelLayout
+
+FORMAT = 1
+CHECKPOINT = "checkpoint"
+CONFIG, WEIGHTS, PROFILES, BUILD_INFO = "config.json", "weights.json", "profiles.json", "build_info.json"
+QUANTIZED = "quantized.rank{rank}.safetensors"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HASHED = (".json", ".onnx", ".engine", ".bin")
+
+Profile = Mapping[str, tuple[int, int, int]]
+
+
+class BundleError(ValueError):
+    """A directory that is no complete bundle of this version; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for when a bundle was built.
+
+    `quantization` is one of `quantize.SCHEMES` or None; `weights` is `inputs`, `inline` or `none` (structure only);
+    `steps` None lets `loop` run any number of steps.
+    """
+
+    dtype: str = "float32"
+    layout: ParallelLayout = ParallelLayout()
+    graphs: tuple[str, ...] = ("encode", "step", "loop")
+    steps: int | None = 48
+    weights: str = "inputs"
+    quantization: str | None = None
+    limits: Limits = Limits(batch=8, context=8192, chunk=1024)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def profile(self, graph: str, config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+        """(least, optimal, most) of every dynamic axis of a graph."""
+        window = max(1, config.sliding_window - 1)
+        sizes = {
+            "batch": (1, 1, self.limits.batch),
+            "context_columns": (1, min(1024, self.limits.context), self.limits.context),
+            "window_columns": (1, min(window, self.limits.context), min(window, self.limits.context)),
+        }
+        if graph == "encode":
+            sizes["chunk"] = (1, min(512, self.limits.chunk), self.limits.chunk)
+        if graph == "loop" and self.steps is None:
+            sizes["steps"] = (1, 48, 256)
+        return sizes
+
+    def file(self, graph: str, rank: int, kind: str = "onnx") -> str:
+        return f"{graph}.rank{rank}.{kind}"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A complete bundle on disk."""
+
+    path: Path
+    config: ModelConfig
+    settings: Settings
+    weights: Mapping[str, Weight]
+    info: Mapping[str, Any]
+
+    @property
+    def assets(self) -> Path:
+        return self.path / CHECKPOINT
+
+    def load_weights(self, rank: int) -> dict[str, Tensor]:
+        """The weight inputs of a rank, read one after the other. Raises `WeightsError`."""
+        if self.settings.weights == "none":
+            raise WeightsError(
+                f"{self.path} was built without weights, to see that its engines can be built; build it again with "
+                "checkpoint=<directory>"
+            )
+        inside = self.settings.weights == "inline"
+        found = {} if inside else read_weights(self.assets, self.weights, rank, self.settings.torch_dtype)
+        if self.settings.quantization is not None:
+            from export.quantize import load_quantized
+
+            found.update(load_quantized(self.path / QUANTIZED.format(rank=rank), self.settings.quantization))
+        return found
+
+
+def read_weights(checkpoint: Path, weights: Mapping[str, Weight], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of a rank from a released-format directory. Raises `WeightsError` where the two do not fit."""
+    from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
+
+    try:
+        with TensorFiles(checkpoint) as files:
+            return {
+                name: weight.of_rank(stored_slice(files, weight), rank).to(dtype) for name, weight in weights.items()
+            }
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from None
+
+
+def stored_slice(files: Any, weight: Weight) -> Any:
+    """The tensor on disk of a weight, lazily. Raises `WeightsError` where its shape is another."""
+    stored = files.slice(weight.key)
+    shape, expected = tuple(stored.get_shape()), weight.stored
+    if shape != expected:
+        raise WeightsError(
+            f"tensor {weight.key} in {files.directory} has shape {list(shape)}, but the engines were built for "
+            f"{list(expected)}; build the engines from this checkpoint"
+        )
+    return stored
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that becomes it when the block ends well, and vanishes otherwise."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"out={target} exists and is not empty; choose another name or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.chmod(0o755)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_descriptions(
+    directory: Path,
+    config: ModelConfig,
+    settings: Settings,
+    weights: Mapping[str, Weight],
+    builder: str,
+    targets: Sequence[str],
+) -> None:
+    """Everything but graphs, engines and checkpoint; last of all build_info.json, with checksums of the rest."""
+    _write(directory / CONFIG, _describe(config, settings, SamplerConfig.of_checkpoint(directory / CHECKPOINT, config)))
+    _write(directory / WEIGHTS, {name: dataclasses.asdict(weight) for name, weight in weights.items()})
+    _write(directory / PROFILES, {graph: settings.profile(graph, config) for graph in settings.graphs})
+    _write(
+        directory / BUILD_INFO,
+        {
+            "format": FORMAT,
+            "builder": builder,
+            "targets": list(targets),
+            "versions": _versions(),
+            "files": {
+                str(file.relative_to(directory)): _fingerprint(file)
+                for file in sorted(directory.rglob("*"))
+                if file.is_file()
+            },
+        },
+    )
+
+
+def _describe(config: ModelConfig, settings: Settings, sampler: SamplerConfig) -> dict[str, Any]:
+    layout, limits = settings.layout, settings.limits
+    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("source", "dtype")}
+    return {
+        "version": FORMAT,
+        "pretrained_config": {
+            "architecture": "DiffusionGemmaForBlockDiffusion",
+            "dtype": settings.dtype,
+            **sizes,
+            "mapping": {
+                "world_size": layout.world_size,
+                "tp_size": layout.tensor,
+                "pp_size": 1,
+                "moe_tp_size": layout.expert_tensor,
+                "moe_ep_size": layout.expert,
+            },
+            "quantization": {"quant_algo": settings.quantization, "kv_cache_quant_algo": None},
+        },
+        "build_config": {
+            "max_batch_size": limits.batch,
+            "max_input_len": limits.chunk,
+            "max_seq_len": limits.context,
+            "strongly_typed": True,
+            "graphs": list(settings.graphs),
+            "weights": settings.weights,
+        },
+        "diffusion_config": {"steps": settings.steps, **dataclasses.asdict(sampler)},
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    names = (
+        "nemo_diffgemma",
+        "torch",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "tensorrt",
+        "tensorrt-rtx-cu13",
+        "tensorrt-llm",
+    )
+    found = {}
+    for name in (*names, "nvidia-modelopt"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    """Size, and for all but tensors a checksum."""
+    found: dict[str, Any] = {"bytes": file.stat().st_size}
+    if file.suffix in _HASHED:
+        with file.open("rb") as stream:
+            found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _write(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Raises `BundleError` for what is no bundle, half-built, of another version, damaged, or lacks a file."""
+    place = Path(path).expanduser()
+    if not (place / BUILD_INFO).is_file():
+        half = place.is_dir() and any(place.glob("*.onnx"))
+        raise BundleError(
+            f"{path} is {'a half-built' if half else 'not a'} bundle: it has no {BUILD_INFO}; "
+            + ("remove it and build it again" if half else "give a directory that export/build.py has written")
+        )
+    info = json.loads((place / BUILD_INFO).read_text())
+    if info.get("format") != FORMAT:
+        raise BundleError(
+            f"{path} is a bundle of format {info.get('format')}, this version reads format {FORMAT}; build it again from "
+            "its checkpoint directory with export/build.py"
+        )
+    for name, expected in info["files"].items():
+        file = place / name
+        if not file.is_file():
+            raise BundleError(f"{path} lacks {name}; copy the bundle again, all of it (each rank needs its files)")
+        if file.stat().st_size != expected["bytes"]:
+            raise BundleError(
+                f"{file} has {file.stat().st_size} bytes, but {BUILD_INFO} says {expected['bytes']}; copy the bundle again"
+            )
+    described = json.loads((place / CONFIG).read_text())
+    weights = {name: Weight.from_json(entry) for name, entry in json.loads((place / WEIGHTS).read_text()).items()}
+    return Bundle(place, ModelConfig.from_pretrained(place / CHECKPOINT), _settings_of(described), weights, info)
+
+
+def verify_checksums(bundle: Bundle) -> None:
+    """Compare every recorded checksum. Raises `BundleError` naming the first file that differs."""
+    for name, expected in bundle.info["files"].items():
+        if _fingerprint(bundle.path / name) != expected:
+            raise BundleError(
+                f"{bundle.path / name} is not what was built: its checksum differs; copy the bundle again"
+            )
+
+
+def _settings_of(described: Mapping[str, Any]) -> Settings:
+    pretrained, build = described["pretrained_config"], described["build_config"]
+    mapping = pretrained["mapping"]
+    return Settings(
+        dtype=pretrained["dtype"],
+        layout=ParallelLayout(mapping["tp_size"], mapping["moe_ep_size"], mapping["moe_tp_size"]),
+        graphs=tuple(build["graphs"]),
+        steps=described["diffusion_config"]["steps"],
+        weights=build["weights"],
+        quantization=pretrained["quantization"]["quant_algo"],
+        limits=Limits(build["max_batch_size"], build["max_seq_len"], build["max_input_len"]),
+    )

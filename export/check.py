@@ -1,0 +1,118 @@
+"""Compare a bundle with the PyTorch model of its checkpoint: keys and values, every denoising step, tokens, routing.
+
+    python export/check.py bundle=bundles/mine                                # ONNX Runtime, on the CPU
+    python export/check.py bundle=bundles/mine provider=tensorrt              # the engines, on a GPU
+    python export/check.py bundle=bundles/mine checkpoint=<another checkpoint of the same sizes>
+
+In float32 every number must agree within `tolerance`, and so must the tokens of all rows (on models that are not
+chaotic: a trained one). In lower precision, and with quantised experts, the share of equal arg-max tokens must reach
+`agreement`. What ONNX Runtime cannot compute (bfloat16, NVFP4) is checked with the functions that were traced, run by
+PyTorch. The last line is JSON: differences by graph, agreement, verdict. Exit code 1 where the verdict is "differs".
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from export.entry import start
+from launch.output import Results, table
+
+
+@dataclass
+class CheckConfig:
+    """What `export/check.py` reads."""
+
+    bundle: str = "???"
+    checkpoint: str | None = None  # another one than the bundle's own
+    provider: str = "onnxruntime"  # tensorrt_rtx, tensorrt, tensorrt_llm
+    prompt_lengths: list[int] = field(default_factory=list)  # empty: below, at and above the sliding window
+    rows: int = 3
+    steps: int | None = None  # None: those of the bundle's loop, else 48
+    canvases: int = 2
+    seed: int = 0
+    tolerance: float = 1e-3  # float32: entropies in nats, keys and values
+    agreement: float = 0.9  # lower precision: share of equal arg-max tokens
+
+
+def check(config: CheckConfig, results: Results) -> dict[str, Any]:
+    """Compare, show, judge."""
+    from export import open_bundle
+    from export.bundle import read_bundle, verify_checksums
+    from export.checking import in_lockstep, tokens_agree, torch_engine
+    from nemo_diffgemma import DiffusionGemma, ParallelLayout, SamplerConfig
+    from nemo_diffgemma.checkpoint.open import load_network
+    from nemo_diffgemma.parallel import initialize
+
+    bundle = read_bundle(config.bundle)
+    verify_checksums(bundle)
+    settings = bundle.settings
+    exact = settings.dtype == "float32" and settings.quantization is None
+    if config.provider == "onnxruntime" and (settings.dtype == "bfloat16" or settings.quantization == "nvfp4"):
+        engine, model = torch_engine(bundle)
+        computed_by = "the traced functions in PyTorch"
+    else:
+        engine, model = open_bundle(config.bundle, config.provider), None
+        computed_by = config.provider
+    initialize(ParallelLayout())
+    network = load_network(config.checkpoint) if config.checkpoint else DiffusionGemma.from_huggingface(bundle.assets)
+    steps = config.steps or settings.steps or 48
+    window = network.model.sliding_window
+    lengths = config.prompt_lengths or sorted({max(1, window - 1), window, window + 3})
+    generator = torch.Generator().manual_seed(config.seed)
+    rows, found, tokens = [], [], []
+    for length in (length for length in lengths if length <= settings.limits.context):
+        ids = torch.randint(network.model.vocab_size, (config.rows, length), generator=generator)
+        differences = in_lockstep(engine, network, ids, steps, config.seed, model)
+        sampler = SamplerConfig(max_denoising_steps=steps, confidence_threshold=0.0)
+        new = config.canvases * network.model.canvas_length
+        same = tokens_agree(engine, network, ids, new, sampler, config.seed)
+        found.append(differences)
+        tokens += same
+        rows.append(
+            [
+                length,
+                f"{differences.keys_values:.1e}",
+                f"{differences.entropy:.1e}",
+                f"{differences.soft:.1e}",
+                f"{min(differences.argmax):.4f}",
+                f"{min(differences.canvas):.4f}",
+                f"{sum(same)}/{len(same)}",
+            ]
+        )
+    results.show(f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}; by {computed_by}")
+    header = ["prompt", "encode: K/V", "step: entropy", "soft", "worst arg-max", "worst canvas", "rows with equal tokens"]
+    results.show(table(header, rows))
+    routing = _routing(bundle, network, ids, steps, config.seed, results) if settings.layout.world_size == 1 else []
+    worst = {name: max(getattr(d, name) for d in found) for name in ("keys_values", "entropy", "soft")}
+    agreement = sum(sum(d.argmax) for d in found) / sum(len(d.argmax) for d in found)
+    if exact:
+        fine = max(worst.values()) <= config.tolerance and all(tokens)
+    else:
+        fine = agreement >= config.agreement
+    results.failed = not fine
+    return {
+        "differences": {"encode": worst["keys_values"], "step": worst["entropy"], "soft": worst["soft"]},
+        "agreement": {"argmax": agreement, "rows": sum(tokens) / len(tokens), "routing": routing},
+        "verdict": "agrees" if fine else "differs",
+    }
+
+
+def _routing(bundle: Any, network: Any, ids: Any, steps: int, seed: int, results: Results) -> list[float]:
+    """Share of tokens that go to the same experts, layer by layer, in the bundle's precision."""
+    from export.checking import in_lockstep, torch_engine
+
+    engine, model = torch_engine(bundle)
+    shares = in_lockstep(engine, network, ids, min(steps, 8), seed, model).routing
+    results.show("tokens with the same experts, by layer: " + " ".join(f"{share:.3f}" for share in shares))
+    return shares
+
+
+if __name__ == "__main__":
+    start(check, CheckConfig, "export_check")

@@ -1,0 +1,50 @@
+"""How the entry points of `export/` start: Hydra composes and checks, results go to standard output, JSON last.
+
+Engines are built and run in one process, or in as many as a launcher (torchrun, srun) has started: nothing here starts
+any. A user's error is one paragraph on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is first imported, if it is
+
+from omegaconf import DictConfig
+
+from launch.configuration import compose
+from launch.output import USER_ERROR, Results, paragraph, refuse
+from nemo_diffgemma.training.schema import validate
+
+# Python put this folder on its path when it was given the script; its file names are not for other packages to import
+sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def start(work: Callable[[Any, Results], Mapping[str, Any]], schema: type, config_name: str) -> None:
+    """Run `work(config, results)` with `conf/<config_name>.yaml` and the command line; its result is the JSON line."""
+
+    def job(composed: DictConfig) -> None:
+        try:
+            config = validate(composed, schema)
+        except ValueError as error:
+            refuse(error)
+        results = Results(int(os.environ.get("RANK", 0)))
+        try:
+            results.close(work(config, results))
+        except ValueError as error:
+            if "HYDRA_FULL_ERROR" in os.environ:
+                traceback.print_exc()
+            paragraph(str(error))
+            raise SystemExit(USER_ERROR) from None
+        if results.failed:
+            raise SystemExit(1)
+
+    compose(schema, config_name, sys.modules[work.__module__].__doc__ or "", job)

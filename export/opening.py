@@ -1,0 +1,109 @@
+"""Open a bundle for use.
+
+    from export import open_bundle
+    engine = open_bundle("bundles/sudoku", provider="onnxruntime")
+    engine.generate(input_ids, seed=0).sequences
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+
+from export.bundle import Bundle, BundleError, read_bundle
+from export.runner import Engine
+from export.sessions import OnnxSession, Session, Tensors
+
+PROVIDERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "tensorrt_llm")
+
+
+def open_bundle(path: str | Path, provider: str = "onnxruntime", device: int = 0) -> Engine:
+    """The engine of a bundle, with weights loaded.
+
+    `onnxruntime` runs the graphs of all ranks in this process on the CPU (float32 and float16). The TensorRT providers
+    run this process's rank (`RANK` of torchrun or srun) on CUDA device `device`. Raises `BundleError` for what is no
+    complete bundle, `WeightsError` where its weights do not fit, `EngineError` without what the provider needs.
+    """
+    if provider not in PROVIDERS:
+        raise BundleError(f"provider={provider!r}; use one of {', '.join(PROVIDERS)}")
+    bundle = read_bundle(path)
+    ranks = list(range(bundle.settings.layout.world_size))
+    if provider == "onnxruntime":
+        sessions, where = _onnx_sessions(bundle, ranks), torch.device("cpu")
+    else:
+        ranks = [_own_rank(bundle)]
+        sessions, where = _engine_sessions(bundle, provider, ranks[0], device), torch.device("cuda", device)
+    settings = bundle.settings
+    return Engine(
+        bundle.config,
+        settings.layout,
+        settings.torch_dtype,
+        sessions,
+        settings.limits,
+        bundle.assets,
+        ranks,
+        settings.steps,
+        where,
+    )
+
+
+def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
+    settings = bundle.settings
+    if settings.dtype == "bfloat16":
+        raise BundleError(
+            f"{bundle.path} is bfloat16, which ONNX Runtime does not compute on the CPU; run it with provider=tensorrt on "
+            "a GPU, or build it again with dtype=float32"
+        )
+    weights = [bundle.load_weights(rank) for rank in ranks]
+    return {
+        graph: OnnxSession(
+            [onnx.load(bundle.path / settings.file(graph, rank), load_external_data=False) for rank in ranks],
+            weights,
+            bundle.path,
+        )
+        for graph in settings.graphs
+    }
+
+
+def _own_rank(bundle: Bundle) -> int:
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world != bundle.settings.layout.world_size:
+        raise BundleError(
+            f"{bundle.path} has {bundle.settings.layout.world_size} ranks, but {world} processes run it; start `torchrun "
+            f"--nproc-per-node {bundle.settings.layout.world_size} export/run.py ...`"
+        )
+    return rank
+
+
+class _OneRank:
+    """The engine of one rank as a `Session`."""
+
+    def __init__(self, provider: str, file: Path, weights: Mapping[str, Tensor], device: int) -> None:
+        from export.engine_session import EngineSession
+
+        self._session = EngineSession(provider, file, device)
+        self._session.bind(weights)
+
+    def run(self, shared: Tensors, ranked: Sequence[Tensors]) -> list[dict[str, Tensor]]:
+        given = {**shared, **ranked[0]}
+        return [self._session.run({name: given[name] for name in self._session.inputs})]
+
+
+def _engine_sessions(bundle: Bundle, provider: str, rank: int, device: int) -> dict[str, Session]:
+    settings = bundle.settings
+    missing = [g for g in settings.graphs if not (bundle.path / settings.file(g, rank, "engine")).is_file()]
+    if missing or bundle.info["builder"] != provider:
+        raise BundleError(
+            f"{bundle.path} was built with builder={bundle.info['builder']} and has no engines for provider={provider}; "
+            f"build it again with builder={provider}, or open it with provider=onnxruntime"
+        )
+    weights = bundle.load_weights(rank)
+    return {
+        graph: _OneRank(provider, bundle.path / settings.file(graph, rank, "engine"), weights, device)
+        for graph in settings.graphs
+    }

@@ -1,0 +1,80 @@
+"""Generate with the engines of a bundle.
+
+    python export/run.py bundle=bundles/mine prompt=1...4..3.2....1.                          # on the CPU
+    python export/run.py bundle=bundles/mine provider=tensorrt prompt="Tell me a story." show=true
+    torchrun --nproc-per-node 8 export/run.py bundle=bundles/tp8 provider=tensorrt prompt_ids=[2,10,11]
+
+The last line is JSON: sequences, text, forwards, tokens_per_forward, as launch/generate.py gives them, and seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from export.entry import start
+from launch.canvas_view import CanvasView
+from launch.output import Results
+from launch.text import Text
+from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.training.schema import ConfigurationError, SamplerGroup
+
+
+@dataclass
+class RunConfig:
+    """What `export/run.py` reads."""
+
+    bundle: str = "???"
+    provider: str = "onnxruntime"  # tensorrt_rtx, tensorrt, tensorrt_llm
+    device: int = 0  # CUDA device of this process
+    prompt: str | None = None
+    prompt_ids: list[int] | None = None
+    chat: bool = True  # wrap the prompt in the tokenizer's chat template, where it has one
+    max_new_tokens: int = 256  # rounded up to whole canvases
+    seed: int = 0
+    show: bool = False  # print the canvas at every denoising step
+    sampler: SamplerGroup = field(default_factory=SamplerGroup)
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompt_ids is None):
+            raise ConfigurationError("give one of prompt='some text' and prompt_ids=[2,10,11], not both or none")
+
+
+def run(config: RunConfig, results: Results) -> dict[str, Any]:
+    """Generate after one prompt."""
+    from export import open_bundle
+
+    engine = open_bundle(config.bundle, config.provider, config.device)
+    text = Text(engine.assets)
+    prompt = text.encode(config.prompt, config.chat) if config.prompt is not None else config.prompt_ids
+    given = {name: value for name, value in vars(config.sampler).items() if value is not None}
+    began = time.perf_counter()
+    found = engine.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=config.max_new_tokens,
+        sampler=SamplerConfig.from_mapping({**vars(engine.sampler_defaults), **given}),
+        seed=config.seed,
+        observe=CanvasView(results, text) if config.show else None,
+    )
+    seconds = time.perf_counter() - began
+    new = found.sequences[0, len(prompt or ()) :].tolist()
+    answer = text.decode(new)
+    results.show(" ".join(map(str, new)) if answer is None else answer)
+    return {
+        "sequences": found.sequences.tolist(),
+        "text": answer,
+        "forwards": found.forwards.tolist(),
+        "tokens_per_forward": found.tokens_per_forward.tolist(),
+        "seconds": round(seconds, 4),
+    }
+
+
+if __name__ == "__main__":
+    start(run, RunConfig, "export_run")

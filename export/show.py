@@ -1,0 +1,83 @@
+"""What is in a bundle: model, graphs, engines, profiles, weights, versions.
+
+    python export/show.py bundle=bundles/mine
+
+The last line is JSON: graphs (nodes, inputs, collectives, ONNX and engine bytes), weights, builder, versions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from export.entry import start
+from launch.output import Results, table
+
+
+@dataclass
+class ShowConfig:
+    """What `export/show.py` reads."""
+
+    bundle: str = "???"
+
+
+def show(config: ShowConfig, results: Results) -> dict[str, Any]:
+    """Describe a bundle from its own files."""
+    import onnx
+
+    from export.bundle import read_bundle
+
+    bundle = read_bundle(config.bundle)
+    settings = bundle.settings
+    graphs: dict[str, Any] = {}
+    rows = []
+    for graph in settings.graphs:
+        for rank in range(settings.layout.world_size):
+            file = bundle.path / settings.file(graph, rank)
+            engine = bundle.path / settings.file(graph, rank, "engine")
+            model = onnx.load(file, load_external_data=False)
+            operators = Counter(node.op_type for node in _nodes(model.graph))
+            weights = sum(value.name in bundle.weights for value in model.graph.input)
+            found = {
+                "nodes": sum(operators.values()),
+                "inputs": len(model.graph.input),
+                "weight_inputs": weights,
+                "collectives": operators["DistCollective"],
+                "onnx_bytes": file.stat().st_size,
+                "engine_bytes": engine.stat().st_size if engine.is_file() else 0,
+            }
+            graphs[f"{graph}.rank{rank}"] = found
+            rows.append([f"{graph}.rank{rank}", *found.values()])
+    results.show(f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}, {settings.layout}")
+    results.show(f"weights {settings.weights}, loop of {settings.steps or 'any number of'} steps\n")
+    results.show(table(["graph", "nodes", "inputs", "weights", "collectives", "ONNX bytes", "engine bytes"], rows))
+    results.show("\nsizes (least, optimal, most):")
+    for graph in settings.graphs:
+        sizes = ", ".join(f"{axis} {list(span)}" for axis, span in settings.profile(graph, bundle.config).items())
+        results.show(f"  {graph}: {sizes}")
+    results.show(f"\nbuilt with {bundle.info['builder']} for {', '.join(bundle.info['targets']) or 'any target'}")
+    results.show(", ".join(f"{name} {version}" for name, version in bundle.info["versions"].items()))
+    return {
+        "graphs": graphs,
+        "weights": len(bundle.weights),
+        "builder": bundle.info["builder"],
+        "versions": bundle.info["versions"],
+    }
+
+
+def _nodes(graph: Any) -> Any:
+    """Every node, those of loop bodies included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+
+
+if __name__ == "__main__":
+    start(show, ShowConfig, "export_show")

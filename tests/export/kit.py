@@ -1,0 +1,62 @@
+"""Graphs and engines of tiny models, traced once a session: a trace takes seconds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from onnx import ModelProto
+
+from export.bundle import read_weights
+from export.loop import to_loop
+from export.runner import Engine, Limits
+from export.sessions import OnnxSession
+from export.tracing import trace
+from export.weights import engine_weights
+from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout
+from tests.parity.generations import DAMP, SUBLAYERS
+from tests.reference import tiny_config
+
+LIMITS = Limits(batch=8, context=64, chunk=16)  # prompts longer than a chunk are encoded in several calls
+
+
+def config(size: str) -> ModelConfig:
+    return ModelConfig.from_huggingface(tiny_config(size).to_dict())
+
+
+@functools.cache
+def graph(
+    name: str, size: str = "base", layout: ParallelLayout = ParallelLayout(), dtype: torch.dtype = torch.float32
+) -> ModelProto:
+    """A traced graph; tests must not change it."""
+    return trace(name, config(size), layout, dtype)
+
+
+def calm(checkpoint: Callable[..., Path], size: str = "base") -> Path:
+    """A checkpoint whose tokens rounding does not change (see tests/parity/generations.py)."""
+    return checkpoint(size, damp=DAMP, sublayers=SUBLAYERS)
+
+
+@functools.cache
+def network(path: Path) -> DiffusionGemma:
+    return DiffusionGemma.from_huggingface(path)
+
+
+def engine(
+    path: Path,
+    size: str = "base",
+    layout: ParallelLayout = ParallelLayout(),
+    dtype: torch.dtype = torch.float32,
+    loop: int | None | str = "none",
+) -> Engine:
+    """The model of a checkpoint in ONNX Runtime, all ranks; `loop` is a number of steps or None for any."""
+    ranks = range(layout.world_size)
+    weights = [read_weights(path, engine_weights(config(size), layout), rank, dtype) for rank in ranks]
+    models = {name: graph(name, size, layout, dtype) for name in ("encode", "step")}
+    if loop != "none":
+        models["loop"] = to_loop(models["step"], loop)  # type: ignore[arg-type]
+    sessions = {name: OnnxSession([model] * len(ranks), weights) for name, model in models.items()}
+    steps = loop if isinstance(loop, int) else None
+    return Engine(config(size), layout, dtype, sessions, LIMITS, path, ranks, steps)

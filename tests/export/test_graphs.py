@@ -1,0 +1,147 @@
+"""The exported graphs compute what the PyTorch model computes: in ONNX Runtime, one rank and several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from export.checking import in_lockstep
+from nemo_diffgemma import ParallelLayout, SamplerConfig
+from nemo_diffgemma.diffusion.noise import KeyedNoise
+from tests.export import kit
+
+WINDOW = 8
+CONTEXTS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 2)  # the last in two calls of `encode`
+LAYOUTS = {
+    "tp2_ep2": ("base", ParallelLayout(tensor=2, expert=2)),
+    "ep2": ("base", ParallelLayout(expert=2)),
+    "tp2": ("odd_vocab", ParallelLayout(tensor=2)),  # 61 ids: the last rank has a row less
+    "tp4_ep2_etp2": ("one_global_kv", ParallelLayout(tensor=4, expert=2, expert_tensor=2)),  # shared key/value heads
+}
+# numbers of one step, given the same canvas and signal; reductions are ordered differently in the two
+TOLERANCE = 2e-5
+
+pytestmark = pytest.mark.usefixtures("single")
+
+
+def prompts(rows: int, length: int, vocabulary: int = 64) -> torch.Tensor:
+    return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def assert_lockstep(found) -> None:
+    assert found.keys_values < TOLERANCE
+    assert found.entropy < TOLERANCE
+    assert found.soft < 1e-5
+    assert found.argmax == [1.0] * len(found.argmax)
+    assert found.canvas == [1.0] * len(found.canvas)
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint):
+    """`engines(loop)` -> an engine of the calm base model with that loop, or without one."""
+    made = {}
+
+    def make(loop="none"):
+        if loop not in made:
+            made[loop] = kit.engine(kit.calm(checkpoint), loop=loop)
+        return made[loop]
+
+    return make
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_step_of_48_equals_pytorch(checkpoint, engines, context, rows):
+    network = kit.network(kit.calm(checkpoint))
+    assert_lockstep(in_lockstep(engines(), network, prompts(rows, context), steps=48, seed=rows))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_sum_of_the_ranks_equals_pytorch(checkpoint, name):
+    size, layout = LAYOUTS[name]
+    path = kit.calm(checkpoint, size)
+    engine, network = kit.engine(path, size, layout), kit.network(path)
+    for context in CONTEXTS:
+        ids = prompts(2, context, network.model.vocab_size)
+        assert_lockstep(in_lockstep(engine, network, ids, steps=12, seed=context))
+        sampler = SamplerConfig(max_denoising_steps=12, entropy_bound=5.0)
+        given = dict(max_new_tokens=12, sampler=sampler, seed=1)
+        ours, theirs = network.generate(ids, **given), engine.generate(ids, **given)
+        assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("steps", [8, 48])
+@pytest.mark.parametrize("loop", ["fixed", None])
+def test_the_loop_gives_the_tokens_of_pytorch(checkpoint, engines, loop, steps):
+    engine, network = engines(steps if loop == "fixed" else None), kit.network(kit.calm(checkpoint))
+    sampler = SamplerConfig(max_denoising_steps=steps, confidence_threshold=0.0, entropy_bound=5.0, eos_token_id=(1, 50))
+    for rows, context in ((1, 5), (3, WINDOW), (3, 3 * WINDOW + 2)):
+        given = dict(max_new_tokens=12, sampler=sampler, seed=3)
+        ours = network.generate(prompts(rows, context), **given)
+        runs = []
+        session = engine._sessions["loop"]
+        plain = session.run
+        session.run = lambda *given, plain=plain, runs=runs: runs.append(1) or plain(*given)
+        theirs = engine.generate(prompts(rows, context), **given)
+        session.run = plain
+        assert runs  # it was the loop that ran
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert torch.equal(ours.forwards, theirs.forwards)
+
+
+def test_left_padding_and_stopping_are_those_of_pytorch(checkpoint, engines):
+    ids = prompts(3, 11)
+    mask = (torch.arange(11) >= torch.tensor([[0], [3], [10]])).long()
+    sampler = SamplerConfig(
+        max_denoising_steps=12, entropy_bound=5.0, confidence_threshold=1.0, eos_token_id=(1, 50), pad_token_id=0
+    )
+    given = dict(attention_mask=mask, max_new_tokens=12, sampler=sampler, seed=[5, 6, 7])
+    ours = kit.network(kit.calm(checkpoint)).generate(ids, **given)
+    theirs = engines().generate(ids, **given)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.forwards, theirs.forwards)
+    assert torch.equal(ours.tokens_per_forward, theirs.tokens_per_forward)
+
+
+def test_what_lies_in_a_buffer_before_the_context_is_not_seen(checkpoint, engines):
+    """Buffers may be longer than the context: engines of fixed sizes are fed with padded ones."""
+    engine = engines()
+    context = engine.encode(prompts(1, 5), engine.empty((0,)))
+    noise = KeyedNoise.for_rows(0, 1, 4, 64)
+    inputs = {
+        "canvas": noise.initial(0),
+        "soft": engine.no_signal(1),
+        "temperature": torch.tensor(0.8),
+        "entropy_bound": torch.tensor(0.1),
+        "uniforms": noise.uniforms(0, 48),
+        "replacements": noise.replacements(0, 48),
+    }
+    plain = engine.step(context, inputs)
+    longer = {name: torch.nn.functional.pad(past, (0, 0, 6, 0), value=1e3) for name, past in context.past[0].items()}
+    padded = engine.step(type(context)(context.first, context.length, (longer,)), inputs)
+    for name in plain:
+        assert torch.allclose(plain[name].float(), padded[name].float(), atol=1e-6), name
+
+
+def test_float16_agrees_with_float32(checkpoint):
+    path = kit.calm(checkpoint)
+    engine, network = kit.engine(path, dtype=torch.float16), kit.network(path)
+    found = in_lockstep(engine, network, prompts(3, 11), steps=12, seed=0)
+    assert sum(found.argmax) / len(found.argmax) > 0.95
+    assert found.soft < 0.05
+
+
+@pytest.mark.parametrize(
+    ("ids", "given", "says"),
+    [
+        (torch.zeros(9, 4, dtype=torch.long), {}, "9 rows, but the engines were built for batches of 1 to 8; .*max_batch_size=9"),
+        (torch.zeros(1, 65, dtype=torch.long), {}, "need a context of 65 columns, .* at most 64; .*max_context=65"),
+        (torch.zeros(1, 60, dtype=torch.long), dict(max_new_tokens=12), "need a context of 68 columns"),
+        (torch.full((1, 4), 64), {}, "input_ids holds 64; token ids go from 0 to 63"),
+        (torch.zeros(1, 0, dtype=torch.long), {}, "expected \\[rows, at least one token\\]"),
+        (torch.zeros(1, 4, dtype=torch.long), dict(max_new_tokens=0), "max_new_tokens=0; expected at least 1"),
+    ],
+)
+def test_what_an_engine_was_not_built_for_is_refused(engines, ids, given, says):
+    with pytest.raises(ValueError, match=says):
+        engines().generate(ids, **{"max_new_tokens": 4, **given})
