@@ -40,14 +40,14 @@ def to_loop(step: ModelProto, steps: int | None) -> ModelProto:
         [_scalar("body.still", TensorProto.BOOL), *(_value(results[name], names[name]) for name in OUTPUTS)],
     )
     loop = helper.make_node(
-        "Loop", ["loop.count", "", *CARRIED, "canvas"], list(OUTPUTS), name="denoising_loop", body=body
+        "Loop", ["loop.count", "loop.true", *CARRIED, "canvas"], list(OUTPUTS), name="denoising_loop", body=body
     )  # any [B, C] ids may stand for the arg-max of no step
     outer = helper.make_graph(
         [*before, *_count(steps), loop],
         "loop",
         [_stacked(value, STACKED[name], steps) if name in STACKED else value for name, value in inputs.items()],
         [_stacked(results[name], name, steps) if name in OF_EVERY_STEP else results[name] for name in OUTPUTS],
-        graph.initializer,
+        [*graph.initializer, helper.make_tensor("loop.true", TensorProto.BOOL, [], [True])],
     )
     return helper.make_model(
         outer, opset_imports=step.opset_import, ir_version=step.ir_version, producer_name=step.producer_name
