@@ -10,20 +10,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 from onnx import ModelProto
 
-from export import triton_repository
+from export import quantize
 from export.builders import BUILDERS, build_engine, check_target
 from export.bundle import CHECKPOINT, DTYPES, QUANTIZED, BundleError, Settings, read_weights, write_descriptions, writing
+from export.calibrate import calibrate
+from export.graph import Model, Weights
 from export.inline import inline, store
 from export.loop import to_loop
+from export.qdq import quantize_graph
 from export.tracing import trace
 from export.weights import Weight, check_layout, engine_weights
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.parallel.layout import ParallelLayout
 
 GRAPHS = ("encode", "step", "loop")
 
@@ -64,10 +67,10 @@ def build_bundle(
         else:
             _link(checkpoint, assets)
             weights = _located(weights, assets)
+        amax: dict[str, float] = {}
         if settings.quantization is not None:
-            weights = _quantize(config, settings, weights, partial, prompts, progress)
-        built = _build_graphs(config, settings, weights, partial, builder, targets, progress)
-        triton_repository.write(partial, builder)
+            amax, weights = _quantize(config, settings, weights, partial, prompts, progress)
+        built = _build_graphs(config, settings, weights, amax, partial, builder, targets, progress)
         write_descriptions(partial, config, settings, weights, builder, targets)
     return built
 
@@ -100,9 +103,8 @@ def _check(
             "graphs=[encode,step]"
         )
     if settings.quantization is not None:
-        from export.quantize import check
-
-        check(settings.quantization, config, settings.layout, prompts)
+        given = prompts if settings.weights != "none" else [[0]]
+        quantize.check(settings.quantization, config, settings.layout, given)
     check_target(builder, targets, settings.dtype, settings.quantization)
 
 
@@ -113,6 +115,7 @@ def _build_graphs(
     config: ModelConfig,
     settings: Settings,
     weights: dict[str, Weight],
+    amax: dict[str, float],
     partial: Path,
     builder: str,
     targets: Sequence[str],
@@ -130,9 +133,7 @@ def _build_graphs(
         else:
             model = trace(graph, config, settings.layout, settings.torch_dtype)
             if settings.quantization is not None:
-                from export.quantize import quantize_graph
-
-                model = quantize_graph(model, settings.quantization)
+                model = quantize_graph(model, settings.quantization, amax)
             models[graph] = model
         traced = time.perf_counter() - start
         for rank in ranks:
@@ -204,16 +205,23 @@ def _quantize(
     partial: Path,
     prompts: Sequence[Sequence[int]],
     progress: Callable[[str], None],
-) -> dict[str, Weight]:
-    """Write the quantised expert matrices of every rank -> the weights that remain as they are."""
-    from export import quantize
-
+) -> tuple[dict[str, float], dict[str, Weight]]:
+    """Write the quantised expert matrices of every rank -> the ranges of activations, and the weights left as they are."""
+    scheme, dtype = settings.quantization, settings.torch_dtype
+    assert scheme is not None
+    kept = {name: weight for name, weight in weights.items() if not quantize.is_quantized(name)}
+    (partial / CHECKPOINT / "hf_quant_config.json").write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
+    if settings.weights == "none":
+        return dict.fromkeys(weights, 1.0), kept  # any range will do for the structure
+    amax: dict[str, float] = {}
+    if scheme in quantize.QUANTIZE_ACTIVATIONS:
+        progress("calibrating the activations")
+        single = ParallelLayout()
+        tensors = read_weights(partial / CHECKPOINT, engine_weights(config, single), 0, dtype)
+        amax = calibrate(Model(config, single, dtype), Weights(tensors), prompts)
+        del tensors
     progress("quantising the experts")
-    whole = read_weights(partial / CHECKPOINT, engine_weights(config, type(settings.layout)()), 0, settings.torch_dtype)
-    amax: dict[str, Any] = quantize.calibrate(config, whole, prompts, settings.torch_dtype, settings.quantization)
-    del whole
     for rank in range(settings.layout.world_size):
-        quantize.write_quantized(
-            partial / QUANTIZED.format(rank=rank), partial / CHECKPOINT, weights, rank, settings, amax
-        )
-    return {name: weight for name, weight in weights.items() if not quantize.is_quantized(name)}
+        file = partial / QUANTIZED.format(rank=rank)
+        quantize.write_quantized(file, partial / CHECKPOINT, weights, rank, scheme, dtype, amax)
+    return amax, kept

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from export.bundle import Bundle
+from export.calibrate import SimulatedWeights
 from export.graph import Model, Weights
 from export.runner import Context, Engine
 from export.sessions import Tensors
-from export.tracing import past_names, present_names
+from export.tracing import STEP_OUTPUTS, past_names, present_names
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig, accept
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
@@ -50,8 +51,6 @@ class TorchSession:
         layers = range(self._model.config.num_hidden_layers)
         past = [tuple(given.pop(name) for name in past_names(layer)) for layer in layers]
         if self._graph == "step":
-            from export.tracing import STEP_OUTPUTS
-
             found = self._model.step(self._weights, past=past, **given)  # type: ignore[arg-type]
             return [dict(zip(STEP_OUTPUTS, found, strict=True))]
         fresh = self._model.encode(self._weights, past=past, **given)  # type: ignore[arg-type]
@@ -67,12 +66,9 @@ def torch_engine(bundle: Bundle) -> tuple[Engine, Model]:
         raise ValueError("routing is compared for bundles of one rank")
     model = Model(bundle.config, settings.layout, settings.torch_dtype)
     tensors = bundle.load_weights(0)
-    if settings.quantization is None:
-        weights = Weights(tensors)
-    else:
-        from export.quantize import simulate
-
-        weights = simulate(tensors, settings.quantization, settings.torch_dtype)
+    weights = Weights(tensors)
+    if settings.quantization is not None:
+        weights = SimulatedWeights(tensors, settings.quantization)
     sessions = {graph: TorchSession(graph, model, weights) for graph in ("encode", "step")}
     engine = Engine(
         bundle.config, settings.layout, settings.torch_dtype, sessions, settings.limits, bundle.assets, [0]

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from export.bundle import Bundle, BundleError, read_bundle
+from export.qdq import inline_quantized
 from export.runner import Engine
 from export.sessions import OnnxSession, Session, Tensors
+from export.weights import EXPERTS
 
 PROVIDERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "tensorrt_llm")
 
@@ -59,15 +61,24 @@ def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
             f"{bundle.path} is bfloat16, which ONNX Runtime does not compute on the CPU; run it with provider=tensorrt on "
             "a GPU, or build it again with dtype=float32"
         )
+    if settings.quantization == "nvfp4":
+        raise BundleError(
+            f"{bundle.path} has NVFP4 experts, which ONNX Runtime does not know; run it with provider=tensorrt on a GPU, "
+            "or compare it with export/check.py, which computes them in PyTorch"
+        )
     weights = [bundle.load_weights(rank) for rank in ranks]
     return {
-        graph: OnnxSession(
-            [onnx.load(bundle.path / settings.file(graph, rank), load_external_data=False) for rank in ranks],
-            weights,
-            bundle.path,
-        )
+        graph: OnnxSession([_graph(bundle, graph, rank, weights[rank]) for rank in ranks], weights, bundle.path)
         for graph in settings.graphs
     }
+
+
+def _graph(bundle: Bundle, graph: str, rank: int, weights: Tensors) -> onnx.ModelProto:
+    model = onnx.load(bundle.path / bundle.settings.file(graph, rank), load_external_data=False)
+    if bundle.settings.quantization is None:
+        return model
+    # ONNX Runtime takes packed types as constants only
+    return inline_quantized(model, {name: tensor for name, tensor in weights.items() if EXPERTS[0] in name or EXPERTS[1] in name})
 
 
 def _own_rank(bundle: Bundle) -> int:

@@ -1,0 +1,246 @@
+"""What a graph computes, reads and sends, counted from its ONNX; see `export.roofline` for what counts and what not.
+
+Sizes come from the graph itself: its dynamic axes are fixed, then constants are folded and shapes inferred from node to
+node. Tensors of the size of weights are never looked at, only their shapes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+_SMALL = 1024  # elements: initializers up to this many may hold shapes
+_COLLECTIVE = "collective."  # prefix of the name of what stands for a collective
+_NARROW: dict[int, str] = {  # types of dequantised operands that tensor cores multiply as they are
+    TensorProto.FLOAT8E4M3FN: "fp8",
+    TensorProto.FLOAT8E5M2: "fp8",
+    TensorProto.FLOAT4E2M1: "nvfp4",
+    TensorProto.INT8: "int8",
+}
+_TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
+_FOUR_BITS = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
+_VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze")
+
+
+class RooflineError(ValueError):
+    """A graph that cannot be counted, or a GPU that it cannot run on; the message says what to give instead."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs by type, bytes of memory traffic, bytes sent to other ranks; `weight_bytes` must fit into memory."""
+
+    flops_by_dtype: Mapping[str, float]
+    bytes: float
+    collective_bytes: float
+    weight_bytes: float
+
+    def divided(self, steps: int) -> Cost:
+        """The share of one of `steps` equal steps. The weights stay what they are."""
+        flops = {dtype: flops / steps for dtype, flops in self.flops_by_dtype.items()}
+        return Cost(flops, self.bytes / steps, self.collective_bytes / steps, self.weight_bytes)
+
+
+class _Kind(NamedTuple):
+    elements: int
+    shape: tuple[int, ...]
+    dtype: int
+
+    @property
+    def bytes(self) -> float:
+        if self.dtype in _FOUR_BITS:
+            return self.elements / 2
+        return self.elements * helper.tensor_dtype_to_np_dtype(self.dtype).itemsize
+
+
+def count(model: ModelProto, sizes: Mapping[str, int], weights: Collection[str] | None = None) -> Cost:
+    """Cost of one run. `sizes` gives every dynamic axis a size; loops of unknown length run `sizes["steps"]` times.
+
+    `weights` names the weight inputs, or their prefix up to a dot (`<weight>.scale` is one too); None: every input of
+    a fixed shape. Initializers are weights in any case. Raises `RooflineError` for an axis without size, and for a
+    graph whose shapes cannot be inferred.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    held = constants | {
+        v.name for v in model.graph.input if _is_fixed(v) and (weights is None or _is_of(v.name, weights))
+    }
+    twin = _inferred(_with_sizes(model, sizes))
+    counter = _Counter(sizes, {value.name for value in model.graph.input} | constants)
+    kinds = counter.walk(twin.graph, {}, 1)
+    written = sum(kinds[value.name].bytes for value in twin.graph.output)
+    weight_bytes = sum(kinds[name].bytes for name in held if name in kinds)
+    return Cost(dict(counter.flops), sum(counter.read.values()) + written, counter.sent, weight_bytes)
+
+
+def _is_fixed(value: ValueInfoProto) -> bool:
+    return all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)
+
+
+def _is_of(name: str, weights: Collection[str]) -> bool:
+    return name in weights or name.rpartition(".")[0] in weights
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def _with_sizes(model: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
+    """A copy without dynamic axes and large constants, in which only operators with known shapes are left."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    large = [tensor for tensor in copy.graph.initializer if prod(tensor.dims) > _SMALL]
+    small = [tensor for tensor in copy.graph.initializer if prod(tensor.dims) <= _SMALL]
+    inputs = {value.name for value in copy.graph.input}
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(small)
+    copy.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large if t.name not in inputs
+    )
+    for graph in _graphs(copy.graph):
+        for value in [*graph.input, *graph.output]:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.HasField("dim_param"):
+                    dim.dim_value = _size(dim.dim_param, sizes)
+        del graph.value_info[:]
+        nodes = [replacement for node in graph.node for replacement in _standard(node)]
+        del graph.node[:]
+        graph.node.extend(nodes)
+    return copy
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    if axis not in sizes:
+        raise RooflineError(f"the graph has an axis {axis!r}, sizes give {', '.join(sizes)}; give it a size too")
+    return sizes[axis]
+
+
+def _standard(node: NodeProto) -> Iterator[NodeProto]:
+    """A node, or ONNX operators with its shapes and types where it is TensorRT's own."""
+    if node.op_type == "DistCollective":
+        operation = next(a.s.decode() for a in node.attribute if a.name == "collective_operation")
+        if operation != "all_reduce":
+            raise RooflineError(f"node {node.name} is a collective {operation!r}; only all_reduce is counted")
+        yield helper.make_node("Neg", list(node.input), list(node.output), name=_COLLECTIVE + node.output[0])
+    elif node.op_type == "TRT_FP4DynamicQuantize":
+        yield helper.make_node("Cast", [node.input[0]], [node.output[0]], to=TensorProto.FLOAT4E2M1)
+        yield helper.make_node("Cast", [node.input[1]], [node.output[1]], to=TensorProto.FLOAT8E4M3FN)
+    else:
+        yield node
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
+def _inferred(model: ModelProto) -> ModelProto:
+    from onnxscript import ir, optimizer
+
+    folded = ir.from_proto(model)
+    optimizer.fold_constants(folded, onnx_shape_inference=True)
+    return ir.to_proto(folded)
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+class _Counter:
+    """Sums over nodes. `sources` are the tensors that lie in memory when the graph starts."""
+
+    def __init__(self, sizes: Mapping[str, int], sources: Collection[str]) -> None:
+        self.flops: dict[str, float] = defaultdict(float)
+        self.read: dict[str, float] = defaultdict(float)
+        self.sent = 0.0
+        self._sizes, self._sources = sizes, sources
+
+    def walk(self, graph: GraphProto, outer: Mapping[str, _Kind], times: int) -> dict[str, _Kind]:
+        """Count a graph that runs `times` times; its tensors, and those around it."""
+        kinds = {**outer, **_kinds(graph)}
+        made = {name: node for node in graph.node for name in node.output}
+        whole: set[str] = set()
+        looked_up: dict[str, float] = defaultdict(float)
+        for node in graph.node:
+            if node.op_type in ("MatMul", "Gemm"):
+                dtype, flops = _product(node, kinds, made)
+                self.flops[dtype] += times * flops
+            elif node.name.startswith(_COLLECTIVE):
+                self.sent += times * _kind(node.input[0], kinds, node).bytes
+            elif node.op_type == "Loop":
+                body = next(a.g for a in node.attribute if a.name == "body")
+                self.walk(body, kinds, times * self._iterations(node, graph, made))
+            elif any(attribute.HasField("g") for attribute in node.attribute):
+                raise RooflineError(f"node {node.name} ({node.op_type}) has a graph inside; only Loop is counted")
+            for place, name in enumerate(node.input):
+                if name not in self._sources or node.op_type in ("Shape", "Size"):
+                    continue
+                if node.op_type in ("Gather", "GatherElements", "GatherND") and place == 0:
+                    looked_up[name] += _kind(node.output[0], kinds, node).bytes
+                else:
+                    whole.add(name)
+        for name in {*whole, *looked_up}:
+            size = kinds[name].bytes
+            self.read[name] += times * (size if name in whole else min(size, looked_up[name]))
+        return kinds
+
+    def _iterations(self, loop: NodeProto, graph: GraphProto, made: Mapping[str, NodeProto]) -> int:
+        name = loop.input[0]
+        for tensor in graph.initializer:
+            if tensor.name == name:
+                return int(onnx.numpy_helper.to_array(tensor))
+        if name in made and made[name].op_type == "Constant":
+            value = made[name].attribute[0]
+            return value.i if value.type == onnx.AttributeProto.INT else int(onnx.numpy_helper.to_array(value.t))
+        return _size("steps", self._sizes)
+
+
+def _kinds(graph: GraphProto) -> dict[str, _Kind]:
+    found = {}
+    for value in [*graph.value_info, *graph.input, *graph.output]:
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
+            shape = tuple(dim.dim_value for dim in kind.shape.dim)
+            found[value.name] = _Kind(prod(shape), shape, kind.elem_type)
+    for tensor in graph.initializer:
+        found[tensor.name] = _Kind(prod(tensor.dims), tuple(tensor.dims), tensor.data_type)
+    return found
+
+
+def _kind(name: str, kinds: Mapping[str, _Kind], node: NodeProto) -> _Kind:
+    if name not in kinds:
+        raise RooflineError(
+            f"the shape of {name!r} (node {node.name}, {node.op_type}) cannot be inferred; only graphs of "
+            "export.tracing, looped, quantised or inlined, can be counted"
+        )
+    return kinds[name]
+
+
+def _product(node: NodeProto, kinds: Mapping[str, _Kind], made: Mapping[str, NodeProto]) -> tuple[str, int]:
+    """Type and FLOPs of MatMul or Gemm: two for every element of the result and of the contracted axis."""
+    left, result = (_kind(name, kinds, node) for name in (node.input[0], node.output[0]))
+    transposed = node.op_type == "Gemm" and any(a.name == "transA" and a.i for a in node.attribute)
+    contracted = left.shape[0] if transposed else left.shape[-1]
+    stored = {_stored(name, kinds, made) for name in node.input[:2]}
+    dtype = _NARROW.get(stored.pop()) if len(stored) == 1 else None
+    return dtype or _TYPES.get(left.dtype, "float32"), 2 * result.elements * contracted
+
+
+def _stored(name: str, kinds: Mapping[str, _Kind], made: Mapping[str, NodeProto]) -> int:
+    """The type that an operand had before it was dequantised; 0 where it never was."""
+    while name in made and made[name].op_type in _VIEWS:
+        name = made[name].input[0]
+    if name in made and made[name].op_type == "DequantizeLinear":
+        source = made[name].input[0]
+        return kinds[source].dtype if source in kinds else 0
+    return 0

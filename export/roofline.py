@@ -1,0 +1,235 @@
+"""The least time that a graph can take on a GPU, so that a measured latency can be judged.
+
+    python export/roofline.py bundle=bundles/mine batch=1 context=1024
+    python export/roofline.py bundle=bundles/mine batch=4 context=8192 tokens_per_forward=20
+
+Counted from the ONNX as built, for given sizes of its dynamic axes:
+
+- FLOPs: matrix products (MatMul, Gemm), two for each multiplication with addition, by the type they are computed in:
+  float32 at the TF32 peak, which TensorRT uses by default; a product of two dequantised operands in their stored type.
+- Bytes: every input (weights, context, canvas) read once and every output written once. A loop reads what lies outside
+  of it once an iteration; of a table that is only looked up, the rows looked up count.
+- Collectives: the bytes that each rank sends, each sum once (a sum inside of the switch; a ring of n ranks sends
+  2 (n - 1) / n times as much).
+
+Everything else counts as nothing, as if all intermediate tensors stayed on the chip and no weight did; the times are
+lower bounds where the weights exceed the cache. GPUs are in conf/gpu. The last line is JSON: graphs (FLOPs, bytes) and
+times (milliseconds by graph and GPU).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from onnx import ModelProto
+
+from export.graph_cost import Cost, RooflineError, count
+from launch.output import Results
+from launch.output import table as columns
+from nemo_diffgemma.training.schema import ConfigurationError, validate
+
+GPUS = Path(__file__).resolve().parents[1] / "conf" / "gpu"
+PEAKS = ("float32", "tf32", "bfloat16", "float16", "fp8", "nvfp4", "int8")
+_PCIE_GB_S = {4: 31.5, 5: 63.0, 6: 121.0}  # 16 lanes, one direction, after encoding
+
+
+@dataclass
+class Links:
+    """How a GPU reaches others: NVLink in GB/s, both directions together, or None; and the generation of its PCIe."""
+
+    nvlink_gb_s: float | None
+    pcie_generation: int
+
+    @property
+    def bytes_per_second(self) -> float:
+        """In one direction, of the faster link."""
+        return 1e9 * (self.nvlink_gb_s / 2 if self.nvlink_gb_s else _PCIE_GB_S[self.pcie_generation])
+
+
+@dataclass
+class Gpu:
+    """One file of conf/gpu. `tflops` holds dense peaks, None where the chip has no such unit."""
+
+    name: str
+    compute_capability: str  # as in sm_90
+    memory_gb: float
+    bandwidth_gb_s: float
+    tflops: dict[str, float | None]
+    links: Links
+    builder: str  # that makes engines for it
+    source: str  # document of the figures
+
+    def __post_init__(self) -> None:
+        if set(self.tflops) != set(PEAKS):
+            raise ConfigurationError(f"tflops has {', '.join(self.tflops)}; expected {', '.join(PEAKS)} (null: none)")
+        if self.builder not in ("tensorrt", "tensorrt_rtx"):
+            raise ConfigurationError(f"builder={self.builder!r}; expected tensorrt or tensorrt_rtx")
+        if self.links.pcie_generation not in _PCIE_GB_S:
+            raise ConfigurationError(f"links.pcie_generation={self.links.pcie_generation}; expected 4, 5 or 6")
+        numbers = [self.memory_gb, self.bandwidth_gb_s, *(peak for peak in self.tflops.values() if peak is not None)]
+        if min(numbers) <= 0:
+            raise ConfigurationError("memory_gb, bandwidth_gb_s and every peak of tflops must be above 0")
+        if not self.compute_capability.startswith("sm_"):
+            raise ConfigurationError(f"compute_capability={self.compute_capability!r}; expected the form sm_90")
+
+    def peak(self, dtype: str) -> float | None:
+        """FLOP/s of products in `dtype`, None where the chip has none."""
+        known = self.tflops["tf32"] or self.tflops["float32"] if dtype == "float32" else self.tflops[dtype]
+        return None if known is None else known * 1e12
+
+
+def gpu_names() -> list[str]:
+    """The files of conf/gpu."""
+    return sorted(file.stem for file in GPUS.glob("*.yaml"))
+
+
+def load_gpu(name: str) -> Gpu:
+    """`conf/gpu/<name>.yaml`. Raises `ConfigurationError` naming the files there are, or the key that is wrong."""
+    if name not in gpu_names():
+        raise ConfigurationError(f"gpu={name!r} is no file of conf/gpu; use one of {', '.join(gpu_names())}")
+    try:
+        return validate(OmegaConf.load(GPUS / f"{name}.yaml"), Gpu)  # type: ignore[arg-type]
+    except (ConfigurationError, OmegaConfBaseException) as error:
+        raise ConfigurationError(f"conf/gpu/{name}.yaml: {error}") from None
+
+
+# -- bound -------------------------------------------------------------------------------------------------------------
+
+
+class UnsupportedType(RooflineError):
+    """A graph multiplies in a type that a GPU has no unit for."""
+
+    def __init__(self, gpu: str, dtype: str) -> None:
+        super().__init__(f"{gpu} has no {dtype} products; build the bundle with another quantization=")
+        self.dtype = dtype
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds that products, memory and links each need at least; they may overlap, so the longest is the bound."""
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def limited_by(self) -> str:
+        """`compute`, `memory` or `links`."""
+        return max(("compute", "memory", "links"), key=lambda limit: getattr(self, limit))
+
+
+def lower_bound(cost: Cost, gpu: Gpu) -> Bound:
+    """Raises `UnsupportedType` where the GPU has no unit for a type of the graph."""
+    compute = 0.0
+    for dtype, flops in cost.flops_by_dtype.items():
+        peak = gpu.peak(dtype)
+        if peak is None:
+            raise UnsupportedType(gpu.name, dtype)
+        compute += flops / peak
+    return Bound(compute, cost.bytes / (gpu.bandwidth_gb_s * 1e9), cost.collective_bytes / gpu.links.bytes_per_second)
+
+
+def table(costs: Mapping[str, Cost], gpus: Sequence[Gpu], tokens_per_step: float) -> str:
+    """A row for each GPU and graph: least milliseconds (for `loop` of one step), what limits, tokens a second.
+
+    `tokens_per_step` is that of all rows of the batch together.
+    """
+    rows = []
+    for gpu in gpus:
+        for graph, cost in costs.items():
+            fits = "yes" if cost.weight_bytes <= gpu.memory_gb * 1e9 else "no"
+            try:
+                bound = lower_bound(cost, gpu)
+            except UnsupportedType as error:
+                rows.append(
+                    [gpu.name, graph, "-", str(error).partition(";")[0].removeprefix(f"{gpu.name} "), fits, "-"]
+                )
+                continue
+            tokens = "-" if graph == "encode" else f"{tokens_per_step / bound.seconds:,.0f}"
+            rows.append([gpu.name, graph, f"{bound.seconds * 1e3:.3f}", bound.limited_by, fits, tokens])
+    return columns(["GPU", "graph", "ms", "limited by", "weights fit", "tokens/s"], rows)
+
+
+# -- a bundle ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RooflineConfig:
+    """What `export/roofline.py` reads."""
+
+    bundle: str = "???"
+    batch: int = 1
+    context: int = 1024  # tokens before the canvas, or before the chunk that is encoded
+    tokens_per_forward: float | None = None  # tokens that a row gains by a step; null: all steps are run
+
+
+def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
+    """Bounds of every graph of a bundle (of one rank) on every GPU of conf/gpu."""
+    import onnx
+
+    from export.bundle import Bundle, read_bundle
+
+    bundle: Bundle = read_bundle(config.bundle)
+    settings = bundle.settings
+    sizes = _sizes(config, bundle)
+    costs = {}
+    for graph in settings.graphs:
+        model: ModelProto = onnx.load(bundle.path / settings.file(graph, 0), load_external_data=False)
+        costs[graph] = count(model, sizes, bundle.weights)
+    if "loop" in costs:
+        costs["loop"] = costs["loop"].divided(sizes["steps"])
+    gain = config.tokens_per_forward or bundle.config.canvas_length / sizes["steps"]
+    gpus = [load_gpu(name) for name in gpu_names()]
+    results.show(f"{config.bundle}, one rank: batch {config.batch}, context {config.context}, {settings.dtype}")
+    results.show(f"encode takes {sizes['chunk']} tokens; a step gains {gain:.4g} tokens a row\n")
+    for graph, cost in costs.items():
+        flops = ", ".join(f"{n / 1e9:.4g} GFLOP {dtype}" for dtype, n in cost.flops_by_dtype.items())
+        sent = f", {cost.collective_bytes / 1e6:.4g} MB over links" if cost.collective_bytes else ""
+        results.show(f"  {graph}: {flops}, {cost.bytes / 1e9:.4g} GB{sent}")
+    results.show("\n" + table(costs, gpus, gain * config.batch))
+    return {
+        "graphs": {graph: vars(cost) for graph, cost in costs.items()},
+        "times": {graph: {gpu.name: _milliseconds(cost, gpu) for gpu in gpus} for graph, cost in costs.items()},
+    }
+
+
+def _milliseconds(cost: Cost, gpu: Gpu) -> float | None:
+    try:
+        return lower_bound(cost, gpu).seconds * 1e3
+    except UnsupportedType:
+        return None
+
+
+def _sizes(config: RooflineConfig, bundle: Any) -> dict[str, int]:
+    """Sizes of the dynamic axes. Raises `RooflineError` for what the bundle was not built for."""
+    limits, steps = bundle.settings.limits, bundle.settings.steps
+    for name, given, most in (("batch", config.batch, limits.batch), ("context", config.context, limits.context)):
+        if not 1 <= given <= most:
+            raise RooflineError(f"{name}={given}; {config.bundle} was built for 1 to {most}")
+    if config.tokens_per_forward is not None and config.tokens_per_forward <= 0:
+        raise RooflineError(f"tokens_per_forward={config.tokens_per_forward}; expected a number above 0")
+    return {
+        "batch": config.batch,
+        "context_columns": config.context,
+        "window_columns": min(config.context, max(1, bundle.config.sliding_window - 1)),
+        "chunk": min(config.context, limits.chunk),
+        "steps": steps or 48,
+    }
+
+
+if __name__ == "__main__":
+    from export.entry import start
+
+    start(roofline, RooflineConfig, "export_roofline")

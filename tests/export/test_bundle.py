@@ -1,0 +1,227 @@
+"""Bundles: written whole or not at all, opened only when complete, and their commands do what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export import open_bundle
+from export.build import BuildConfig, build
+from export.building import build_bundle
+from export.bundle import BUILD_INFO, Settings, read_bundle, verify_checksums
+from export.check import CheckConfig, check
+from export.run import RunConfig, run
+from export.runner import Limits
+from export.show import ShowConfig, show
+from nemo_diffgemma import ParallelLayout, SamplerConfig
+from nemo_diffgemma.training.schema import SamplerGroup
+from tests.export import kit
+
+LIMITS = Limits(batch=4, context=64, chunk=16)
+SAMPLER = SamplerConfig(max_denoising_steps=8, entropy_bound=5.0, confidence_threshold=0.0)
+
+pytestmark = pytest.mark.usefixtures("single")
+
+
+class Shown:
+    """Takes the place of `Results`: keeps what would be printed."""
+
+    first, colours = True, False
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.failed = False
+
+    def show(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def traces(checkpoint):
+    """Graphs come from the session's traces: the same functions, traced once."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("export.building.trace", lambda graph, config, layout, dtype: kit.graph(graph, "base", layout, dtype))
+    yield kit.calm(checkpoint)
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def bundle(traces, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "base"
+    build_bundle(traces, out, Settings(steps=8, limits=LIMITS))
+    return out
+
+
+@pytest.fixture
+def copy(bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def ids(rows: int = 2, length: int = 11) -> torch.Tensor:
+    return torch.randint(64, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_bundle_generates_what_its_checkpoint_does(bundle, traces):
+    expected = kit.network(traces).generate(ids(), max_new_tokens=8, sampler=SAMPLER, seed=1)
+    found = open_bundle(bundle).generate(ids(), max_new_tokens=8, sampler=SAMPLER, seed=1)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.forwards, expected.forwards)
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, expert=2)], ids=str)
+def test_inline_weights_change_nothing(traces, layout, tmp_path):
+    several = layout.world_size > 1
+    graphs = ("encode", "step") if several else ("encode", "step", "loop")
+    settings = Settings(layout=layout, graphs=graphs, steps=8, weights="inline", limits=LIMITS)
+    build_bundle(traces, tmp_path / "inline", settings)
+    expected = kit.network(traces).generate(ids(), max_new_tokens=8, sampler=SAMPLER, seed=1)
+    found = open_bundle(tmp_path / "inline").generate(ids(), max_new_tokens=8, sampler=SAMPLER, seed=1)
+    assert torch.equal(found.sequences, expected.sequences)
+    stored = sum(file.stat().st_size for file in (tmp_path / "inline").glob("weights.rank*.bin"))
+    whole = sum(file.stat().st_size for file in (tmp_path / "inline" / "checkpoint").glob("*.safetensors"))
+    assert several or 0 < stored < whole / 2  # what lies in the checkpoint as it is, is not stored again
+
+
+def test_every_weight_input_is_described_and_fits_the_checkpoint(bundle):
+    import onnx
+
+    found = read_bundle(bundle)
+    files = sorted((bundle / "checkpoint").glob("*.safetensors"))
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for graph in found.settings.graphs:
+        model = onnx.load(bundle / found.settings.file(graph, 0))
+        for value in model.graph.input:
+            if value.name not in stored:
+                continue
+            weight = found.weights[value.name]
+            assert [dim.dim_value for dim in value.type.tensor_type.shape.dim] == list(weight.shape)
+            assert tuple(stored[weight.key].shape) == weight.stored
+
+
+def test_the_other_checkpoint_of_the_same_sizes_is_not_the_same(bundle, checkpoint, traces):
+    other = checkpoint("base")  # the same sizes, other numbers
+    assert check(CheckConfig(str(bundle), steps=4), Shown())["verdict"] == "agrees"
+    shown = Shown()
+    assert check(CheckConfig(str(bundle), checkpoint=str(other), steps=4), shown)["verdict"] == "differs"
+    assert shown.failed
+
+
+def test_run_and_show_tell_what_is_there(bundle, traces):
+    found = run(
+        RunConfig(str(bundle), prompt_ids=[2, 10, 11], max_new_tokens=8, seed=3, sampler=SamplerGroup(entropy_bound=5.0)),
+        Shown(),
+    )
+    sampler = SamplerConfig.from_mapping({**vars(kit.network(traces).sampler_defaults), "entropy_bound": 5.0})
+    expected = kit.network(traces).generate(torch.tensor([[2, 10, 11]]), max_new_tokens=8, seed=3, sampler=sampler)
+    assert found["sequences"] == expected.sequences.tolist()
+    shown = show(ShowConfig(str(bundle)), Shown())
+    assert set(shown["graphs"]) == {"encode.rank0", "step.rank0", "loop.rank0"}
+    assert shown["graphs"]["loop.rank0"]["weight_inputs"] == shown["graphs"]["step.rank0"]["weight_inputs"] > 60
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_half_built_damaged_and_foreign_bundles_are_refused(copy, tmp_path):
+    def refused(says: str) -> None:
+        with pytest.raises(ValueError, match=says):
+            open_bundle(copy)
+
+    info = json.loads((copy / BUILD_INFO).read_text())
+    (copy / BUILD_INFO).write_text(json.dumps({**info, "format": 99}))
+    refused("is a bundle of format 99, this version reads format 1; build it again")
+    (copy / BUILD_INFO).unlink()
+    refused("a half-built bundle: it has no build_info.json; remove it and build it again")
+    (copy / BUILD_INFO).write_text(json.dumps(info))
+    (copy / "step.rank0.onnx").rename(copy / "elsewhere")
+    refused("lacks step.rank0.onnx; copy the bundle again")
+    (copy / "step.rank0.onnx").write_bytes(b"short")
+    refused("has 5 bytes, but build_info.json says")
+    with pytest.raises(ValueError, match="is not a bundle"):
+        open_bundle(tmp_path)
+    with pytest.raises(ValueError, match="provider='cuda'; use one of onnxruntime, tensorrt_rtx"):
+        open_bundle(copy, provider="cuda")
+
+
+def test_a_changed_byte_is_found(copy):
+    file = copy / "step.rank0.onnx"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match="step.rank0.onnx is not what was built: its checksum differs"):
+        verify_checksums(read_bundle(copy))
+
+
+def test_weights_of_other_sizes_are_refused(copy):
+    file = next(copy.glob("checkpoint/*.safetensors"))
+    file.chmod(0o644)
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("mlp.up_proj.weight"))
+    tensors[name] = tensors[name].t().contiguous()  # as many bytes
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} in .* has shape .* but the engines were built for"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (dict(builder="onnxx"), "builder='onnxx'; use one of onnx, tensorrt_rtx"),
+        (dict(dtype="float8"), "dtype='float8'; use one of float32, float16, bfloat16"),
+        (dict(graphs=["step"]), "use \\[encode,step\\] or \\[encode,step,loop\\]"),
+        (dict(steps=0), "steps=0; give at least 1"),
+        (dict(max_batch_size=0), "max_batch=0; expected at least 1"),
+        (dict(max_context=1000), "max_context=1000 is beyond the 512 positions of the model"),
+        (dict(weights="outside"), "weights='outside'; use inputs"),
+        (dict(quantization="int3"), "quantization='int3'; use one of fp8, int4, nvfp4"),
+        (dict(quantization="fp8"), "give a few typical prompts to calibrate"),
+        (dict(gpu="h1000"), "h1000"),
+        (dict(builder="tensorrt_rtx", gpu="h100"), "tensorrt"),
+    ],
+)
+def test_bad_requests_leave_nothing(traces, tmp_path, given, says):
+    config = BuildConfig(checkpoint=str(traces), out=str(tmp_path / "out"), **{"max_context": 64, **given})
+    with pytest.raises(ValueError, match=says):
+        build(config, Shown())
+    assert not any(tmp_path.iterdir())
+
+
+def test_layouts_that_engines_cannot_have_are_refused(traces, tmp_path):
+    for layout, says in (
+        (ParallelLayout(tensor=3), "layout tensor=3 cannot divide 4 attention heads"),
+        (ParallelLayout(tensor=2, expert=4), "let tensor be 1 or 4"),
+        (ParallelLayout(tensor=2), "keep the loop on the host"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            build_bundle(traces, tmp_path / "out", Settings(layout=layout, limits=LIMITS))
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_fails_midway_leaves_nothing(traces, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("export.building.to_loop", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build_bundle(traces, tmp_path / "out", Settings(limits=LIMITS))
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_exists_is_not_overwritten(traces, bundle):
+    before = (bundle / BUILD_INFO).read_bytes()
+    with pytest.raises(ValueError, match="exists and is not empty; choose another name"):
+        build_bundle(traces, bundle, Settings(limits=LIMITS))
+    assert (bundle / BUILD_INFO).read_bytes() == before
+
+
+def test_structure_without_weights_builds_but_does_not_run(traces, tmp_path):
+    out = tmp_path / "structure"
+    build_bundle(kit.config("base"), out, Settings(weights="none", limits=LIMITS))
+    with pytest.raises(ValueError, match="was built without weights"):
+        open_bundle(out)

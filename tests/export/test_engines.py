@@ -1,0 +1,95 @@
+"""TensorRT-RTX builds every graph of the tiny model, and its network is what the graph says. Engines are not run here."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+
+from export.builders import build_engine, inspect_network
+from export.bundle import Settings
+from export.loop import to_loop
+from export.qdq import quantize_graph
+from export.runner import Limits
+from export.tracing import trace
+from export.weights import engine_weights
+from nemo_diffgemma import ModelConfig, ParallelLayout
+from tests.export import kit
+from tests.reference import tiny_config
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: make venv installs it where there is a wheel")
+
+SINGLE, FOUR = ParallelLayout(), ParallelLayout(tensor=4, expert=2, expert_tensor=2)
+DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
+LIMITS = Limits(batch=4, context=256, chunk=64)
+
+
+def built(model: onnx.ModelProto, graph: str, tmp_path, world: int = 1, size: str = "base", steps: int | None = 8):
+    """The network report of a graph whose engine was built."""
+    file, engine = tmp_path / f"{graph}.onnx", tmp_path / f"{graph}.engine"
+    onnx.save(model, file)
+    profile = Settings(steps=steps, limits=LIMITS).profile(graph, kit.config(size))
+    report = build_engine("tensorrt_rtx", file, engine, profile, world=world, targets=["sm_120"])
+    assert report.bytes == engine.stat().st_size > 100_000
+    assert report.network == inspect_network("tensorrt_rtx", file, world)
+    return report.network
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("graph", ["encode", "step", "loop"])
+def test_every_graph_builds_in_every_precision(graph, dtype, tmp_path):
+    model = to_loop(kit.graph("step", dtype=dtype), 8) if graph == "loop" else kit.graph(graph, dtype=dtype)
+    network = built(model, graph, tmp_path)
+    weights = engine_weights(kit.config("base"), SINGLE)
+    bound = {name: tensor for name, tensor in network.inputs.items() if name in weights}
+    assert len(bound) > 40
+    for name, tensor in bound.items():
+        assert (tensor.dtype, tensor.shape) == (DTYPES[dtype], weights[name].shape)
+    axes = {axis for tensor in network.inputs.values() for axis in tensor.axes if axis}
+    assert {"batch", "context_columns", "window_columns"} - axes == ({"context_columns"} if graph == "encode" else set())
+    assert not network.collectives
+    assert ("TRIP_LIMIT" in network.layers) == (graph == "loop")
+    # sampling is in float32 whatever the weights are, and what leaves the engine keeps its type
+    if graph != "encode":
+        assert network.outputs["entropy"].dtype == "FLOAT"
+        assert network.outputs["argmax"].dtype == network.outputs["next_canvas"].dtype == "INT64"
+        assert network.outputs["next_soft"].dtype == DTYPES[dtype]
+
+
+def test_a_loop_of_any_number_of_steps_builds(tmp_path):
+    network = built(to_loop(kit.graph("step"), None), "loop", tmp_path, steps=None)
+    assert network.inputs["temperatures"].axes == ("steps",)
+
+
+@pytest.mark.parametrize("graph", ["encode", "step"])
+def test_rank_graphs_build_with_an_exchange_for_every_sum(graph, tmp_path):
+    size, layout = "one_global_kv", FOUR
+    network = built(kit.graph(graph, size, layout), graph, tmp_path, world=4, size=size)
+    layers = kit.config(size).num_hidden_layers
+    # embedding; attention and feed-forward of each layer, of which the last encoded one ends with its keys and values;
+    # self-conditioning, chunk masses, ids, signal
+    expected = 1 + 2 * (layers - 1) if graph == "encode" else 1 + 2 * layers + 4
+    assert network.collectives == (4,) * expected
+    assert "rank" in network.inputs
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """A step of two ranks whose experts divide into blocks of 64, with its sizes."""
+    config = ModelConfig.from_huggingface(tiny_config("base", hidden_size=64, moe_intermediate_size=32).to_dict())
+    layout = ParallelLayout(tensor=2, expert=2)
+    return config, layout, trace("step", config, layout, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int4", "nvfp4"])
+def test_quantised_rank_graphs_build(two_ranks, scheme, tmp_path):
+    config, layout, traced = two_ranks
+    model = quantize_graph(traced, scheme, dict.fromkeys(engine_weights(config, layout), 1.0))
+    file = tmp_path / "step.onnx"
+    onnx.save(model, file)
+    profile = Settings(limits=LIMITS).profile("step", config)
+    report = build_engine("tensorrt_rtx", file, tmp_path / "step.engine", profile, world=2, targets=["sm_120"])
+    packed = {"fp8": "FP8", "int4": "INT4", "nvfp4": "FP4"}[scheme]
+    experts = [t for name, t in report.network.inputs.items() if name.endswith(("gate_up_proj", "experts.down_proj"))]
+    assert [tensor.dtype for tensor in experts] == [packed] * 2 * config.num_hidden_layers
+    assert set(report.network.collectives) == {2}
