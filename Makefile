@@ -4,16 +4,19 @@
 PYTHON_IN_VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format clean
+.PHONY: help venv demo export-demo test test-all lint format clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 venv: ## Make .venv and install the project into it (PYTHON=... to choose the interpreter)
 	@scripts/bootstrap.sh
 
 demo: venv ## Train a small model on Sudoku, evaluate it and generate, on the CPU
 	$(PYTHON_IN_VENV) launch/demo.py $(ARGS)
+
+export-demo: venv ## Export the model of the demo: build engines, compare with PyTorch, solve a puzzle
+	$(PYTHON_IN_VENV) export/demo.py $(ARGS)
 
 test: venv ## Run the tests, without the slow ones
 	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" $(ARGS)

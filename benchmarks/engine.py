@@ -80,7 +80,7 @@ def main() -> None:
     new = engine.config.canvas_length
     step = seconds(one_step(engine, ids), engine, options.repeats)
     canvas = seconds(lambda: engine.generate(ids, max_new_tokens=new, sampler=sampler), engine, options.repeats)
-    where = f"{options.threads} CPU threads"
+    where = f"CPU, threads: {options.threads}"
     if engine.device.type == "cuda":
         where = f"{settings.layout.world_size} x {torch.cuda.get_device_name(engine.device)}"
     if int(os.environ.get("RANK", 0)) > 0:

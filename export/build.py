@@ -2,12 +2,12 @@
 
     python export/build.py checkpoint=<directory> out=bundles/mine                          # ONNX only
     python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt_rtx gpu=rtx_5090 dtype=bfloat16
-    python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt gpu=h100 dtype=bfloat16 weights=inline
+    python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt dtype=bfloat16 weights=inline
     python export/build.py checkpoint=<directory> out=bundles/mine parallel=tp2_ep2 graphs=[encode,step]
-    python export/build.py model=diffusiongemma_26b_a4b out=/tmp/try builder=tensorrt_rtx   # no weights: can it be built?
+    python export/build.py model=diffusiongemma_26b_a4b out=/tmp/try builder=tensorrt_rtx  # no weights: is it built?
 
-A checkpoint is a Hugging Face directory, a sharded checkpoint or a .nemo. Engines are built without a GPU. The last line
-is JSON: bundle, graphs (ONNX and engine bytes, seconds, peak memory in bytes).
+A checkpoint is a Hugging Face directory, a sharded checkpoint or a .nemo. TensorRT-RTX builds without a GPU. The last
+line is JSON: bundle, graphs (ONNX and engine bytes, seconds, peak memory in bytes).
 """
 
 from __future__ import annotations
@@ -93,7 +93,13 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
             )
             bar.set_description_str("done")
     rows = [
-        [name, f"{g.onnx_bytes / 1e6:.2f}", f"{g.engine_bytes / 1e6:.2f}", f"{g.seconds:.1f}", f"{g.peak_memory / 1e9:.2f}"]
+        [
+            name,
+            f"{g.onnx_bytes / 1e6:.2f}",
+            f"{g.engine_bytes / 1e6:.2f}",
+            f"{g.seconds:.1f}",
+            f"{g.peak_memory / 1e9:.2f}",
+        ]
         for name, g in built.items()
     ]
     results.show(table(["graph", "ONNX MB", "engine MB", "seconds", "peak GB"], rows))

@@ -16,7 +16,16 @@ from onnx import ModelProto
 
 from export import quantize
 from export.builders import BUILDERS, build_engine, check_target
-from export.bundle import CHECKPOINT, DTYPES, QUANTIZED, BundleError, Settings, read_weights, write_descriptions, writing
+from export.bundle import (
+    CHECKPOINT,
+    DTYPES,
+    QUANTIZED,
+    BundleError,
+    Settings,
+    read_weights,
+    write_descriptions,
+    writing,
+)
 from export.calibrate import calibrate
 from export.graph import Model, Weights
 from export.inline import inline, store
@@ -33,7 +42,7 @@ GRAPHS = ("encode", "step", "loop")
 
 @dataclass(frozen=True)
 class Built:
-    """One graph of one rank: bytes of the ONNX file and of the engine (0: none), seconds, peak memory in bytes so far."""
+    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, peak memory of the process so far (bytes)."""
 
     onnx_bytes: int
     engine_bytes: int
@@ -83,7 +92,9 @@ def _check(
     if settings.dtype not in DTYPES:
         raise BundleError(f"dtype={settings.dtype!r}; use one of {', '.join(DTYPES)}")
     if settings.weights not in ("inputs", "inline", "none"):
-        raise BundleError(f"weights={settings.weights!r}; use inputs (bound when the engine is loaded) or inline (in it)")
+        raise BundleError(
+            f"weights={settings.weights!r}; use inputs (bound to a loaded engine) or inline (inside of it)"
+        )
     unknown = [graph for graph in settings.graphs if graph not in GRAPHS]
     if unknown or "encode" not in settings.graphs or "step" not in settings.graphs:
         raise BundleError(f"graphs={list(settings.graphs)}; use [encode,step] or [encode,step,loop]")
@@ -94,13 +105,14 @@ def _check(
             raise BundleError(f"max_{name}={size}; expected at least 1")
     if settings.limits.context > config.max_position_embeddings:
         raise BundleError(
-            f"max_context={settings.limits.context} is beyond the {config.max_position_embeddings} positions of the model"
+            f"max_context={settings.limits.context} is beyond the {config.max_position_embeddings} positions of the "
+            "model; give a smaller one"
         )
     check_layout(settings.layout, config)
     if settings.layout.world_size > 1 and "loop" in settings.graphs:
         raise BundleError(
-            "graphs of several ranks keep the loop on the host (a collective inside of an engine's loop is unproven); use "
-            "graphs=[encode,step]"
+            "graphs of several ranks keep the loop on the host (a collective inside of an engine's loop is unproven); "
+            "use graphs=[encode,step]"
         )
     if settings.quantization is not None:
         given = prompts if settings.weights != "none" else [[0]]
@@ -206,11 +218,13 @@ def _quantize(
     prompts: Sequence[Sequence[int]],
     progress: Callable[[str], None],
 ) -> tuple[dict[str, float], dict[str, Weight]]:
-    """Write the quantised expert matrices of every rank -> the ranges of activations, and the weights left as they are."""
+    """Write the quantised expert matrices of every rank -> ranges of activations, and the weights left as they are."""
     scheme, dtype = settings.quantization, settings.torch_dtype
     assert scheme is not None
     kept = {name: weight for name, weight in weights.items() if not quantize.is_quantized(name)}
-    (partial / CHECKPOINT / "hf_quant_config.json").write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
+    (partial / CHECKPOINT / "hf_quant_config.json").write_text(
+        json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n"
+    )
     if settings.weights == "none":
         return dict.fromkeys(weights, 1.0), kept  # any range will do for the structure
     amax: dict[str, float] = {}

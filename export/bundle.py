@@ -20,7 +20,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,12 @@ class Settings:
     """
 
     dtype: str = "float32"
-    layout: ParallelLayout = ParallelLayout()
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
     graphs: tuple[str, ...] = ("encode", "step", "loop")
     steps: int | None = 48
     weights: str = "inputs"
     quantization: str | None = None
-    limits: Limits = Limits(batch=8, context=8192, chunk=1024)
+    limits: Limits = field(default_factory=lambda: Limits(batch=8, context=8192, chunk=1024))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -267,8 +267,8 @@ def read_bundle(path: str | Path) -> Bundle:
     info = json.loads((place / BUILD_INFO).read_text())
     if info.get("format") != FORMAT:
         raise BundleError(
-            f"{path} is a bundle of format {info.get('format')}, this version reads format {FORMAT}; build it again from "
-            "its checkpoint directory with export/build.py"
+            f"{path} is a bundle of format {info.get('format')}, this version reads format {FORMAT}; build it again "
+            "from its checkpoint directory with export/build.py"
         )
     for name, expected in info["files"].items():
         file = place / name
@@ -276,7 +276,8 @@ def read_bundle(path: str | Path) -> Bundle:
             raise BundleError(f"{path} lacks {name}; copy the bundle again, all of it (each rank needs its files)")
         if file.stat().st_size != expected["bytes"]:
             raise BundleError(
-                f"{file} has {file.stat().st_size} bytes, but {BUILD_INFO} says {expected['bytes']}; copy the bundle again"
+                f"{file} has {file.stat().st_size} bytes, but {BUILD_INFO} says {expected['bytes']}; copy the bundle "
+                "again"
             )
     described = json.loads((place / CONFIG).read_text())
     weights = {name: Weight.from_json(entry) for name, entry in json.loads((place / WEIGHTS).read_text()).items()}

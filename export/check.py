@@ -86,8 +86,18 @@ def check(config: CheckConfig, results: Results) -> dict[str, Any]:
                 f"{sum(same)}/{len(same)}",
             ]
         )
-    results.show(f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}; by {computed_by}")
-    header = ["prompt", "encode: K/V", "step: entropy", "soft", "worst arg-max", "worst canvas", "rows with equal tokens"]
+    results.show(
+        f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}; by {computed_by}"
+    )
+    header = [
+        "prompt",
+        "encode: K/V",
+        "step: entropy",
+        "soft",
+        "worst arg-max",
+        "worst canvas",
+        "rows with equal tokens",
+    ]
     results.show(table(header, rows))
     routing = _routing(bundle, network, ids, steps, config.seed, results) if settings.layout.world_size == 1 else []
     worst = {name: max(getattr(d, name) for d in found) for name in ("keys_values", "entropy", "soft")}

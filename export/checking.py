@@ -70,9 +70,7 @@ def torch_engine(bundle: Bundle) -> tuple[Engine, Model]:
     if settings.quantization is not None:
         weights = SimulatedWeights(tensors, settings.quantization)
     sessions = {graph: TorchSession(graph, model, weights) for graph in ("encode", "step")}
-    engine = Engine(
-        bundle.config, settings.layout, settings.torch_dtype, sessions, settings.limits, bundle.assets, [0]
-    )
+    engine = Engine(bundle.config, settings.layout, settings.torch_dtype, sessions, settings.limits, bundle.assets, [0])
     return engine, model
 
 
@@ -99,7 +97,11 @@ def in_lockstep(
     for remaining in range(steps, 0, -1):
         with chosen_experts(network) as chosen:
             exact = network.denoising_step(
-                canvas, cache, soft=soft, temperature=sampler.temperature(remaining), uniforms=noise.uniforms(0, remaining)
+                canvas,
+                cache,
+                soft=soft,
+                temperature=sampler.temperature(remaining),
+                uniforms=noise.uniforms(0, remaining),
             ).statistics
         settled = engine.sampling_step(
             canvas,

@@ -1,32 +1,33 @@
-"""Export the Sudoku model of `make demo`: build every graph, compare with PyTorch, solve a puzzle with the engine's graphs.
+"""Export the Sudoku model of `make demo`: build every graph, compare with PyTorch, solve a puzzle with the graphs.
 
     make export-demo
-    make export-demo ARGS="checkpoint=runs/sudoku_cpu/mine/checkpoints/step-1050"
+    make export-demo ARGS="checkpoint=runs/sudoku_cpu/mine/checkpoints/step-1300"
 
-Without a checkpoint it takes the newest one under runs/sudoku_cpu, and trains a shorter one where there is none. The last
-line is JSON: bundles, what export/check.py found of each, and the engines that were built.
+Without a checkpoint it takes the newest one under runs/sudoku_cpu, and trains a shorter one where there is none. The
+last line is JSON: bundles, what export/check.py found of each, and the engines that were built.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from export.build import BuildConfig, build
 from export.check import CheckConfig, check
 from export.entry import start
 from export.run import RunConfig, run
 from launch.output import Results
-from nemo_diffgemma.training.schema import SamplerGroup
+from nemo_diffgemma.training.schema import ParallelGroup, SamplerGroup
 
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs") / "sudoku_cpu"
 PUZZLE = "..4.2..1.2..1..."  # one of those that are never trained on; the demo shows it too
 SHORT = ("trainer.max_steps=300", "trainer.validate_every=0", "trainer.checkpoint_every=0")
@@ -40,14 +41,14 @@ class DemoConfig:
     out: str = "runs/export_demo"
     max_batch_size: int = 4
     max_context: int = 256
-    bundles: dict[str, Any] = field(
-        default_factory=lambda: {
-            "float32": {"dtype": "float32"},
-            "bfloat16": {"dtype": "bfloat16"},
-            "int4": {"dtype": "bfloat16", "quantization": "int4"},
-            "tp2_ep2": {"dtype": "float32", "layout": {"tensor": 2, "expert": 2}},
-        }
-    )
+
+
+BUNDLES: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int4": {"dtype": "bfloat16", "quantization": "int4"},
+    "tp2_ep2": {"dtype": "float32", "layout": {"tensor": 2, "expert": 2}},
+}
 
 
 def demo(config: DemoConfig, results: Results) -> dict[str, Any]:
@@ -56,13 +57,57 @@ def demo(config: DemoConfig, results: Results) -> dict[str, Any]:
     builder = "tensorrt_rtx" if importlib.util.find_spec("tensorrt_rtx") else "onnx"
     results.show(f"checkpoint: {checkpoint}\nbuilder: {builder}\n")
     built: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
-        source = released_format(checkpoint, Path(folder))
-        for name, given in config.bundles.items():
-            built[name] = one(name, given, source, builder, config, results)
+    for name, given in BUNDLES.items():
+        built[name] = one(name, given, checkpoint, builder, config, results)
     results.show("The float32 bundle solves a puzzle, step by step:\n")
-    first = f"{config.out}/{next(iter(config.bundles))}"
+    first = f"{config.out}/float32"
     prompt = RunConfig(first, prompt=PUZZLE, max_new_tokens=16, show=True, sampler=SamplerGroup(max_denoising_steps=16))
     solved = run(prompt, results)
     results.show(f"\nrun it again: python export/run.py bundle={first} prompt={PUZZLE} show=true\n")
     return {"checkpoint": str(checkpoint), "bundles": built, "text": solved["text"]}
+
+
+def one(
+    name: str, given: dict[str, Any], checkpoint: str, builder: str, config: DemoConfig, results: Results
+) -> dict[str, Any]:
+    """Build one bundle and compare it -> what was found. Engines of earlier demos make room."""
+    out = Path(config.out) / name
+    shutil.rmtree(out, ignore_errors=True)
+    layout = ParallelGroup(**given.get("layout", {}))
+    several = layout.layout().world_size > 1
+    results.show(f"== {name}")
+    asked = BuildConfig(
+        checkpoint=checkpoint,
+        out=str(out),
+        builder=builder,
+        dtype=given["dtype"],
+        quantization=given.get("quantization"),
+        graphs=["encode", "step"] if several else ["encode", "step", "loop"],
+        steps=16,
+        max_batch_size=config.max_batch_size,
+        max_context=config.max_context,
+        parallel=layout,
+    )
+    graphs = build(asked, results)["graphs"]
+    results.show("")
+    found = check(CheckConfig(str(out), canvases=1, agreement=0.8), results)
+    results.show("")
+    return {"graphs": graphs, **found}
+
+
+def newest() -> str | None:
+    """The last checkpoint of the newest run of the Sudoku experiment."""
+    found = list(RUNS.glob("*/checkpoints/step-*"))
+    return str(max(found, key=lambda place: (place.stat().st_mtime, place.name))) if found else None
+
+
+def train_a_short_one(results: Results) -> str:
+    """Three hundred steps: enough that its tokens mean something, not enough to solve much."""
+    results.show("no checkpoint under runs/sudoku_cpu: training a short one")
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "experiment=sudoku_cpu", *SHORT]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["checkpoint"]
+
+
+if __name__ == "__main__":
+    start(demo, DemoConfig, "export_demo")

@@ -33,7 +33,7 @@ def start(work: Callable[[Any, Results], Mapping[str, Any]], schema: type, confi
 
     def job(composed: DictConfig) -> None:
         try:
-            config = validate(composed, schema)
+            config: Any = validate(composed, schema)
         except ValueError as error:
             refuse(error)
         results = Results(int(os.environ.get("RANK", 0)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 
-
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 CARRIED = {"canvas": "next_canvas", "soft": "next_soft"}

@@ -1,8 +1,8 @@
 """Open a bundle for use.
 
-    from export import open_bundle
-    engine = open_bundle("bundles/sudoku", provider="onnxruntime")
-    engine.generate(input_ids, seed=0).sequences
+from export import open_bundle
+engine = open_bundle("bundles/sudoku", provider="onnxruntime")
+engine.generate(input_ids, seed=0).sequences
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
     settings = bundle.settings
     if settings.dtype == "bfloat16":
         raise BundleError(
-            f"{bundle.path} is bfloat16, which ONNX Runtime does not compute on the CPU; run it with provider=tensorrt on "
-            "a GPU, or build it again with dtype=float32"
+            f"{bundle.path} is bfloat16, which ONNX Runtime does not compute on the CPU; run it with provider=tensorrt "
+            "on a GPU, or build it again with dtype=float32"
         )
     if settings.quantization == "nvfp4":
         raise BundleError(
-            f"{bundle.path} has NVFP4 experts, which ONNX Runtime does not know; run it with provider=tensorrt on a GPU, "
-            "or compare it with export/check.py, which computes them in PyTorch"
+            f"{bundle.path} has NVFP4 experts, which ONNX Runtime does not know; run it with provider=tensorrt on a "
+            "GPU, or compare it with export/check.py, which computes them in PyTorch"
         )
     weights = [bundle.load_weights(rank) for rank in ranks]
     return {
@@ -78,15 +78,17 @@ def _graph(bundle: Bundle, graph: str, rank: int, weights: Tensors) -> onnx.Mode
     if bundle.settings.quantization is None:
         return model
     # ONNX Runtime takes packed types as constants only
-    return inline_quantized(model, {name: tensor for name, tensor in weights.items() if EXPERTS[0] in name or EXPERTS[1] in name})
+    return inline_quantized(
+        model, {name: tensor for name, tensor in weights.items() if EXPERTS[0] in name or EXPERTS[1] in name}
+    )
 
 
 def _own_rank(bundle: Bundle) -> int:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world != bundle.settings.layout.world_size:
         raise BundleError(
-            f"{bundle.path} has {bundle.settings.layout.world_size} ranks, but {world} processes run it; start `torchrun "
-            f"--nproc-per-node {bundle.settings.layout.world_size} export/run.py ...`"
+            f"{bundle.path} has {bundle.settings.layout.world_size} ranks, but {world} processes run it; start "
+            f"`torchrun --nproc-per-node {bundle.settings.layout.world_size} export/run.py ...`"
         )
     return rank
 
@@ -110,8 +112,8 @@ def _engine_sessions(bundle: Bundle, provider: str, rank: int, device: int) -> d
     missing = [g for g in settings.graphs if not (bundle.path / settings.file(g, rank, "engine")).is_file()]
     if missing or bundle.info["builder"] != provider:
         raise BundleError(
-            f"{bundle.path} was built with builder={bundle.info['builder']} and has no engines for provider={provider}; "
-            f"build it again with builder={provider}, or open it with provider=onnxruntime"
+            f"{bundle.path} was built with builder={bundle.info['builder']} and has no engines for provider={provider};"
+            f" build it again with builder={provider}, or open it with provider=onnxruntime"
         )
     weights = bundle.load_weights(rank)
     return {

@@ -153,9 +153,7 @@ def table(costs: Mapping[str, Cost], gpus: Sequence[Gpu], tokens_per_step: float
             try:
                 bound = lower_bound(cost, gpu)
             except UnsupportedType as error:
-                rows.append(
-                    [gpu.name, graph, "-", str(error).partition(";")[0].removeprefix(f"{gpu.name} "), fits, "-"]
-                )
+                rows.append([gpu.name, graph, "-", f"no {error.dtype}", fits, "-"])
                 continue
             tokens = "-" if graph == "encode" else f"{tokens_per_step / bound.seconds:,.0f}"
             rows.append([gpu.name, graph, f"{bound.seconds * 1e3:.3f}", bound.limited_by, fits, tokens])

@@ -244,13 +244,14 @@ class Engine:
             )
         if input_ids.shape[0] > limits.batch:
             raise EngineError(
-                f"{input_ids.shape[0]} rows, but the engines were built for batches of 1 to {limits.batch}; send fewer, "
-                f"or build with max_batch_size={input_ids.shape[0]}"
+                f"{input_ids.shape[0]} rows, but the engines were built for batches of 1 to {limits.batch}; send "
+                f"fewer, or build with max_batch_size={input_ids.shape[0]}"
             )
         canvases = -(-max_new_tokens // config.canvas_length)
         needed = input_ids.shape[1] + (canvases - 1) * config.canvas_length
         if needed > limits.context:
             raise EngineError(
-                f"{input_ids.shape[1]} prompt tokens and {max_new_tokens} new ones need a context of {needed} columns, but "
-                f"the engines were built for at most {limits.context}; shorten the prompt, or build with max_context={needed}"
+                f"{input_ids.shape[1]} prompt tokens and {max_new_tokens} new ones need a context of {needed} columns, "
+                f"but the engines were built for at most {limits.context}; shorten the prompt, or build with "
+                f"max_context={needed}"
             )

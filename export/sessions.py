@@ -88,12 +88,12 @@ def join(models: Sequence[ModelProto]) -> ModelProto:
             ]
         else:
             nodes += [_prefixed(node, rank) for rank, node in enumerate(same)]
-    values = [
+    inputs, outputs, constants = (
         [_prefixed_value(value, rank) for rank, graph in enumerate(graphs) for value in getattr(graph, field)]
         for field in ("input", "output", "initializer")
-    ]
+    )
     opsets = [opset for opset in models[0].opset_import if opset.domain == ""]
-    joined = helper.make_graph(nodes, "joined", *values)
+    joined = helper.make_graph(nodes, "joined", inputs, outputs, constants)
     return helper.make_model(joined, opset_imports=opsets, ir_version=models[0].ir_version)
 
 

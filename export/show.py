@@ -53,7 +53,9 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
             }
             graphs[f"{graph}.rank{rank}"] = found
             rows.append([f"{graph}.rank{rank}", *found.values()])
-    results.show(f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}, {settings.layout}")
+    results.show(
+        f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}, {settings.layout}"
+    )
     results.show(f"weights {settings.weights}, loop of {settings.steps or 'any number of'} steps\n")
     results.show(table(["graph", "nodes", "inputs", "weights", "collectives", "ONNX bytes", "engine bytes"], rows))
     results.show("\nsizes (least, optimal, most):")

@@ -34,9 +34,9 @@ class WeightsError(ValueError):
 class Weight:
     """One engine input: `tensor.view(view)[spans of the rank].permute(permute).reshape(shape)`, zero rows appended.
 
-    `stored` is the shape of the tensor `key` on disk, `view` splits axes of it, `spans` holds (start, end) of every axis
-    of `view` for every rank, `shape` is that of the input, equal on all ranks; rows that a rank lacks (the end of a
-    vocabulary) are zero.
+    `stored` is the shape of the tensor `key` on disk, `view` splits axes of it, `spans` holds (start, end) of every
+    axis of `view` for every rank, `shape` is that of the input, equal on all ranks; rows that a rank lacks (the end of
+    a vocabulary) are zero.
     """
 
     key: str
@@ -81,8 +81,8 @@ def check_layout(layout: ParallelLayout, config: ModelConfig) -> None:
     experts = layout.expert * layout.expert_tensor
     if layout.tensor not in (1, layout.world_size) or experts not in (1, layout.world_size):
         raise LayoutError(
-            f"layout {layout} has {layout.world_size} ranks; in engines every rank holds an equal part: let tensor be 1 "
-            f"or {layout.world_size}, and expert * expert_tensor as well (replicas are separate engines)"
+            f"layout {layout} has {layout.world_size} ranks; in engines every rank holds an equal part: let tensor be "
+            f"1 or {layout.world_size}, and expert * expert_tensor as well (replicas are separate engines)"
         )
 
 

@@ -87,8 +87,8 @@ def generate(
 ) -> Generation:
     """Generate whole canvases until `max_new_tokens` are reached (rounded up) or every row has met an EOS id.
 
-    `first` is the left padding of each row; `observe` is called after every step. `denoise_canvas` is for an engine that
-    runs all steps of a canvas in one call; it takes and gives what `stepwise` does.
+    `first` is the left padding of each row; `observe` is called after every step. `denoise_canvas` is for an engine
+    that runs all steps of a canvas in one call; it takes and gives what `stepwise` does.
     """
     rows, prompt = input_ids.shape
     finished_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)

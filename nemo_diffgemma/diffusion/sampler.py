@@ -76,7 +76,7 @@ class SamplerConfig:
         return self.t_min + (self.t_max - self.t_min) * remaining / self.max_denoising_steps
 
 
-def accept(entropy_BC: Tensor, bound: float) -> Tensor:
+def accept(entropy_BC: Tensor, bound: float | Tensor) -> Tensor:
     """Mask of accepted positions, [B, C] bool; at least one a row.
 
     Positions are taken from the most certain upwards while the entropies of those before them sum to at most `bound`.
@@ -89,8 +89,8 @@ def accept(entropy_BC: Tensor, bound: float) -> Tensor:
 def choose_chunk(mass_NK: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse CDF, first half: the chunk of ids in which the cumulative mass exceeds the uniform's share of it.
 
-    `mass_NK` [N, K] is the unnormalised mass of K chunks of the vocabulary, in order. Returns the chunk and what is left
-    of the target inside it, [N, 1] each. Two levels, because one running sum over a whole vocabulary loses digits.
+    `mass_NK` [N, K] is the unnormalised mass of K chunks of the vocabulary, in order. Returns the chunk and what is
+    left of the target inside it, [N, 1] each. Two levels, because one running sum over a whole vocabulary loses digits.
     """
     cumulative_NK = mass_NK.cumsum(1)
     target_N1 = uniforms_N.float()[:, None] * cumulative_NK[:, -1:]
@@ -101,7 +101,7 @@ def choose_chunk(mass_NK: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_inside(mass_Nc: Tensor, rest_N1: Tensor) -> Tensor:
-    """Inverse CDF, second half: the smallest place in the chosen chunk whose cumulative mass exceeds the rest, [N, 1]."""
+    """Inverse CDF, second half: the first place in the chunk where the cumulative mass exceeds the rest, [N, 1]."""
     inside_N1 = (mass_Nc.cumsum(1) <= rest_N1).sum(1, keepdim=True)
     return torch.minimum(inside_N1, _last_positive(mass_Nc))
 

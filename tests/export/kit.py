@@ -19,6 +19,7 @@ from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout
 from tests.parity.generations import DAMP, SUBLAYERS
 from tests.reference import tiny_config
 
+SINGLE = ParallelLayout()
 LIMITS = Limits(batch=8, context=64, chunk=16)  # prompts longer than a chunk are encoded in several calls
 
 
@@ -28,7 +29,7 @@ def config(size: str) -> ModelConfig:
 
 @functools.cache
 def graph(
-    name: str, size: str = "base", layout: ParallelLayout = ParallelLayout(), dtype: torch.dtype = torch.float32
+    name: str, size: str = "base", layout: ParallelLayout = SINGLE, dtype: torch.dtype = torch.float32
 ) -> ModelProto:
     """A traced graph; tests must not change it."""
     return trace(name, config(size), layout, dtype)
@@ -47,9 +48,9 @@ def network(path: Path) -> DiffusionGemma:
 def engine(
     path: Path,
     size: str = "base",
-    layout: ParallelLayout = ParallelLayout(),
+    layout: ParallelLayout = SINGLE,
     dtype: torch.dtype = torch.float32,
-    loop: int | None | str = "none",
+    loop: int | str | None = "none",
 ) -> Engine:
     """The model of a checkpoint in ONNX Runtime, all ranks; `loop` is a number of steps or None for any."""
     ranks = range(layout.world_size)

@@ -113,7 +113,9 @@ def test_the_other_checkpoint_of_the_same_sizes_is_not_the_same(bundle, checkpoi
 
 def test_run_and_show_tell_what_is_there(bundle, traces):
     found = run(
-        RunConfig(str(bundle), prompt_ids=[2, 10, 11], max_new_tokens=8, seed=3, sampler=SamplerGroup(entropy_bound=5.0)),
+        RunConfig(
+            str(bundle), prompt_ids=[2, 10, 11], max_new_tokens=8, seed=3, sampler=SamplerGroup(entropy_bound=5.0)
+        ),
         Shown(),
     )
     sampler = SamplerConfig.from_mapping({**vars(kit.network(traces).sampler_defaults), "entropy_bound": 5.0})

@@ -1,4 +1,4 @@
-"""TensorRT-RTX builds every graph of the tiny model, and its network is what the graph says. Engines are not run here."""
+"""TensorRT-RTX builds every graph of the tiny model, and its network is what the graph says. No engine is run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from nemo_diffgemma import ModelConfig, ParallelLayout
 from tests.export import kit
 from tests.reference import tiny_config
 
-pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: make venv installs it where there is a wheel")
+pytest.importorskip(
+    "tensorrt_rtx", reason="tensorrt_rtx is not installed: make venv installs it where there is a wheel"
+)
 
 SINGLE, FOUR = ParallelLayout(), ParallelLayout(tensor=4, expert=2, expert_tensor=2)
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
@@ -46,7 +48,9 @@ def test_every_graph_builds_in_every_precision(graph, dtype, tmp_path):
     for name, tensor in bound.items():
         assert (tensor.dtype, tensor.shape) == (DTYPES[dtype], weights[name].shape)
     axes = {axis for tensor in network.inputs.values() for axis in tensor.axes if axis}
-    assert {"batch", "context_columns", "window_columns"} - axes == ({"context_columns"} if graph == "encode" else set())
+    assert {"batch", "context_columns", "window_columns"} - axes == (
+        {"context_columns"} if graph == "encode" else set()
+    )
     assert not network.collectives
     assert ("TRIP_LIMIT" in network.layers) == (graph == "loop")
     # sampling is in float32 whatever the weights are, and what leaves the engine keeps its type

@@ -74,7 +74,9 @@ def test_the_sum_of_the_ranks_equals_pytorch(checkpoint, name):
 @pytest.mark.parametrize("loop", ["fixed", None])
 def test_the_loop_gives_the_tokens_of_pytorch(checkpoint, engines, loop, steps):
     engine, network = engines(steps if loop == "fixed" else None), kit.network(kit.calm(checkpoint))
-    sampler = SamplerConfig(max_denoising_steps=steps, confidence_threshold=0.0, entropy_bound=5.0, eos_token_id=(1, 50))
+    sampler = SamplerConfig(
+        max_denoising_steps=steps, confidence_threshold=0.0, entropy_bound=5.0, eos_token_id=(1, 50)
+    )
     for rows, context in ((1, 5), (3, WINDOW), (3, 3 * WINDOW + 2)):
         given = dict(max_new_tokens=12, sampler=sampler, seed=3)
         ours = network.generate(prompts(rows, context), **given)
@@ -134,7 +136,11 @@ def test_float16_agrees_with_float32(checkpoint):
 @pytest.mark.parametrize(
     ("ids", "given", "says"),
     [
-        (torch.zeros(9, 4, dtype=torch.long), {}, "9 rows, but the engines were built for batches of 1 to 8; .*max_batch_size=9"),
+        (
+            torch.zeros(9, 4, dtype=torch.long),
+            {},
+            "9 rows, but the engines were built for batches of 1 to 8; .*max_batch_size=9",
+        ),
         (torch.zeros(1, 65, dtype=torch.long), {}, "need a context of 65 columns, .* at most 64; .*max_context=65"),
         (torch.zeros(1, 60, dtype=torch.long), dict(max_new_tokens=12), "need a context of 68 columns"),
         (torch.full((1, 4), 64), {}, "input_ids holds 64; token ids go from 0 to 63"),

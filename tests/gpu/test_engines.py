@@ -8,6 +8,7 @@ H100, H200 or B200, for which it has no kernels). What ONNX Runtime gives is kep
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from tests.pool import Pools
 LENGTHS = (3, 8, 21)  # below, at and above the sliding window of the tiny models
 STEPS = 8
 SAMPLER = dict(max_denoising_steps=STEPS, entropy_bound=5.0, t_min=0.4, t_max=0.8, eos_token_id=[1, 50], pad_token_id=0)
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 # -- run by the ranks, which see the GPUs ------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def _open(path: Path, provider: str) -> Any:
 
     if provider == "traced":
         return torch_engine(read_bundle(path))[0]
-    return open_bundle(path, provider)
+    return open_bundle(path, provider, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 # -- fixtures ----------------------------------------------------------------------------------------------------------
