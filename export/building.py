@@ -42,7 +42,7 @@ GRAPHS = ("encode", "step", "loop")
 
 @dataclass(frozen=True)
 class Built:
-    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, peak memory of the process so far (bytes)."""
+    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, peak memory so far (bytes)."""
 
     onnx_bytes: int
     engine_bytes: int

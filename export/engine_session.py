@@ -132,7 +132,7 @@ class EngineSession:
     """
 
     def __init__(self, builder: str, engine_file: Path, device: int = 0, world: int = 1) -> None:
-        self._device = _cuda_device(builder, device)
+        self._device = cuda_device(builder, device)
         try:
             self._trt = load_module(builder)
         except BuilderError as error:
@@ -277,7 +277,7 @@ def _remember(kept: OrderedDict[Geometry, Any], key: Geometry, value: Any, most:
         kept.popitem(last=False)
 
 
-def _cuda_device(builder: str, device: int) -> torch.device:
+def cuda_device(builder: str, device: int) -> torch.device:
     if not torch.cuda.is_available():
         raise EngineError(
             f"provider={builder} needs an NVIDIA GPU and its driver; on this machine use provider=onnxruntime"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from export.bundle import Bundle, BundleError, read_bundle
+from export.engine_session import EngineSession, cuda_device
 from export.qdq import inline_quantized
 from export.runner import Engine
 from export.sessions import OnnxSession, Session, Tensors
@@ -24,12 +25,13 @@ from export.weights import EXPERTS
 PROVIDERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "tensorrt_llm")
 
 
-def open_bundle(path: str | Path, provider: str = "onnxruntime", device: int = 0) -> Engine:
+def open_bundle(path: str | Path, provider: str = "onnxruntime", device: int | None = None) -> Engine:
     """The engine of a bundle, with weights loaded.
 
     `onnxruntime` runs the graphs of all ranks in this process on the CPU (float32 and float16). The TensorRT providers
-    run this process's rank (`RANK` of torchrun or srun) on CUDA device `device`. Raises `BundleError` for what is no
-    complete bundle, `WeightsError` where its weights do not fit, `EngineError` without what the provider needs.
+    run this process's rank (`RANK` of torchrun or srun) on CUDA device `device`, by default `LOCAL_RANK`. Raises
+    `BundleError` for what is no complete bundle, `WeightsError` where its weights do not fit, `EngineError` without
+    what the provider needs.
     """
     if provider not in PROVIDERS:
         raise BundleError(f"provider={provider!r}; use one of {', '.join(PROVIDERS)}")
@@ -39,6 +41,7 @@ def open_bundle(path: str | Path, provider: str = "onnxruntime", device: int = 0
         sessions, where = _onnx_sessions(bundle, ranks), torch.device("cpu")
     else:
         ranks = [_own_rank(bundle)]
+        device = int(os.environ.get("LOCAL_RANK", 0)) if device is None else device
         sessions, where = _engine_sessions(bundle, provider, ranks[0], device), torch.device("cuda", device)
     settings = bundle.settings
     return Engine(
@@ -96,10 +99,8 @@ def _own_rank(bundle: Bundle) -> int:
 class _OneRank:
     """The engine of one rank as a `Session`."""
 
-    def __init__(self, provider: str, file: Path, weights: Mapping[str, Tensor], device: int) -> None:
-        from export.engine_session import EngineSession
-
-        self._session = EngineSession(provider, file, device)
+    def __init__(self, provider: str, file: Path, weights: Mapping[str, Tensor], device: int, world: int) -> None:
+        self._session = EngineSession(provider, file, device, world)
         self._session.bind(weights)
 
     def run(self, shared: Tensors, ranked: Sequence[Tensors]) -> list[dict[str, Tensor]]:
@@ -115,8 +116,10 @@ def _engine_sessions(bundle: Bundle, provider: str, rank: int, device: int) -> d
             f"{bundle.path} was built with builder={bundle.info['builder']} and has no engines for provider={provider};"
             f" build it again with builder={provider}, or open it with provider=onnxruntime"
         )
-    weights = bundle.load_weights(rank)
+    where = cuda_device(provider, device)  # raises before weights are read
+    weights = {name: tensor.to(where) for name, tensor in bundle.load_weights(rank).items()}  # one copy for all graphs
+    world = settings.layout.world_size
     return {
-        graph: _OneRank(provider, bundle.path / settings.file(graph, rank, "engine"), weights, device)
+        graph: _OneRank(provider, bundle.path / settings.file(graph, rank, "engine"), weights, device, world)
         for graph in settings.graphs
     }

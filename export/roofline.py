@@ -169,7 +169,7 @@ class RooflineConfig:
 
     bundle: str = "???"
     batch: int = 1
-    context: int = 1024  # tokens before the canvas, or before the chunk that is encoded
+    context: int | None = None  # tokens before the canvas, or the chunk that is encoded; null: 1024, or what fits
     tokens_per_forward: float | None = None  # tokens that a row gains by a step; null: all steps are run
 
 
@@ -181,7 +181,8 @@ def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
 
     bundle: Bundle = read_bundle(config.bundle)
     settings = bundle.settings
-    sizes = _sizes(config, bundle)
+    context = min(1024, settings.limits.context) if config.context is None else config.context
+    sizes = _sizes(config, bundle, context)
     costs = {}
     for graph in settings.graphs:
         model: ModelProto = onnx.load(bundle.path / settings.file(graph, 0), load_external_data=False)
@@ -190,7 +191,7 @@ def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
         costs["loop"] = costs["loop"].divided(sizes["steps"])
     gain = config.tokens_per_forward or bundle.config.canvas_length / sizes["steps"]
     gpus = [load_gpu(name) for name in gpu_names()]
-    results.show(f"{config.bundle}, one rank: batch {config.batch}, context {config.context}, {settings.dtype}")
+    results.show(f"{config.bundle}, one rank: batch {config.batch}, context {context}, {settings.dtype}")
     results.show(f"encode takes {sizes['chunk']} tokens; a step gains {gain:.4g} tokens a row\n")
     for graph, cost in costs.items():
         flops = ", ".join(f"{n / 1e9:.4g} GFLOP {dtype}" for dtype, n in cost.flops_by_dtype.items())
@@ -210,19 +211,19 @@ def _milliseconds(cost: Cost, gpu: Gpu) -> float | None:
         return None
 
 
-def _sizes(config: RooflineConfig, bundle: Any) -> dict[str, int]:
+def _sizes(config: RooflineConfig, bundle: Any, context: int) -> dict[str, int]:
     """Sizes of the dynamic axes. Raises `RooflineError` for what the bundle was not built for."""
     limits, steps = bundle.settings.limits, bundle.settings.steps
-    for name, given, most in (("batch", config.batch, limits.batch), ("context", config.context, limits.context)):
+    for name, given, most in (("batch", config.batch, limits.batch), ("context", context, limits.context)):
         if not 1 <= given <= most:
             raise RooflineError(f"{name}={given}; {config.bundle} was built for 1 to {most}")
     if config.tokens_per_forward is not None and config.tokens_per_forward <= 0:
         raise RooflineError(f"tokens_per_forward={config.tokens_per_forward}; expected a number above 0")
     return {
         "batch": config.batch,
-        "context_columns": config.context,
-        "window_columns": min(config.context, max(1, bundle.config.sliding_window - 1)),
-        "chunk": min(config.context, limits.chunk),
+        "context_columns": context,
+        "window_columns": min(context, max(1, bundle.config.sliding_window - 1)),
+        "chunk": min(context, limits.chunk),
         "steps": steps or 48,
     }
 

@@ -33,7 +33,7 @@ class RunConfig:
 
     bundle: str = "???"
     provider: str = "onnxruntime"  # tensorrt_rtx, tensorrt, tensorrt_llm
-    device: int = 0  # CUDA device of this process
+    device: int | None = None  # CUDA device of this process; null: LOCAL_RANK
     prompt: str | None = None
     prompt_ids: list[int] | None = None
     chat: bool = True  # wrap the prompt in the tokenizer's chat template, where it has one

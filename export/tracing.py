@@ -6,6 +6,7 @@ Traced once for all ranks: what differs between ranks (which rows, which experts
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -74,6 +75,8 @@ def trace(graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.
     _keep_used_inputs(model)
     _name_axes(model, dynamic)
     model.producer_name = "nemo_diffgemma"
+    del program, exported
+    gc.collect()  # torch's graphs refer to themselves; at full size they hold several hundred MB
     return model
 
 

@@ -1,0 +1,114 @@
+"""A checkpoint for TensorRT Edge-LLM, NVIDIA's own engine for this model on one Jetson, DGX Spark or RTX GPU.
+
+    python export/build.py builder=edge_llm checkpoint=<directory> out=edge
+    pip install "tensorrt-edgellm[export]==0.11.0"          # an environment of its own: it pins other versions
+    tensorrt-edgellm-export edge edge-onnx --skip-visual    # on any machine; engines are built on the device
+
+Its exporter wants more than a released-format directory must have: a vision configuration, every setting of the sampler,
+a tokenizer and a chat template. Here the sampler's settings are completed from the checkpoint's defaults, the smallest
+vision configuration stands in for a missing one, and a template that joins the messages as they are for a missing
+template. A tokenizer cannot be made up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from export.bundle import stored_slice, writing
+from export.weights import WeightsError, engine_weights
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.parallel.layout import ParallelLayout
+
+CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_HOLD_TEMPLATES = ("tokenizer_config.json", "processor_config.json", "chat_template.json")
+_PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+class EdgeLlmError(ValueError):
+    """A checkpoint that lacks what Edge-LLM needs; the message names it and what to do."""
+
+
+def write_checkpoint(source: Path, target: Path) -> None:
+    """Write the directory `target` from the released-format directory `source`.
+
+    Tensors are hard links where the disk allows it. Raises `EdgeLlmError` without a tokenizer, `WeightsError` where
+    tensors are missing or of another shape, `BundleError` where `target` is not empty; nothing half-written stays.
+    """
+    config = ModelConfig.from_pretrained(source)
+    missing = [name for name in _TOKENIZER if not (source / name).is_file()]
+    if missing:
+        raise EdgeLlmError(
+            f"{source} has no {' and no '.join(missing)}, and Edge-LLM works on text only; copy the tokenizer's files of "
+            "the model into it, or save one there: AutoTokenizer.from_pretrained(<model>).save_pretrained(<directory>)"
+        )
+    _check_tensors(source, config)
+    with writing(target) as partial:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.startswith(".") and file.name not in (CONFIG, GENERATION):
+                _link(file, partial / file.name)
+        _write(partial / CONFIG, _configuration(source, config))
+        _write(partial / GENERATION, _generation(source, config))
+        if not _has_template(source):
+            (partial / TEMPLATE).write_text(_PLAIN_TEMPLATE)
+
+
+def _check_tensors(source: Path, config: ModelConfig) -> None:
+    try:
+        with TensorFiles(source) as files:
+            for weight in engine_weights(config, ParallelLayout()).values():
+                stored_slice(files, weight)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from None
+
+
+def _configuration(source: Path, config: ModelConfig) -> dict[str, Any]:
+    found = json.loads((source / CONFIG).read_text())
+    if not isinstance(found.get("vision_config"), dict):
+        # what a model gets that was never read from a file
+        found["vision_config"] = replace(config, source=None).to_huggingface()["vision_config"]
+    return found
+
+
+def _generation(source: Path, config: ModelConfig) -> dict[str, Any]:
+    """The settings that are there, with every one that the exporter reads; it takes null for a number."""
+    file = source / GENERATION
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    sampler = SamplerConfig.of_checkpoint(source, config)
+    eos = sampler.eos_token_id
+    return {
+        **found,
+        "max_denoising_steps": sampler.max_denoising_steps,
+        "t_min": sampler.t_min,
+        "t_max": sampler.t_max,
+        "stability_threshold": sampler.stability_threshold,
+        "confidence_threshold": sampler.confidence_threshold,
+        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": sampler.entropy_bound},
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": sampler.pad_token_id,
+    }
+
+
+def _has_template(source: Path) -> bool:
+    if (source / TEMPLATE).is_file():
+        return True
+    holders = [source / name for name in _HOLD_TEMPLATES if (source / name).is_file()]
+    return any(json.loads(file.read_text()).get("chat_template") for file in holders)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file.resolve(), target)
+    except OSError:  # another disk
+        shutil.copyfile(file, target)
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
