@@ -56,6 +56,8 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     from export.runner import Limits
 
     checkpoint = Path(config.checkpoint).expanduser() if config.checkpoint else None
+    if config.builder == "edge_llm" and checkpoint is None:
+        raise ConfigurationError("builder=edge_llm rewrites a checkpoint; give checkpoint=<directory>")
     if (checkpoint is None) == (not config.model.architecture):
         raise ConfigurationError("give one of checkpoint=<directory> and model=<file of conf/model>, not both or none")
     targets: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto
 
-from export import quantize
+from export import quantize, triton_repository
 from export.builders import BUILDERS, build_engine, check_target
 from export.bundle import (
     CHECKPOINT,
@@ -80,6 +80,7 @@ def build_bundle(
         if settings.quantization is not None:
             amax, weights = _quantize(config, settings, weights, partial, prompts, progress)
         built = _build_graphs(config, settings, weights, amax, partial, builder, targets, progress)
+        triton_repository.write(partial, builder)
         write_descriptions(partial, config, settings, weights, builder, targets)
     return built
 

@@ -1,13 +1,13 @@
 """A checkpoint for TensorRT Edge-LLM, NVIDIA's own engine for this model on one Jetson, DGX Spark or RTX GPU.
 
     python export/build.py builder=edge_llm checkpoint=<directory> out=edge
-    pip install "tensorrt-edgellm[export]==0.11.0"          # an environment of its own: it pins other versions
+    pip install "tensorrt-edgellm[export]==0.11.0"        # in an environment of its own: it pins versions
     tensorrt-edgellm-export edge edge-onnx --skip-visual    # on any machine; engines are built on the device
 
-Its exporter wants more than a released-format directory must have: a vision configuration, every setting of the sampler,
-a tokenizer and a chat template. Here the sampler's settings are completed from the checkpoint's defaults, the smallest
-vision configuration stands in for a missing one, and a template that joins the messages as they are for a missing
-template. A tokenizer cannot be made up.
+Its exporter wants more than a released-format directory must have: a vision configuration, every setting of the
+sampler, a tokenizer and a chat template. Here the sampler's settings are completed from the checkpoint's defaults, the
+smallest vision configuration stands in for a missing one, and a template that joins the messages as they are for a
+missing template. A tokenizer cannot be made up.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
+SMALLEST_CANVAS = 8  # the length with which version 0.11.0 traces
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _HOLD_TEMPLATES = ("tokenizer_config.json", "processor_config.json", "chat_template.json")
@@ -39,15 +40,20 @@ class EdgeLlmError(ValueError):
 def write_checkpoint(source: Path, target: Path) -> None:
     """Write the directory `target` from the released-format directory `source`.
 
-    Tensors are hard links where the disk allows it. Raises `EdgeLlmError` without a tokenizer, `WeightsError` where
-    tensors are missing or of another shape, `BundleError` where `target` is not empty; nothing half-written stays.
+    Tensors are hard links where the disk allows it. Raises `EdgeLlmError` without a tokenizer and for a canvas too short,
+    `WeightsError` where tensors are missing or of another shape, `BundleError` where `target` is not empty; nothing half-written stays.
     """
     config = ModelConfig.from_pretrained(source)
+    if config.canvas_length < SMALLEST_CANVAS:
+        raise EdgeLlmError(
+            f"{source} has canvas_length={config.canvas_length}; Edge-LLM's exporter takes {SMALLEST_CANVAS} or more. Use "
+            "another builder for this model (builder=tensorrt_rtx)"
+        )
     missing = [name for name in _TOKENIZER if not (source / name).is_file()]
     if missing:
         raise EdgeLlmError(
             f"{source} has no {' and no '.join(missing)}, and Edge-LLM works on text only; copy the tokenizer's files of "
-            "the model into it, or save one there: AutoTokenizer.from_pretrained(<model>).save_pretrained(<directory>)"
+            "the model into it: AutoTokenizer.from_pretrained(<model>).save_pretrained(<directory>)"
         )
     _check_tensors(source, config)
     with writing(target) as partial:

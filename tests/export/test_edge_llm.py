@@ -26,7 +26,7 @@ VERSION = "0.11.0"
 @pytest.fixture
 def source(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     """A tiny released-format directory with a tokenizer and no chat template."""
-    directory = Path(shutil.copytree(checkpoint("base"), tmp_path / "source"))
+    directory = Path(shutil.copytree(checkpoint("bigger_canvas"), tmp_path / "source"))
     build_tokenizer().save_pretrained(directory)
     return directory
 
@@ -97,6 +97,12 @@ def test_without_a_tokenizer_nothing_is_written(source: Path, tmp_path: Path, na
     with pytest.raises(EdgeLlmError, match=f"has no {name}.*copy the tokenizer's files"):
         write_checkpoint(source, tmp_path / "edge")
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_canvas_that_the_exporter_cannot_trace_is_refused(source: Path, tmp_path: Path) -> None:
+    edit(source, "config.json", canvas_length=7)
+    with pytest.raises(EdgeLlmError, match="canvas_length=7; Edge-LLM's exporter takes 8 or more"):
+        write_checkpoint(source, tmp_path / "edge")
 
 
 def test_missing_tensors_and_a_full_target_are_refused(source: Path, tmp_path: Path) -> None:
