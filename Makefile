@@ -4,7 +4,7 @@
 PYTHON_IN_VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo export-demo test test-all lint format clean
+.PHONY: help venv demo export-demo test test-all test-gpu lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ test: venv ## Run the tests, without the slow ones
 
 test-all: venv ## Run all tests
 	$(PYTHON_IN_VENV) -m pytest -q $(ARGS)
+
+test-gpu: venv ## Run what needs GPUs: parity and layouts on nccl, engines with their latencies
+	$(PYTHON_IN_VENV) -m pytest -q -s tests/gpu $(ARGS)
 
 lint: venv ## Check style, formatting and types
 	$(PYTHON_IN_VENV) -m ruff check

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from export.runner import Limits
 from export.weights import Weight, WeightsError
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
@@ -117,8 +118,6 @@ class Bundle:
 
 def read_weights(checkpoint: Path, weights: Mapping[str, Weight], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Inputs of a rank from a released-format directory. Raises `WeightsError` where the two do not fit."""
-    from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
-
     try:
         with TensorFiles(checkpoint) as files:
             return {
@@ -171,7 +170,9 @@ def write_descriptions(
 ) -> None:
     """Everything but graphs, engines and checkpoint; last of all build_info.json, with checksums of the rest."""
     _write(directory / CONFIG, _describe(config, settings, SamplerConfig.of_checkpoint(directory / CHECKPOINT, config)))
-    _write(directory / WEIGHTS, {name: dataclasses.asdict(weight) for name, weight in weights.items()})
+    files = _files(directory / CHECKPOINT)
+    described = {name: {"file": files.get(w.key), **dataclasses.asdict(w)} for name, w in weights.items()}
+    _write(directory / WEIGHTS, described)
     _write(directory / PROFILES, {graph: settings.profile(graph, config) for graph in settings.graphs})
     _write(
         directory / BUILD_INFO,
@@ -187,6 +188,12 @@ def write_descriptions(
             },
         },
     )
+
+
+def _files(checkpoint: Path) -> dict[str, str]:
+    """The file of each tensor, by name; none where there are no weights."""
+    with TensorFiles(checkpoint) as files:
+        return {name: file.name for name, file in files.files.items()}
 
 
 def _describe(config: ModelConfig, settings: Settings, sampler: SamplerConfig) -> dict[str, Any]:

@@ -40,20 +40,21 @@ class EdgeLlmError(ValueError):
 def write_checkpoint(source: Path, target: Path) -> None:
     """Write the directory `target` from the released-format directory `source`.
 
-    Tensors are hard links where the disk allows it. Raises `EdgeLlmError` without a tokenizer and for a canvas too short,
-    `WeightsError` where tensors are missing or of another shape, `BundleError` where `target` is not empty; nothing half-written stays.
+    Tensors are hard links where the disk allows it. Raises `EdgeLlmError` without a tokenizer and for a canvas that is
+    too short, `WeightsError` where tensors are missing or of another shape, `BundleError` where `target` is not empty;
+    nothing half-written stays.
     """
     config = ModelConfig.from_pretrained(source)
     if config.canvas_length < SMALLEST_CANVAS:
         raise EdgeLlmError(
-            f"{source} has canvas_length={config.canvas_length}; Edge-LLM's exporter takes {SMALLEST_CANVAS} or more. Use "
-            "another builder for this model (builder=tensorrt_rtx)"
+            f"{source} has canvas_length={config.canvas_length}; Edge-LLM's exporter takes {SMALLEST_CANVAS} or more; "
+            "use another builder for this model, builder=tensorrt_rtx"
         )
     missing = [name for name in _TOKENIZER if not (source / name).is_file()]
     if missing:
         raise EdgeLlmError(
-            f"{source} has no {' and no '.join(missing)}, and Edge-LLM works on text only; copy the tokenizer's files of "
-            "the model into it: AutoTokenizer.from_pretrained(<model>).save_pretrained(<directory>)"
+            f"{source} has no {' and no '.join(missing)}, and Edge-LLM works on text only; copy the tokenizer's files "
+            "of the model into it: AutoTokenizer.from_pretrained(<model>).save_pretrained(<directory>)"
         )
     _check_tensors(source, config)
     with writing(target) as partial:

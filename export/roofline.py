@@ -156,7 +156,7 @@ def table(costs: Mapping[str, Cost], gpus: Sequence[Gpu], tokens_per_step: float
                 rows.append([gpu.name, graph, "-", f"no {error.dtype}", fits, "-"])
                 continue
             tokens = "-" if graph == "encode" else f"{tokens_per_step / bound.seconds:,.0f}"
-            rows.append([gpu.name, graph, f"{bound.seconds * 1e3:.3f}", bound.limited_by, fits, tokens])
+            rows.append([gpu.name, graph, f"{bound.seconds * 1e3:.4g}", bound.limited_by, fits, tokens])
     return columns(["GPU", "graph", "ms", "limited by", "weights fit", "tokens/s"], rows)
 
 

@@ -93,6 +93,8 @@ def test_every_weight_input_is_described_and_fits_the_checkpoint(bundle):
     found = read_bundle(bundle)
     files = sorted((bundle / "checkpoint").glob("*.safetensors"))
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    described = json.loads((bundle / "weights.json").read_text())
+    assert all(entry["key"] in load_file(bundle / "checkpoint" / entry["file"]) for entry in described.values())
     for graph in found.settings.graphs:
         model = onnx.load(bundle / found.settings.file(graph, 0))
         for value in model.graph.input:

@@ -1,4 +1,4 @@
-"""The released architecture, 25.2 B parameters, without weights: every graph is exported and built on a small machine."""
+"""The released architecture, 25.2 B parameters, without weights: every graph is exported and built on two CPU cores."""
 
 from __future__ import annotations
 

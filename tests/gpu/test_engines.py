@@ -1,6 +1,6 @@
 """Engines on a GPU against ONNX Runtime's numbers for the same bundle.
 
-    python -m pytest tests/gpu/test_engines.py
+    make test-gpu        # prints latencies too: a row of benchmarks/engine.py for each precision and batch
 
 Bundles of a tiny random checkpoint are built here, with TensorRT where it is installed, else with TensorRT-RTX (not on
 H100, H200 or B200, for which it has no kernels). What ONNX Runtime gives is kept in an .npz file for the session.
@@ -9,6 +9,8 @@ H100, H200 or B200, for which it has no kernels). What ONNX Runtime gives is kep
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tests.conftest import GPUS, VISIBLE_GPUS
 from tests.parity.generations import DAMP, SUBLAYERS
 from tests.pool import Pools
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (3, 8, 21)  # below, at and above the sliding window of the tiny models
 STEPS = 8
 SAMPLER = dict(max_denoising_steps=STEPS, entropy_bound=5.0, t_min=0.4, t_max=0.8, eos_token_id=[1, 50], pad_token_id=0)
@@ -253,3 +256,14 @@ def test_two_ranks_give_the_tokens_of_onnx_runtime(ranks, bundle, provider, layo
     ours = ranks(2).run("tests.gpu.test_engines:tokens", provider=provider, **arguments)
     truth = tokens(provider="onnxruntime", **arguments)
     assert all(torch.equal(mine, truth) for mine in ours)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_latency_can_be_measured(bundle, provider, dtype, rows):
+    command = [sys.executable, "benchmarks/engine.py", str(bundle(dtype)), "--provider", provider]
+    command += ["--batch", str(rows), "--context", "32", "--steps", str(STEPS)]
+    visible = {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS or "0"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | visible, stdout=subprocess.PIPE, text=True, check=True)
+    print(f"\n{done.stdout}")
+    assert float(done.stdout.splitlines()[-1].split("|")[-2]) > 0
