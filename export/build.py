@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from export.entry import start
+from export.roofline import Gpu
 from launch.output import Results, table
 from nemo_diffgemma.training.schema import ConfigurationError, ModelGroup, ParallelGroup
 
@@ -36,7 +37,7 @@ class BuildConfig:
     model: ModelGroup = field(default_factory=ModelGroup)  # instead of a checkpoint: build the structure only
     out: str = "???"  # directory of the bundle; must not exist
     builder: str = "onnx"  # tensorrt_rtx, tensorrt, tensorrt_llm, edge_llm
-    gpu: str | None = None  # a file of conf/gpu: engines for that GPU
+    gpu: Gpu | None = None  # gpu=<file of conf/gpu>: engines for that GPU
     dtype: str = "float32"  # float16, bfloat16
     steps: int | None = 48  # of the loop; null: each call says how many
     graphs: list[str] = field(default_factory=lambda: ["encode", "step", "loop"])
@@ -60,11 +61,7 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
         raise ConfigurationError("builder=edge_llm rewrites a checkpoint; give checkpoint=<directory>")
     if (checkpoint is None) == (not config.model.architecture):
         raise ConfigurationError("give one of checkpoint=<directory> and model=<file of conf/model>, not both or none")
-    targets: tuple[str, ...] = ()
-    if config.gpu is not None:
-        from export.roofline import load_gpu
-
-        targets = (load_gpu(config.gpu).compute_capability,)
+    targets = () if config.gpu is None else (config.gpu.compute_capability,)
     with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
         source = _released_format(checkpoint, Path(folder)) if checkpoint is not None else _structure(config.model)
         if config.builder == "edge_llm":
@@ -83,7 +80,9 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
             limits=Limits(config.max_batch_size, config.max_context, config.max_chunk),
         )
         prompts = _prompts(config.calibration, source) if config.calibration else ()
-        with tqdm(total=0, bar_format="{desc} [{elapsed}]", file=sys.stderr, disable=not results.first) as bar:
+        with tqdm(
+            total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.first
+        ) as bar:
             built = build_bundle(
                 source,
                 Path(config.out).expanduser(),

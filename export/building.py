@@ -15,7 +15,7 @@ import onnx
 from onnx import ModelProto
 
 from export import quantize, triton_repository
-from export.builders import BUILDERS, build_engine, check_target
+from export.builders import BUILDERS, build_engine, check_target, load_module
 from export.bundle import (
     CHECKPOINT,
     DTYPES,
@@ -88,8 +88,8 @@ def build_bundle(
 def _check(
     config: ModelConfig, settings: Settings, builder: str, targets: Sequence[str], prompts: Sequence[Sequence[int]]
 ) -> None:
-    if builder not in BUILDERS:
-        raise BundleError(f"builder={builder!r}; use one of {', '.join(BUILDERS)}")
+    if builder not in BUILDERS or builder == "edge_llm":
+        raise BundleError(f"builder={builder!r}; use one of {', '.join(BUILDERS)} (edge_llm: export.edge_llm)")
     if settings.dtype not in DTYPES:
         raise BundleError(f"dtype={settings.dtype!r}; use one of {', '.join(DTYPES)}")
     if settings.weights not in ("inputs", "inline", "none"):
@@ -119,6 +119,8 @@ def _check(
         given = prompts if settings.weights != "none" else [[0]]
         quantize.check(settings.quantization, config, settings.layout, given)
     check_target(builder, targets, settings.dtype, settings.quantization)
+    if builder != "onnx":
+        load_module(builder)  # raises where it cannot be loaded: not after minutes of tracing
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

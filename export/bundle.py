@@ -35,7 +35,7 @@ from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 FORMAT = 1
-CHECKPOINT = "checkpoint"
+CHECKPOINT, TRITON = "checkpoint", "triton"
 CONFIG, WEIGHTS, PROFILES, BUILD_INFO = "config.json", "weights.json", "profiles.json", "build_info.json"
 QUANTIZED = "quantized.rank{rank}.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -184,7 +184,7 @@ def write_descriptions(
             "files": {
                 str(file.relative_to(directory)): _fingerprint(file)
                 for file in sorted(directory.rglob("*"))
-                if file.is_file()
+                if file.is_file() and directory / TRITON not in file.parents  # which is there to be edited
             },
         },
     )
