@@ -2,7 +2,7 @@
 
     python export/build.py checkpoint=<directory> out=bundles/mine                          # ONNX only
     python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt_rtx gpu=rtx_5090 dtype=bfloat16
-    python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt dtype=bfloat16 weights=inline
+    python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt gpu=h100 dtype=bfloat16
     python export/build.py checkpoint=<directory> out=bundles/mine parallel=tp2_ep2 graphs=[encode,step]
     python export/build.py model=diffusiongemma_26b_a4b out=/tmp/try builder=tensorrt_rtx  # no weights: is it built?
 
@@ -43,7 +43,7 @@ class BuildConfig:
     graphs: list[str] = field(default_factory=lambda: ["encode", "step", "loop"])
     weights: str = "inputs"  # inline: inside of the engine
     quantization: str | None = None  # of the experts: fp8, int4, nvfp4
-    calibration: str | None = None  # text file, one prompt a line; fp8 and nvfp4 need it
+    calibration: str | None = None  # file with one prompt a line; fp8 and nvfp4 need it
     max_batch_size: int = 8
     max_context: int = 8192  # columns, prompt and finished canvases
     max_chunk: int = 1024  # columns of one call of encode
@@ -62,17 +62,23 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     if (checkpoint is None) == (not config.model.architecture):
         raise ConfigurationError("give one of checkpoint=<directory> and model=<file of conf/model>, not both or none")
     targets = () if config.gpu is None else (config.gpu.compute_capability,)
-    with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
+    layout, out = config.parallel.layout(), Path(config.out).expanduser()
+    if config.parallel.replicas != 1:
+        raise ConfigurationError("parallel.replicas: every replica runs the same engines; leave it out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigurationError(f"out={out} exists and is not empty; choose another name or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.source-", dir=out.parent) as folder:
         source = _released_format(checkpoint, Path(folder)) if checkpoint is not None else _structure(config.model)
         if config.builder == "edge_llm":
             from export.edge_llm import write_checkpoint
 
-            write_checkpoint(source, Path(config.out).expanduser())
+            write_checkpoint(source, out)
             results.show(f"a checkpoint for tensorrt-edgellm-export is in {config.out}")
             return {"bundle": config.out, "graphs": {}}
         settings = Settings(
             dtype=config.dtype,
-            layout=config.parallel.layout(),
+            layout=layout,
             graphs=tuple(config.graphs),
             steps=config.steps,
             weights=config.weights if checkpoint is not None else "none",
@@ -85,7 +91,7 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
         ) as bar:
             built = build_bundle(
                 source,
-                Path(config.out).expanduser(),
+                out,
                 settings,
                 config.builder,
                 targets,
@@ -115,24 +121,37 @@ def _structure(model: ModelGroup) -> Any:
 
 
 def _released_format(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint as a Hugging Face directory, converted where it is none."""
+    """The checkpoint as a Hugging Face directory: a `.nemo` holds one, a sharded checkpoint is converted."""
     if (checkpoint / "config.json").is_file():
         return checkpoint
-    from nemo_diffgemma.checkpoint.open import load_network
+    from nemo_diffgemma.checkpoint import nemo_archive
+    from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
     from nemo_diffgemma.parallel import ParallelLayout, initialize
 
+    if format_of(checkpoint) == "nemo":
+        return nemo_archive.unpack(checkpoint) / nemo_archive.WEIGHTS
+    from launch.checkpoints import contents
+
     initialize(ParallelLayout())
-    load_network(checkpoint).save_huggingface(folder / "checkpoint")
+    load_network(checkpoint, DTYPES[contents(str(checkpoint)).dtype]).save_huggingface(folder / "checkpoint")
     return folder / "checkpoint"
 
 
 def _prompts(file: str, source: Any) -> list[list[int]]:
     from launch.text import Text
 
-    lines = [line for line in Path(file).expanduser().read_text().splitlines() if line.strip()]
+    place = Path(file).expanduser()
+    lines = [line for line in place.read_text().splitlines() if line.strip()] if place.is_file() else []
     if not lines:
-        raise ConfigurationError(f"calibration={file} is empty; give one prompt a line, some tens of them")
+        raise ConfigurationError(f"calibration={file} is no file, or empty; give one prompt a line, some tens of them")
     text = Text(source if isinstance(source, Path) else None)
+    if text.tokenizer is None:  # then token ids, as everywhere without a tokenizer
+        try:
+            return [[int(word) for word in line.split()] for line in lines]
+        except ValueError:
+            raise ConfigurationError(
+                f"{source} has no tokenizer, so calibration={file} must hold token ids, separated by spaces"
+            ) from None
     return [text.encode(line, chat=True) for line in lines]
 
 

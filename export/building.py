@@ -23,6 +23,7 @@ from export.bundle import (
     BundleError,
     Settings,
     read_weights,
+    stored_slice,
     write_descriptions,
     writing,
 )
@@ -38,6 +39,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 GRAPHS = ("encode", "step", "loop")
+QUANTIZATION = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def build_bundle(
     before anything is written; nothing half-written stays.
     """
     config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig.from_pretrained(checkpoint)
-    _check(config, settings, builder, targets, prompts)
+    check_request(config, settings, builder, targets, prompts)
     weights = engine_weights(config, settings.layout)
     with writing(out) as partial:
         assets = partial / CHECKPOINT
@@ -75,7 +77,7 @@ def build_bundle(
             (assets / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
         else:
             _link(checkpoint, assets)
-            weights = _located(weights, assets)
+            _check_tensors(weights, assets)
         amax: dict[str, float] = {}
         if settings.quantization is not None:
             amax, weights = _quantize(config, settings, weights, partial, prompts, progress)
@@ -85,9 +87,10 @@ def build_bundle(
     return built
 
 
-def _check(
+def check_request(
     config: ModelConfig, settings: Settings, builder: str, targets: Sequence[str], prompts: Sequence[Sequence[int]]
 ) -> None:
+    """Raise a ValueError that says what to do where this cannot be built."""
     if builder not in BUILDERS or builder == "edge_llm":
         raise BundleError(f"builder={builder!r}; use one of {', '.join(BUILDERS)} (edge_llm: export.edge_llm)")
     if settings.dtype not in DTYPES:
@@ -178,7 +181,7 @@ def _engine(
     """Build one engine -> its bytes. With weights as inputs the graphs of all ranks are one, and so are the engines."""
     first = engine.with_name(settings.file(graph, 0, "engine"))
     if rank > 0 and settings.weights != "inline":
-        os.link(first, engine)
+        link(first, engine)
         return engine.stat().st_size
     profile = settings.profile(graph, config)
     return build_engine(builder, file, engine, profile, world=settings.layout.world_size, targets=targets).bytes
@@ -195,22 +198,27 @@ def _link(checkpoint: Path, target: Path) -> None:
     """The files of a released-format directory without another copy of the tensors, where the disk allows it."""
     target.mkdir()
     for file in sorted(checkpoint.iterdir()):
-        if not file.is_file() or file.name.startswith("."):
-            continue
-        try:
-            os.link(file.resolve(), target / file.name)
-        except OSError:  # another disk
+        if not file.is_file() or file.name.startswith(".") or file.name == QUANTIZATION:
+            continue  # whether experts are quantised is this bundle's own affair
+        if file.suffix == ".safetensors":
+            link(file, target / file.name)
+        else:
             shutil.copy(file, target / file.name)
 
 
-def _located(weights: dict[str, Weight], assets: Path) -> dict[str, Weight]:
-    """`weights` after a look at the files: every tensor is there and has the right shape."""
-    from export.bundle import stored_slice
+def link(file: Path, target: Path) -> None:
+    """A second name for a file that nobody changes, or a copy where the disk cannot."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copy(file, target)
 
+
+def _check_tensors(weights: dict[str, Weight], assets: Path) -> None:
+    """Raise `WeightsError` unless every tensor is there and has the right shape."""
     with TensorFiles(assets) as files:
         for weight in weights.values():
             stored_slice(files, weight)
-    return weights
 
 
 def _quantize(
@@ -225,16 +233,14 @@ def _quantize(
     scheme, dtype = settings.quantization, settings.torch_dtype
     assert scheme is not None
     kept = {name: weight for name, weight in weights.items() if not quantize.is_quantized(name)}
-    (partial / CHECKPOINT / "hf_quant_config.json").write_text(
-        json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n"
-    )
+    (partial / CHECKPOINT / QUANTIZATION).write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
     if settings.weights == "none":
         return dict.fromkeys(weights, 1.0), kept  # any range will do for the structure
     amax: dict[str, float] = {}
     if scheme in quantize.QUANTIZE_ACTIVATIONS:
         progress("calibrating the activations")
         single = ParallelLayout()
-        tensors = read_weights(partial / CHECKPOINT, engine_weights(config, single), 0, dtype)
+        tensors = dict(read_weights(partial / CHECKPOINT, engine_weights(config, single), 0, dtype))
         amax = calibrate(Model(config, single, dtype), Weights(tensors), prompts)
         del tensors
     progress("quantising the experts")

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from export.runner import Limits
+from export.runner import LOOP_STEPS, Limits
 from export.weights import Weight, WeightsError
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
 from nemo_diffgemma.config import ModelConfig
@@ -79,7 +80,7 @@ class Settings:
         if graph == "encode":
             sizes["chunk"] = (1, min(512, self.limits.chunk), self.limits.chunk)
         if graph == "loop" and self.steps is None:
-            sizes["steps"] = (1, 48, 256)
+            sizes["steps"] = (1, 48, LOOP_STEPS)
         return sizes
 
     def file(self, graph: str, rank: int, kind: str = "onnx") -> str:
@@ -100,29 +101,42 @@ class Bundle:
     def assets(self) -> Path:
         return self.path / CHECKPOINT
 
-    def load_weights(self, rank: int) -> dict[str, Tensor]:
-        """The weight inputs of a rank, read one after the other. Raises `WeightsError`."""
+    def weight_inputs(self, rank: int) -> frozenset[str]:
+        """Names of all weight inputs, those of quantised experts included."""
+        file = self.path / QUANTIZED.format(rank=rank)
+        packed: set[str] = set()
+        if file.is_file():
+            with safe_open(str(file), framework="pt") as stored:
+                packed = set(stored.keys())
+        return frozenset({*self.weights, *packed})
+
+    def load_weights(self, rank: int) -> Iterator[tuple[str, Tensor]]:
+        """The weight inputs of a rank, one after the other; inline ones are in the graphs. Raises `WeightsError`."""
         if self.settings.weights == "none":
             raise WeightsError(
                 f"{self.path} was built without weights, to see that its engines can be built; build it again with "
                 "checkpoint=<directory>"
             )
-        inside = self.settings.weights == "inline"
-        found = {} if inside else read_weights(self.assets, self.weights, rank, self.settings.torch_dtype)
+        return self.stored_weights(rank, only_packed=self.settings.weights == "inline")
+
+    def stored_weights(self, rank: int, only_packed: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """All weights of a rank as the graphs take them, wherever they are when an engine runs."""
+        if not only_packed:
+            yield from read_weights(self.assets, self.weights, rank, self.settings.torch_dtype)
         if self.settings.quantization is not None:
             from export.quantize import load_quantized
 
-            found.update(load_quantized(self.path / QUANTIZED.format(rank=rank), self.settings.quantization))
-        return found
+            yield from load_quantized(self.path / QUANTIZED.format(rank=rank), self.settings.quantization).items()
 
 
-def read_weights(checkpoint: Path, weights: Mapping[str, Weight], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_weights(
+    checkpoint: Path, weights: Mapping[str, Weight], rank: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Inputs of a rank from a released-format directory. Raises `WeightsError` where the two do not fit."""
     try:
         with TensorFiles(checkpoint) as files:
-            return {
-                name: weight.of_rank(stored_slice(files, weight), rank).to(dtype) for name, weight in weights.items()
-            }
+            for name, weight in weights.items():
+                yield name, weight.of_rank(stored_slice(files, weight), rank).to(dtype)
     except CheckpointError as error:
         raise WeightsError(str(error)) from None
 
@@ -172,7 +186,9 @@ def write_descriptions(
     _write(directory / CONFIG, _describe(config, settings, SamplerConfig.of_checkpoint(directory / CHECKPOINT, config)))
     files = _files(directory / CHECKPOINT)
     described = {name: {"file": files.get(w.key), **dataclasses.asdict(w)} for name, w in weights.items()}
-    _write(directory / WEIGHTS, described)
+    # a quantised matrix lies under its input's own name, packed and sliced, in the file of its rank
+    packed = {"file": QUANTIZED} if settings.quantization is not None else None
+    _write(directory / WEIGHTS, {"checkpoint": described, "quantized": packed})
     _write(directory / PROFILES, {graph: settings.profile(graph, config) for graph in settings.graphs})
     _write(
         directory / BUILD_INFO,
@@ -271,13 +287,17 @@ def read_bundle(path: str | Path) -> Bundle:
             f"{path} is {'a half-built' if half else 'not a'} bundle: it has no {BUILD_INFO}; "
             + ("remove it and build it again" if half else "give a directory that export/build.py has written")
         )
-    info = json.loads((place / BUILD_INFO).read_text())
+    try:
+        info = json.loads((place / BUILD_INFO).read_text())
+        files = info["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{place / BUILD_INFO} is damaged ({error!r}); copy the bundle again") from None
     if info.get("format") != FORMAT:
         raise BundleError(
             f"{path} is a bundle of format {info.get('format')}, this version reads format {FORMAT}; build it again "
             "from its checkpoint directory with export/build.py"
         )
-    for name, expected in info["files"].items():
+    for name, expected in files.items():
         file = place / name
         if not file.is_file():
             raise BundleError(f"{path} lacks {name}; copy the bundle again, all of it (each rank needs its files)")
@@ -287,7 +307,9 @@ def read_bundle(path: str | Path) -> Bundle:
                 "again"
             )
     described = json.loads((place / CONFIG).read_text())
-    weights = {name: Weight.from_json(entry) for name, entry in json.loads((place / WEIGHTS).read_text()).items()}
+    weights = {
+        name: Weight.from_json(entry) for name, entry in json.loads((place / WEIGHTS).read_text())["checkpoint"].items()
+    }
     return Bundle(place, ModelConfig.from_pretrained(place / CHECKPOINT), _settings_of(described), weights, info)
 
 

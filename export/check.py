@@ -23,6 +23,7 @@ import torch
 
 from export.entry import start
 from launch.output import Results, table
+from nemo_diffgemma.training.schema import ConfigurationError
 
 
 @dataclass
@@ -51,6 +52,7 @@ def check(config: CheckConfig, results: Results) -> dict[str, Any]:
     from nemo_diffgemma.parallel import initialize
 
     bundle = read_bundle(config.bundle)
+    _fitting(config, bundle)  # raises before anything is loaded
     verify_checksums(bundle)
     settings = bundle.settings
     exact = settings.dtype == "float32" and settings.quantization is None
@@ -63,12 +65,11 @@ def check(config: CheckConfig, results: Results) -> dict[str, Any]:
     initialize(ParallelLayout())
     network = load_network(config.checkpoint) if config.checkpoint else DiffusionGemma.from_huggingface(bundle.assets)
     steps = config.steps or settings.steps or 48
-    window = network.model.sliding_window
-    lengths = config.prompt_lengths or sorted({max(1, window - 1), window, window + 3})
+    lengths, batch = _fitting(config, bundle)
     generator = torch.Generator().manual_seed(config.seed)
     rows, found, tokens = [], [], []
-    for length in (length for length in lengths if length <= settings.limits.context):
-        ids = torch.randint(network.model.vocab_size, (config.rows, length), generator=generator)
+    for length in lengths:
+        ids = torch.randint(network.model.vocab_size, (batch, length), generator=generator)
         differences = in_lockstep(engine, network, ids, steps, config.seed, model)
         sampler = SamplerConfig(max_denoising_steps=steps, confidence_threshold=0.0)
         new = config.canvases * network.model.canvas_length
@@ -112,6 +113,21 @@ def check(config: CheckConfig, results: Results) -> dict[str, Any]:
         "agreement": {"argmax": agreement, "rows": sum(tokens) / len(tokens), "routing": routing},
         "verdict": "agrees" if fine else "differs",
     }
+
+
+def _fitting(config: CheckConfig, bundle: Any) -> tuple[list[int], int]:
+    """Prompt lengths that leave room for the canvases, and rows, as many as the engines take."""
+    limits, model = bundle.settings.limits, bundle.config
+    room = limits.context - (config.canvases - 1) * model.canvas_length
+    window = model.sliding_window
+    wanted = config.prompt_lengths or sorted({max(1, window - 1), window, window + 3, min(window, max(1, room))})
+    lengths = [length for length in wanted if 1 <= length <= room]
+    if not lengths or config.rows < 1:
+        raise ConfigurationError(
+            f"{config.bundle} takes {limits.context} columns of context, so with canvases={config.canvases} prompts "
+            f"of 1 to {room} tokens: give prompt_lengths=[...], or fewer canvases, and at least 1 of rows"
+        )
+    return lengths, min(config.rows, limits.batch)
 
 
 def _routing(bundle: Any, network: Any, ids: Any, steps: int, seed: int, results: Results) -> list[float]:

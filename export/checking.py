@@ -22,6 +22,7 @@ from export.tracing import STEP_OUTPUTS, past_names, present_names
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig, accept
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.parallel import device
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Differences:
     routing: list[float] = field(default_factory=list)  # share of tokens with the same experts, one entry a layer
 
     def add(self, name: str, ours: Tensor, theirs: Tensor) -> None:
-        setattr(self, name, max(getattr(self, name), float((ours.float() - theirs.float()).abs().max())))
+        setattr(self, name, max(getattr(self, name), float((ours.cpu().float() - theirs.cpu().float()).abs().max())))
 
 
 class TorchSession:
@@ -65,7 +66,7 @@ def torch_engine(bundle: Bundle) -> tuple[Engine, Model]:
     if settings.layout.world_size > 1:
         raise ValueError("routing is compared for bundles of one rank")
     model = Model(bundle.config, settings.layout, settings.torch_dtype)
-    tensors = bundle.load_weights(0)
+    tensors = dict(bundle.stored_weights(0))  # inline ones too
     weights = Weights(tensors)
     if settings.quantization is not None:
         weights = SimulatedWeights(tensors, settings.quantization)
@@ -82,16 +83,15 @@ def in_lockstep(
     from launch.verify import chosen_experts
 
     rows, config = input_ids.shape[0], network.model
-    noise = KeyedNoise.for_rows(seed, rows, config.canvas_length, config.vocab_size)
+    noise = KeyedNoise.for_rows(seed, rows, config.canvas_length, config.vocab_size, device())
     sampler = SamplerConfig(max_denoising_steps=steps)
     cache = network.encode(input_ids)
-    context = engine.encode(input_ids, engine.empty(cache.first))
+    context = engine.encode(input_ids.to(engine.device), engine.empty(cache.first))
     found = Differences()
     for layer, (ours, past) in enumerate(zip(cache.layers, _buffers(context, config.num_hidden_layers), strict=True)):
-        heads = ours.keys.shape[1] // past[0].shape[1]  # of a bundle of several ranks, the first one's
+        heads = _heads_of(engine, config.heads(layer).key_value_heads)
         for mine, theirs in zip((ours.keys, ours.values), past, strict=True):
-            found.add("keys_values", mine[:, : mine.shape[1] // heads], theirs)
-        del layer
+            found.add("keys_values", mine[:, heads], theirs)
     canvas, soft = noise.initial(0), None
     shares: list[list[float]] = []
     for remaining in range(steps, 0, -1):
@@ -103,16 +103,17 @@ def in_lockstep(
                 temperature=sampler.temperature(remaining),
                 uniforms=noise.uniforms(0, remaining),
             ).statistics
+        signal = None if soft is None else soft.view(rows, config.canvas_length, -1)
         settled = engine.sampling_step(
-            canvas,
+            canvas.to(engine.device),
             context,
             context=None,
             first=cache.first,
-            soft=None if soft is None else soft.view(rows, config.canvas_length, -1).to(engine.dtype),
+            soft=None if signal is None else signal.to(engine.device, engine.dtype),
             temperature=sampler.temperature(remaining),
             entropy_bound=sampler.entropy_bound,
-            uniforms=noise.uniforms(0, remaining),
-            replacements=noise.replacements(0, remaining),
+            uniforms=noise.uniforms(0, remaining).to(engine.device),
+            replacements=noise.replacements(0, remaining).to(engine.device),
             last=remaining == 1,
         )
         assert exact.sample_N is not None and exact.soft_embedding_NH is not None
@@ -138,7 +139,7 @@ def tokens_agree(
     """Whether each row gets the same tokens from both under the same noise."""
     ours = network.generate(input_ids, max_new_tokens=new_tokens, sampler=sampler, seed=seed).sequences
     theirs = engine.generate(input_ids, max_new_tokens=new_tokens, sampler=sampler, seed=seed).sequences
-    return (ours == theirs).all(-1).tolist()
+    return (ours.cpu() == theirs.cpu()).all(-1).tolist()
 
 
 def _buffers(context: Context, layers: int) -> list[tuple[Tensor, Tensor]]:
@@ -146,10 +147,20 @@ def _buffers(context: Context, layers: int) -> list[tuple[Tensor, Tensor]]:
     return [tuple(past[name] for name in past_names(layer)) for layer in range(layers)]  # type: ignore[misc]
 
 
+def _heads_of(engine: Engine, heads: int) -> slice:
+    """Key/value heads that the first rank of this process holds."""
+    parts, rank = engine.layout.tensor, engine.ranks[0] % engine.layout.tensor
+    if heads % parts:
+        head = rank // (parts // heads)
+        return slice(head, head + 1)
+    return slice(heads // parts * rank, heads // parts * (rank + 1))
+
+
 def _share(a: Tensor, b: Tensor) -> float:
-    return float((a == b).float().mean())
+    return float((a.cpu() == b.cpu()).float().mean())
 
 
 def _same_experts(map_TE: Tensor, chosen_TK: Tensor) -> float:
-    other_TE = torch.zeros_like(map_TE).scatter(-1, chosen_TK, True)
+    map_TE = map_TE.cpu()
+    other_TE = torch.zeros_like(map_TE).scatter(-1, chosen_TK.cpu(), True)
     return float((map_TE == other_TE).all(-1).float().mean())

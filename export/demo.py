@@ -29,6 +29,7 @@ from nemo_diffgemma.training.schema import ParallelGroup, SamplerGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs") / "sudoku_cpu"
+CALIBRATION = ("1...4..3.2....1.", "................", "..3.4...1.....2.", "2..4....3...1...")
 PUZZLE = "..4.2..1.2..1..."  # one of those that are never trained on; the demo shows it too
 SHORT = ("trainer.max_steps=300", "trainer.validate_every=0", "trainer.checkpoint_every=0")
 
@@ -45,8 +46,11 @@ class DemoConfig:
 
 BUNDLES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
+    "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16"},
+    "fp8": {"dtype": "bfloat16", "quantization": "fp8"},
     "int4": {"dtype": "bfloat16", "quantization": "int4"},
+    "nvfp4": {"dtype": "bfloat16", "quantization": "nvfp4"},
     "tp2_ep2": {"dtype": "float32", "layout": {"tensor": 2, "expert": 2}},
 }
 
@@ -72,9 +76,12 @@ def one(
 ) -> dict[str, Any]:
     """Build one bundle and compare it -> what was found. Engines of earlier demos make room."""
     out = Path(config.out) / name
+    out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     layout = ParallelGroup(**given.get("layout", {}))
     several = layout.layout().world_size > 1
+    calibration = Path(config.out) / "calibration.txt"
+    calibration.write_text("".join(f"{puzzle}\n" for puzzle in (PUZZLE, *CALIBRATION)))
     results.show(f"== {name}")
     asked = BuildConfig(
         checkpoint=checkpoint,
@@ -82,6 +89,7 @@ def one(
         builder=builder,
         dtype=given["dtype"],
         quantization=given.get("quantization"),
+        calibration=str(calibration),
         graphs=["encode", "step"] if several else ["encode", "step", "loop"],
         steps=16,
         max_batch_size=config.max_batch_size,

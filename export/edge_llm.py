@@ -13,12 +13,11 @@ missing template. A tokenizer cannot be made up.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from export.building import link
 from export.bundle import stored_slice, writing
 from export.weights import WeightsError, engine_weights
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
@@ -60,7 +59,7 @@ def write_checkpoint(source: Path, target: Path) -> None:
     with writing(target) as partial:
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.startswith(".") and file.name not in (CONFIG, GENERATION):
-                _link(file, partial / file.name)
+                link(file, partial / file.name)
         _write(partial / CONFIG, _configuration(source, config))
         _write(partial / GENERATION, _generation(source, config))
         if not _has_template(source):
@@ -108,13 +107,6 @@ def _has_template(source: Path) -> bool:
         return True
     holders = [source / name for name in _HOLD_TEMPLATES if (source / name).is_file()]
     return any(json.loads(file.read_text()).get("chat_template") for file in holders)
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file.resolve(), target)
-    except OSError:  # another disk
-        shutil.copyfile(file, target)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

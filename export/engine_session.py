@@ -205,7 +205,16 @@ class EngineSession:
         return self._capturable and (ready is None or ready(self._stream.cuda_stream))
 
     def _capture(self, key: Geometry, inputs: Mapping[str, Tensor]) -> None:
-        """Put a graph for this geometry into `_captured`, or give up capturing for good."""
+        """Put a graph for this geometry into `_captured`, or give up capturing for good: calls can be launched too."""
+        while len(self._captured) >= GRAPHS_KEPT:
+            self._captured.popitem(last=False)  # its memory first
+        try:
+            self._captured[key] = self._captured_call(inputs)
+        except (RuntimeError, EngineError) as error:  # out of memory is a RuntimeError
+            logging.getLogger(__name__).warning("no CUDA Graph of this engine, calls are launched: %s", error)
+            self._capturable = False
+
+    def _captured_call(self, inputs: Mapping[str, Tensor]) -> _Captured:
         context = self._new_context()
         self._set_weights(context)
         buffers = {name: tensor.to(self._device, copy=True).contiguous() for name, tensor in inputs.items()}
@@ -216,15 +225,10 @@ class EngineSession:
         with torch.cuda.stream(stream):
             self._launch(context)  # once before, so that nothing is allocated or copied to the device while capturing
             stream.synchronize()
-            try:
-                with torch.cuda.graph(graph, stream=stream):
-                    self._launch(context)
-            except (RuntimeError, EngineError) as error:
-                logging.getLogger(__name__).warning("no CUDA Graph of this engine, calls are launched: %s", error)
-                self._capturable = False
-                return
+            with torch.cuda.graph(graph, stream=stream):
+                self._launch(context)
         torch.cuda.current_stream().wait_stream(stream)
-        _remember(self._captured, key, _Captured(graph, context, buffers, outputs), GRAPHS_KEPT)
+        return _Captured(graph, context, buffers, outputs)
 
     def _new_context(self) -> Any:
         context = self._engine.create_execution_context()

@@ -39,7 +39,7 @@ def start(work: Callable[[Any, Results], Mapping[str, Any]], schema: type, confi
         results = Results(int(os.environ.get("RANK", 0)))
         try:
             results.close(work(config, results))
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a disk that is full is no defect of ours either
             if "HYDRA_FULL_ERROR" in os.environ:
                 traceback.print_exc()
             paragraph(str(error))

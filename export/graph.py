@@ -252,9 +252,7 @@ class Model:
     def _experts(self, weights: Weights, prefix: str, x: Tensor, normed: Tensor, rank: Tensor) -> Tensor:
         """Weighted sum of the chosen experts of this rank, as two products over all of them."""
         config, local = self.config, self.config.num_experts // self.layout.expert
-        logits = router_logits(
-            x.to(self.dtype), weights[prefix + "router.proj.weight"], weights[prefix + "router.scale"], self._eps
-        )
+        logits = router_logits(x, weights[prefix + "router.proj.weight"], weights[prefix + "router.scale"], self._eps)
         shares, chosen = route(logits.flatten(0, 1), weights[prefix + "router.per_expert_scale"], config.top_k_experts)
         self.routed.append(chosen)
         if self.layout.expert > 1:

@@ -69,7 +69,7 @@ def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
             f"{bundle.path} has NVFP4 experts, which ONNX Runtime does not know; run it with provider=tensorrt on a "
             "GPU, or compare it with export/check.py, which computes them in PyTorch"
         )
-    weights = [bundle.load_weights(rank) for rank in ranks]
+    weights = [dict(bundle.load_weights(rank)) for rank in ranks]
     return {
         graph: OnnxSession([_graph(bundle, graph, rank, weights[rank]) for rank in ranks], weights, bundle.path)
         for graph in settings.graphs
@@ -117,7 +117,7 @@ def _engine_sessions(bundle: Bundle, provider: str, rank: int, device: int) -> d
             f" build it again with builder={provider}, or open it with provider=onnxruntime"
         )
     where = cuda_device(provider, device)  # raises before weights are read
-    weights = {name: tensor.to(where) for name, tensor in bundle.load_weights(rank).items()}  # one copy for all graphs
+    weights = {name: tensor.to(where) for name, tensor in bundle.load_weights(rank)}  # one copy for all graphs
     world = settings.layout.world_size
     return {
         graph: _OneRank(provider, bundle.path / settings.file(graph, rank, "engine"), weights, device, world)

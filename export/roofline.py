@@ -6,7 +6,7 @@
 Counted from the ONNX as built, for given sizes of its dynamic axes:
 
 - FLOPs: matrix products (MatMul, Gemm), two for each multiplication with addition, by the type they are computed in:
-  float32 at the TF32 peak, which TensorRT uses by default; a product of two dequantised operands in their stored type.
+  a product of two dequantised operands in their stored type.
 - Bytes: every input (weights, context, canvas) read once and every output written once. A loop reads what lies outside
   of it once an iteration; of a table that is only looked up, the rows looked up count.
 - Collectives: the bytes that each rank sends, each sum once (a sum inside of the switch; a ring of n ranks sends
@@ -82,7 +82,7 @@ class Gpu:
 
     def peak(self, dtype: str) -> float | None:
         """FLOP/s of products in `dtype`, None where the chip has none."""
-        known = self.tflops["tf32"] or self.tflops["float32"] if dtype == "float32" else self.tflops[dtype]
+        known = self.tflops[dtype]  # float32 is float32: export.builders switches TF32 off
         return None if known is None else known * 1e12
 
 
@@ -186,7 +186,7 @@ def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
     costs = {}
     for graph in settings.graphs:
         model: ModelProto = onnx.load(bundle.path / settings.file(graph, 0), load_external_data=False)
-        costs[graph] = count(model, sizes, bundle.weights)
+        costs[graph] = count(model, sizes, bundle.weight_inputs(0))
     if "loop" in costs:
         costs["loop"] = costs["loop"].divided(sizes["steps"])
     gain = config.tokens_per_forward or bundle.config.canvas_length / sizes["steps"]

@@ -23,6 +23,8 @@ from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.model.segments import left_padding
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
+LOOP_STEPS = 256  # most of a loop whose number of steps is an input
+
 
 class EngineError(ValueError):
     """Something an engine was not built for; the message says what it was built for and how to build another."""
@@ -72,6 +74,7 @@ class Engine:
         self.limits, self.assets, self.device = limits, assets, device or torch.device("cpu")
         self.loop_steps = loop_steps
         self._sessions = sessions
+        self.ranks = tuple(ranks)
         self._ranks = [{"rank": torch.tensor(rank)} for rank in ranks]
 
     @property
@@ -100,7 +103,8 @@ class Engine:
         if noise is None:
             noise = KeyedNoise.for_rows(seed, rows, length, self.config.vocab_size, self.device)
         whole = "loop" in self._sessions and observe is None and sampler.confidence_threshold <= 0
-        whole = whole and self.loop_steps in (None, sampler.max_denoising_steps)
+        steps = sampler.max_denoising_steps
+        whole = whole and (self.loop_steps == steps or (self.loop_steps is None and steps <= LOOP_STEPS))
         return generate(
             self,
             input_ids.to(self.device),
@@ -152,7 +156,8 @@ class Engine:
     def _append(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
         past = {}
         for layer in range(self.config.num_hidden_layers):
-            keep = self.config.sliding_window - 1 if self.config.layer_kind(layer) == SLIDING else None
+            # a window of 1 sees no context, but engines have no empty axes
+            keep = max(1, self.config.sliding_window - 1) if self.config.layer_kind(layer) == SLIDING else None
             for name, fresh in zip(past_names(layer), present_names(layer), strict=True):
                 kept = torch.cat([old[name], new[fresh]], dim=2) if length else new[fresh]
                 past[name] = kept if keep is None or kept.shape[2] <= keep else kept[:, :, -keep:].contiguous()

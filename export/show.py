@@ -41,8 +41,9 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
             file = bundle.path / settings.file(graph, rank)
             engine = bundle.path / settings.file(graph, rank, "engine")
             model = onnx.load(file, load_external_data=False)
+            names = bundle.weight_inputs(rank)
             operators = Counter(node.op_type for node in _nodes(model.graph))
-            weights = sum(value.name in bundle.weights for value in model.graph.input)
+            weights = sum(value.name in names for value in model.graph.input)
             found = {
                 "nodes": sum(operators.values()),
                 "inputs": len(model.graph.input),
@@ -66,7 +67,7 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
     results.show(", ".join(f"{name} {version}" for name, version in bundle.info["versions"].items()))
     return {
         "graphs": graphs,
-        "weights": len(bundle.weights),
+        "weights": len(bundle.weight_inputs(0)),
         "builder": bundle.info["builder"],
         "versions": bundle.info["versions"],
     }

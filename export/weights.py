@@ -53,6 +53,8 @@ class Weight:
             part = stored.view(self.view)
         else:  # the leading axis is cut while reading
             start, end = spans[0]
+            if start == end:  # nothing of the vocabulary is left for this rank
+                return torch.zeros(self.shape)
             part = stored[start:end].view(end - start, *self.view[1:])
             spans = ((0, end - start), *spans[1:])
         part = part[tuple(slice(*span) for span in spans)].permute(self.permute)

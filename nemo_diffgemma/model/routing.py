@@ -14,8 +14,11 @@ from nemo_diffgemma.model.norm import rms_norm
 
 
 def router_logits(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Logits of the raw residual stream, [..., H] -> [..., E], through a weightless norm of their own."""
-    return F.linear(rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5, weight)
+    """Logits of the raw residual stream, [..., H] -> [..., E], through a weightless norm of their own.
+
+    `x` may be of a wider dtype than the product.
+    """
+    return F.linear(rms_norm(x, None, eps).to(weight.dtype) * scale * x.shape[-1] ** -0.5, weight)
 
 
 def route(logits_TE: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def engine(
 ) -> Engine:
     """The model of a checkpoint in ONNX Runtime, all ranks; `loop` is a number of steps or None for any."""
     ranks = range(layout.world_size)
-    weights = [read_weights(path, engine_weights(config(size), layout), rank, dtype) for rank in ranks]
+    weights = [dict(read_weights(path, engine_weights(config(size), layout), rank, dtype)) for rank in ranks]
     models = {name: graph(name, size, layout, dtype) for name in ("encode", "step")}
     if loop != "none":
         models["loop"] = to_loop(models["step"], loop)  # type: ignore[arg-type]

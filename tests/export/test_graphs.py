@@ -151,3 +151,32 @@ def test_float16_agrees_with_float32(checkpoint):
 def test_what_an_engine_was_not_built_for_is_refused(engines, ids, given, says):
     with pytest.raises(ValueError, match=says):
         engines().generate(ids, **{"max_new_tokens": 4, **given})
+
+
+def test_a_residual_stream_beyond_float16_routes_like_float32():
+    """The router reads the raw stream, which float16 products must not make infinite."""
+    from nemo_diffgemma.model.routing import router_logits
+
+    generator = torch.Generator().manual_seed(0)
+    x = 1e6 * torch.randn(5, 32, generator=generator)
+    weight, scale = torch.randn(8, 32, generator=generator), torch.rand(32, generator=generator)
+    narrow = router_logits(x, weight.half(), scale.half(), 1e-6)
+    assert torch.allclose(narrow.float(), router_logits(x, weight, scale, 1e-6), atol=0.02)
+
+
+def test_ranks_without_a_row_of_the_vocabulary_have_zeros(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from export.weights import TABLE, engine_weights
+    from nemo_diffgemma import ModelConfig
+    from tests.reference import tiny_config
+
+    config = ModelConfig.from_huggingface(tiny_config("base", vocab_size=9).to_dict())
+    table = torch.randn(9, 32)
+    save_file({TABLE: table}, tmp_path / "model.safetensors")
+    weight = engine_weights(config, ParallelLayout(tensor=4))[TABLE]
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        parts = [weight.of_rank(file.get_slice(TABLE), rank) for rank in range(4)]
+    assert torch.equal(torch.cat(parts)[:9], table)
+    assert not torch.cat(parts)[9:].any()

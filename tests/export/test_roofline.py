@@ -196,8 +196,8 @@ def test_bound_is_the_slowest_of_compute_memory_and_links() -> None:
     assert lower_bound(cost, without_nvlink).links == pytest.approx(10 / 63)
 
 
-def test_float32_is_bound_by_tf32_which_tensorrt_uses() -> None:
-    assert lower_bound(Cost({"float32": 8e12}, 0, 0, 0), GPU).compute == pytest.approx(1.0)
+def test_float32_is_bound_by_float32_not_by_tf32() -> None:
+    assert lower_bound(Cost({"float32": 8e12}, 0, 0, 0), GPU).compute == pytest.approx(8.0)
 
 
 def test_table_says_what_a_gpu_cannot_run() -> None:
