@@ -292,9 +292,9 @@ def test_supported_versions_are_taken(tmp_path, monkeypatch, builder, versions):
 def installed(tmp_path, monkeypatch, packages: dict[str, str]) -> None:
     """Only these of tensorrt and tensorrt_llm are there, with this source."""
     for name in ("tensorrt", "tensorrt_llm"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        if name not in packages:
-            monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setitem(sys.modules, name, None)  # remembered, so that what is imported below leaves again
+        if name in packages:
+            del sys.modules[name]
     for name, source in packages.items():
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
