@@ -14,6 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from export.build import BuildConfig
+from export.roofline import load_gpu
 from launch import configuration, processes
 from launch.convert import ConvertConfig
 from launch.evaluate import EvaluateConfig
@@ -61,6 +63,9 @@ def test_every_option_of_every_group_composes_into_a_valid_run(path):
     option = f"{path.parent.name}={path.stem}"
     if path.parent.name == "sampler":
         composed("generate", GenerateConfig, ["checkpoint=x", "prompt=y", option])
+    elif path.parent.name == "gpu":
+        gpu = composed("export_build", BuildConfig, ["checkpoint=x", "out=y", option]).gpu
+        assert gpu == load_gpu(path.stem)
     else:
         ModelConfig(**composed("config", TrainConfig, [option]).model.architecture)
 
