@@ -15,9 +15,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,6 +28,9 @@ from export.entry import start
 from export.roofline import Gpu
 from launch.output import Results, table
 from nemo_diffgemma.training.schema import ConfigurationError, ModelGroup, ParallelGroup
+
+if TYPE_CHECKING:
+    from export.building import Built
 
 
 @dataclass
@@ -53,7 +57,7 @@ class BuildConfig:
 def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     """Build one bundle."""
     from export.building import build_bundle
-    from export.bundle import Settings
+    from export.bundle import Settings, check_free
     from export.runner import Limits
 
     checkpoint = Path(config.checkpoint).expanduser() if config.checkpoint else None
@@ -65,8 +69,7 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     layout, out = config.parallel.layout(), Path(config.out).expanduser()
     if config.parallel.replicas != 1:
         raise ConfigurationError("parallel.replicas: every replica runs the same engines; leave it out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigurationError(f"out={out} exists and is not empty; choose another name or remove it")
+    check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.source-", dir=out.parent) as folder:
         source = _released_format(checkpoint, Path(folder)) if checkpoint is not None else _structure(config.model)
@@ -86,32 +89,22 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
             limits=Limits(config.max_batch_size, config.max_context, config.max_chunk),
         )
         prompts = _prompts(config.calibration, source) if config.calibration else ()
-        with tqdm(
-            total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.first
-        ) as bar:
-            built = build_bundle(
-                source,
-                out,
-                settings,
-                config.builder,
-                targets,
-                prompts,
-                bar.set_description_str,
-            )
-            bar.set_description_str("done")
-    rows = [
-        [
-            name,
-            f"{g.onnx_bytes / 1e6:.2f}",
-            f"{g.engine_bytes / 1e6:.2f}",
-            f"{g.seconds:.1f}",
-            f"{g.peak_memory / 1e9:.2f}",
-        ]
-        for name, g in built.items()
-    ]
-    results.show(table(["graph", "ONNX MB", "engine MB", "seconds", "peak GB"], rows))
+        bar = tqdm(total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.first)
+        with bar:
+            tell = bar.set_description_str
+            built = build_bundle(source, out, settings, config.builder, targets, prompts, tell)
+            tell("done")
+    results.show(_table(built))
     results.show(f"bundle: {config.out}")
     return {"bundle": config.out, "graphs": {name: dataclasses.asdict(graph) for name, graph in built.items()}}
+
+
+def _table(built: Mapping[str, Built]) -> str:
+    rows = []
+    for name, graph in built.items():
+        sizes = [f"{size / 1e6:.2f}" for size in (graph.onnx_bytes, graph.engine_bytes)]
+        rows.append([name, *sizes, f"{graph.seconds:.1f}", f"{graph.peak_memory / 1e9:.2f}"])
+    return table(["graph", "ONNX MB", "engine MB", "seconds", "peak GB"], rows)
 
 
 def _structure(model: ModelGroup) -> Any:

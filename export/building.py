@@ -22,8 +22,8 @@ from export.bundle import (
     QUANTIZED,
     BundleError,
     Settings,
+    check_tensors,
     read_weights,
-    stored_slice,
     write_descriptions,
     writing,
 )
@@ -34,7 +34,6 @@ from export.loop import to_loop
 from export.qdq import quantize_graph
 from export.tracing import trace
 from export.weights import Weight, check_layout, engine_weights
-from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -77,7 +76,7 @@ def build_bundle(
             (assets / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
         else:
             _link(checkpoint, assets)
-            _check_tensors(weights, assets)
+            check_tensors(assets, weights)
         amax: dict[str, float] = {}
         if settings.quantization is not None:
             amax, weights = _quantize(config, settings, weights, partial, prompts, progress)
@@ -212,13 +211,6 @@ def link(file: Path, target: Path) -> None:
         os.link(file.resolve(), target)
     except OSError:
         shutil.copy(file, target)
-
-
-def _check_tensors(weights: dict[str, Weight], assets: Path) -> None:
-    """Raise `WeightsError` unless every tensor is there and has the right shape."""
-    with TensorFiles(assets) as files:
-        for weight in weights.values():
-            stored_slice(files, weight)
 
 
 def _quantize(

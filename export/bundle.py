@@ -42,8 +42,6 @@ QUANTIZED = "quantized.rank{rank}.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HASHED = (".json", ".onnx", ".engine", ".bin")
 
-Profile = Mapping[str, tuple[int, int, int]]
-
 
 class BundleError(ValueError):
     """A directory that is no complete bundle of this version; the message says what is wrong and what to do."""
@@ -153,14 +151,29 @@ def stored_slice(files: Any, weight: Weight) -> Any:
     return stored
 
 
+def check_tensors(checkpoint: Path, weights: Mapping[str, Weight]) -> None:
+    """Raise `WeightsError` unless every tensor is there and has the right shape; reads headers only."""
+    try:
+        with TensorFiles(checkpoint) as files:
+            for weight in weights.values():
+                stored_slice(files, weight)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from None
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def check_free(target: Path) -> None:
+    """Raise `BundleError` where something is in the way."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"out={target} exists and is not empty; choose another name or remove it")
 
 
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes it when the block ends well, and vanishes otherwise."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BundleError(f"out={target} exists and is not empty; choose another name or remove it")
+    check_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:

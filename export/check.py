@@ -13,9 +13,10 @@ PyTorch. The last line is JSON: differences by graph, agreement, verdict. Exit c
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +25,10 @@ import torch
 from export.entry import start
 from launch.output import Results, table
 from nemo_diffgemma.training.schema import ConfigurationError
+
+if TYPE_CHECKING:
+    from export.bundle import Settings
+    from export.checking import Differences
 
 
 @dataclass
@@ -52,65 +57,68 @@ def check(config: CheckConfig, results: Results) -> dict[str, Any]:
     from nemo_diffgemma.parallel import initialize
 
     bundle = read_bundle(config.bundle)
-    _fitting(config, bundle)  # raises before anything is loaded
+    lengths, batch = _fitting(config, bundle)  # raises before anything is loaded
     verify_checksums(bundle)
     settings = bundle.settings
-    exact = settings.dtype == "float32" and settings.quantization is None
+    # one engine of the traced functions, for the routing and for what ONNX Runtime cannot compute
+    traced = torch_engine(bundle) if settings.layout.world_size == 1 else None
     if config.provider == "onnxruntime" and (settings.dtype == "bfloat16" or settings.quantization == "nvfp4"):
-        engine, model = torch_engine(bundle)
-        computed_by = "the traced functions in PyTorch"
+        engine, computed_by = (traced or torch_engine(bundle))[0], "the traced functions in PyTorch"
     else:
-        engine, model = open_bundle(config.bundle, config.provider), None
-        computed_by = config.provider
+        engine, computed_by = open_bundle(config.bundle, config.provider), config.provider
     initialize(ParallelLayout())
     network = load_network(config.checkpoint) if config.checkpoint else DiffusionGemma.from_huggingface(bundle.assets)
     steps = config.steps or settings.steps or 48
-    lengths, batch = _fitting(config, bundle)
+    sampler = SamplerConfig(max_denoising_steps=steps, confidence_threshold=0.0)
+    new = config.canvases * network.model.canvas_length
     generator = torch.Generator().manual_seed(config.seed)
-    rows, found, tokens = [], [], []
+    found: dict[int, Differences] = {}
+    tokens: dict[int, list[bool]] = {}
     for length in lengths:
         ids = torch.randint(network.model.vocab_size, (batch, length), generator=generator)
-        differences = in_lockstep(engine, network, ids, steps, config.seed, model)
-        sampler = SamplerConfig(max_denoising_steps=steps, confidence_threshold=0.0)
-        new = config.canvases * network.model.canvas_length
-        same = tokens_agree(engine, network, ids, new, sampler, config.seed)
-        found.append(differences)
-        tokens += same
-        rows.append(
-            [
-                length,
-                f"{differences.keys_values:.1e}",
-                f"{differences.entropy:.1e}",
-                f"{differences.soft:.1e}",
-                f"{min(differences.argmax):.4f}",
-                f"{min(differences.canvas):.4f}",
-                f"{sum(same)}/{len(same)}",
-            ]
-        )
-    results.show(
-        f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}; by {computed_by}"
-    )
-    header = [
-        "prompt",
-        "encode: K/V",
-        "step: entropy",
-        "soft",
-        "worst arg-max",
-        "worst canvas",
-        "rows with equal tokens",
-    ]
-    results.show(table(header, rows))
-    routing = _routing(bundle, network, ids, steps, config.seed, results) if settings.layout.world_size == 1 else []
-    worst = {name: max(getattr(d, name) for d in found) for name in ("keys_values", "entropy", "soft")}
-    agreement = sum(sum(d.argmax) for d in found) / sum(len(d.argmax) for d in found)
-    if exact:
-        fine = max(worst.values()) <= config.tolerance and all(tokens)
+        found[length] = in_lockstep(engine, network, ids, steps, config.seed)
+        tokens[length] = tokens_agree(engine, network, ids, new, sampler, config.seed)
+    experts = settings.quantization or settings.dtype
+    results.show(f"{config.bundle}: {settings.dtype}, experts {experts}; by {computed_by}")
+    results.show(_table(found, tokens))
+    routing: list[float] = []
+    if traced is not None:
+        routing = in_lockstep(traced[0], network, ids, min(steps, 8), config.seed, traced[1]).routing
+        results.show("tokens with the same experts, by layer: " + " ".join(f"{share:.3f}" for share in routing))
+    return _judge(config, settings, found, tokens, routing, results)
+
+
+def _table(found: Mapping[int, Differences], tokens: Mapping[int, list[bool]]) -> str:
+    header = ["prompt", "encode: K/V", "step: entropy", "soft", "worst arg-max", "worst canvas", "rows of equal tokens"]
+    rows = []
+    for length, d in found.items():
+        numbers = [f"{number:.1e}" for number in (d.keys_values, d.entropy, d.soft)]
+        shares = [f"{min(share):.4f}" for share in (d.argmax, d.canvas)]
+        rows.append([length, *numbers, *shares, f"{sum(tokens[length])}/{len(tokens[length])}"])
+    return table(header, rows)
+
+
+def _judge(
+    config: CheckConfig,
+    settings: Settings,
+    found: Mapping[int, Differences],
+    tokens: Mapping[int, list[bool]],
+    routing: list[float],
+    results: Results,
+) -> dict[str, Any]:
+    """The JSON line, and exit code 1 where the bundle differs."""
+    worst = {name: max(getattr(d, name) for d in found.values()) for name in ("keys_values", "entropy", "soft")}
+    argmax = [share for differences in found.values() for share in differences.argmax]
+    rows = [same for of_length in tokens.values() for same in of_length]
+    agreement = sum(argmax) / len(argmax)
+    if settings.dtype == "float32" and settings.quantization is None:
+        fine = max(worst.values()) <= config.tolerance and all(rows)
     else:
         fine = agreement >= config.agreement
     results.failed = not fine
     return {
         "differences": {"encode": worst["keys_values"], "step": worst["entropy"], "soft": worst["soft"]},
-        "agreement": {"argmax": agreement, "rows": sum(tokens) / len(tokens), "routing": routing},
+        "agreement": {"argmax": agreement, "rows": sum(rows) / len(rows), "routing": routing},
         "verdict": "agrees" if fine else "differs",
     }
 
@@ -128,16 +136,6 @@ def _fitting(config: CheckConfig, bundle: Any) -> tuple[list[int], int]:
             f"of 1 to {room} tokens: give prompt_lengths=[...], or fewer canvases, and at least 1 of rows"
         )
     return lengths, min(config.rows, limits.batch)
-
-
-def _routing(bundle: Any, network: Any, ids: Any, steps: int, seed: int, results: Results) -> list[float]:
-    """Share of tokens that go to the same experts, layer by layer, in the bundle's precision."""
-    from export.checking import in_lockstep, torch_engine
-
-    engine, model = torch_engine(bundle)
-    shares = in_lockstep(engine, network, ids, min(steps, 8), seed, model).routing
-    results.show("tokens with the same experts, by layer: " + " ".join(f"{share:.3f}" for share in shares))
-    return shares
 
 
 if __name__ == "__main__":

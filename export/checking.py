@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from export.graph import Model, Weights
 from export.runner import Context, Engine
 from export.sessions import Tensors
 from export.tracing import STEP_OUTPUTS, past_names, present_names
+from export.weights import key_value_heads
 from nemo_diffgemma.diffusion.noise import KeyedNoise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig, accept
+from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel import device
 
@@ -89,44 +91,35 @@ def in_lockstep(
     context = engine.encode(input_ids.to(engine.device), engine.empty(cache.first))
     found = Differences()
     for layer, (ours, past) in enumerate(zip(cache.layers, _buffers(context, config.num_hidden_layers), strict=True)):
-        heads = _heads_of(engine, config.heads(layer).key_value_heads)
+        heads = slice(*key_value_heads(config.heads(layer).key_value_heads, engine.layout, engine.ranks[0]))
         for mine, theirs in zip((ours.keys, ours.values), past, strict=True):
             found.add("keys_values", mine[:, heads], theirs)
-    canvas, soft = noise.initial(0), None
+    canvas, soft, signal = noise.initial(0), None, None
     shares: list[list[float]] = []
     for remaining in range(steps, 0, -1):
+        drawn: dict[str, Any] = {
+            "uniforms": noise.uniforms(0, remaining),
+            "replacements": noise.replacements(0, remaining),
+        }
+        asked: dict[str, Any] = {
+            "context": None,
+            "first": cache.first,
+            "temperature": sampler.temperature(remaining),
+            "entropy_bound": sampler.entropy_bound,
+            "last": False,
+        }
         with chosen_experts(network) as chosen:
-            exact = network.denoising_step(
-                canvas,
-                cache,
-                soft=soft,
-                temperature=sampler.temperature(remaining),
-                uniforms=noise.uniforms(0, remaining),
-            ).statistics
-        signal = None if soft is None else soft.view(rows, config.canvas_length, -1)
-        settled = engine.sampling_step(
-            canvas.to(engine.device),
-            context,
-            context=None,
-            first=cache.first,
-            soft=None if signal is None else signal.to(engine.device, engine.dtype),
-            temperature=sampler.temperature(remaining),
-            entropy_bound=sampler.entropy_bound,
-            uniforms=noise.uniforms(0, remaining).to(engine.device),
-            replacements=noise.replacements(0, remaining).to(engine.device),
-            last=remaining == 1,
-        )
-        assert exact.sample_N is not None and exact.soft_embedding_NH is not None
-        entropy, shape = exact.entropy_N.view(canvas.shape), canvas.shape
-        accepted = accept(entropy, sampler.entropy_bound)
-        following = torch.where(accepted, exact.sample_N.view(shape), noise.replacements(0, remaining))
-        found.add("entropy", entropy, settled.entropy)
-        found.add("soft", exact.soft_embedding_NH, settled.soft.flatten(0, 1))
-        found.argmax.append(_share(exact.argmax_N.view(shape), settled.argmax))
-        found.canvas.append(_share(following, settled.canvas))
+            exact = network.sampling_step(canvas, cache, soft=soft, **asked, **drawn)
+        there: dict[str, Any] = {name: tensor.to(engine.device) for name, tensor in drawn.items()}
+        settled = engine.sampling_step(canvas.to(engine.device), context, soft=signal, **asked, **there)
+        found.add("entropy", exact.entropy, settled.entropy)
+        found.add("soft", exact.soft, settled.soft.flatten(0, 1))
+        found.argmax.append(_share(exact.argmax, settled.argmax))
+        found.canvas.append(_share(exact.canvas, settled.canvas))
         if model is not None:
             shares.append([_same_experts(a, b) for a, b in zip(chosen, model.routed, strict=True)])
-        canvas, soft = following, exact.soft_embedding_NH
+        canvas, soft = exact.canvas, exact.soft
+        signal = soft.view(rows, config.canvas_length, -1).to(engine.device, engine.dtype)
     if shares:
         found.routing = torch.tensor(shares).mean(0).tolist()
     return found
@@ -145,15 +138,6 @@ def tokens_agree(
 def _buffers(context: Context, layers: int) -> list[tuple[Tensor, Tensor]]:
     past = context.past[0]
     return [tuple(past[name] for name in past_names(layer)) for layer in range(layers)]  # type: ignore[misc]
-
-
-def _heads_of(engine: Engine, heads: int) -> slice:
-    """Key/value heads that the first rank of this process holds."""
-    parts, rank = engine.layout.tensor, engine.ranks[0] % engine.layout.tensor
-    if heads % parts:
-        head = rank // (parts // heads)
-        return slice(head, head + 1)
-    return slice(heads // parts * rank, heads // parts * (rank + 1))
 
 
 def _share(a: Tensor, b: Tensor) -> float:

@@ -60,6 +60,8 @@ def demo(config: DemoConfig, results: Results) -> dict[str, Any]:
     checkpoint = config.checkpoint or newest() or train_a_short_one(results)
     builder = "tensorrt_rtx" if importlib.util.find_spec("tensorrt_rtx") else "onnx"
     results.show(f"checkpoint: {checkpoint}\nbuilder: {builder}\n")
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    (Path(config.out) / "calibration.txt").write_text("".join(f"{puzzle}\n" for puzzle in (PUZZLE, *CALIBRATION)))
     built: dict[str, Any] = {}
     for name, given in BUNDLES.items():
         built[name] = one(name, given, checkpoint, builder, config, results)
@@ -76,12 +78,9 @@ def one(
 ) -> dict[str, Any]:
     """Build one bundle and compare it -> what was found. Engines of earlier demos make room."""
     out = Path(config.out) / name
-    out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     layout = ParallelGroup(**given.get("layout", {}))
     several = layout.layout().world_size > 1
-    calibration = Path(config.out) / "calibration.txt"
-    calibration.write_text("".join(f"{puzzle}\n" for puzzle in (PUZZLE, *CALIBRATION)))
     results.show(f"== {name}")
     asked = BuildConfig(
         checkpoint=checkpoint,
@@ -89,7 +88,7 @@ def one(
         builder=builder,
         dtype=given["dtype"],
         quantization=given.get("quantization"),
-        calibration=str(calibration),
+        calibration=f"{config.out}/calibration.txt",
         graphs=["encode", "step"] if several else ["encode", "step", "loop"],
         steps=16,
         max_batch_size=config.max_batch_size,

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from export.building import link
-from export.bundle import stored_slice, writing
-from export.weights import WeightsError, engine_weights
-from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
+from export.bundle import check_tensors, writing
+from export.weights import engine_weights
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
@@ -55,7 +54,7 @@ def write_checkpoint(source: Path, target: Path) -> None:
             f"{source} has no {' and no '.join(missing)}, and Edge-LLM works on text only; copy the tokenizer's files "
             "of the model into it: AutoTokenizer.from_pretrained(<model>).save_pretrained(<directory>)"
         )
-    _check_tensors(source, config)
+    check_tensors(source, engine_weights(config, ParallelLayout()))
     with writing(target) as partial:
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.startswith(".") and file.name not in (CONFIG, GENERATION):
@@ -64,15 +63,6 @@ def write_checkpoint(source: Path, target: Path) -> None:
         _write(partial / GENERATION, _generation(source, config))
         if not _has_template(source):
             (partial / TEMPLATE).write_text(_PLAIN_TEMPLATE)
-
-
-def _check_tensors(source: Path, config: ModelConfig) -> None:
-    try:
-        with TensorFiles(source) as files:
-            for weight in engine_weights(config, ParallelLayout()).values():
-                stored_slice(files, weight)
-    except CheckpointError as error:
-        raise WeightsError(str(error)) from None
 
 
 def _configuration(source: Path, config: ModelConfig) -> dict[str, Any]:

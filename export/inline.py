@@ -6,7 +6,6 @@ is sliced, transposed or cast is written to `weights.rank{r}.bin`, one tensor af
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,9 @@ from onnx import ModelProto, TensorProto
 
 from export.bundle import CHECKPOINT, stored_slice
 from export.weights import Weight
-from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
+from nemo_diffgemma.checkpoint.tensor_files import DTYPES, TensorFiles, read_header
 
 _ONNX = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
-_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNMENT = 4096  # so that the file can be mapped
 
 
@@ -38,7 +36,7 @@ def store(weights: Mapping[str, Weight], rank: int, dtype: torch.dtype, director
     with TensorFiles(directory / CHECKPOINT) as files, own.open("wb") as stream:
         for name, weight in weights.items():
             stored = stored_slice(files, weight)
-            if weight.is_whole and _STORED.get(stored.get_dtype()) == dtype:
+            if weight.is_whole and DTYPES.get(stored.get_dtype()) == dtype:
                 places[name] = _in_checkpoint(files.files[weight.key], weight.key)
                 continue
             stream.seek(-(-stream.tell() // _ALIGNMENT) * _ALIGNMENT)
@@ -74,8 +72,6 @@ def _external(name: str, weight: Weight, place: Place, dtype: torch.dtype) -> Te
 
 
 def _in_checkpoint(file: Path, key: str) -> Place:
-    """A safetensors file is 8 bytes with the length of a header, the header, and the tensors."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        start, end = json.loads(stream.read(length))[key]["data_offsets"]
-    return Place(f"{CHECKPOINT}/{file.name}", 8 + length + start, end - start)
+    begin, header = read_header(file)
+    start, end = header[key]["data_offsets"]
+    return Place(f"{CHECKPOINT}/{file.name}", begin + start, end - start)

@@ -20,7 +20,6 @@ from export.engine_session import EngineSession, cuda_device
 from export.qdq import inline_quantized
 from export.runner import Engine
 from export.sessions import OnnxSession, Session, Tensors
-from export.weights import EXPERTS
 
 PROVIDERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "tensorrt_llm")
 
@@ -81,9 +80,7 @@ def _graph(bundle: Bundle, graph: str, rank: int, weights: Tensors) -> onnx.Mode
     if bundle.settings.quantization is None:
         return model
     # ONNX Runtime takes packed types as constants only
-    return inline_quantized(
-        model, {name: tensor for name, tensor in weights.items() if EXPERTS[0] in name or EXPERTS[1] in name}
-    )
+    return inline_quantized(model, {name: weights[name] for name in weights if name not in bundle.weights})
 
 
 def _own_rank(bundle: Bundle) -> int:

@@ -22,8 +22,7 @@ import torch
 from export.entry import start
 from launch.canvas_view import CanvasView
 from launch.output import Results
-from launch.text import Text
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from launch.text import Text, tell
 from nemo_diffgemma.training.schema import ConfigurationError, SamplerGroup
 
 
@@ -54,26 +53,16 @@ def run(config: RunConfig, results: Results) -> dict[str, Any]:
     engine = open_bundle(config.bundle, config.provider, config.device)
     text = Text(engine.assets)
     prompt = text.encode(config.prompt, config.chat) if config.prompt is not None else config.prompt_ids
-    given = {name: value for name, value in vars(config.sampler).items() if value is not None}
     began = time.perf_counter()
     found = engine.generate(
         torch.tensor([prompt]),
         max_new_tokens=config.max_new_tokens,
-        sampler=SamplerConfig.from_mapping({**vars(engine.sampler_defaults), **given}),
+        sampler=engine.sampler_defaults.with_overrides(vars(config.sampler)),
         seed=config.seed,
         observe=CanvasView(results, text) if config.show else None,
     )
     seconds = time.perf_counter() - began
-    new = found.sequences[0, len(prompt or ()) :].tolist()
-    answer = text.decode(new)
-    results.show(" ".join(map(str, new)) if answer is None else answer)
-    return {
-        "sequences": found.sequences.tolist(),
-        "text": answer,
-        "forwards": found.forwards.tolist(),
-        "tokens_per_forward": found.tokens_per_forward.tolist(),
-        "seconds": round(seconds, 4),
-    }
+    return {**tell(found, prompt or (), text, results), "seconds": round(seconds, 4)}
 
 
 if __name__ == "__main__":

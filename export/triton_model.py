@@ -90,11 +90,8 @@ class TritonPythonModel:
     def _sampler(self, request: Any) -> Any:
         """The checkpoint's settings with those of the request."""
         from export.triton_repository import SETTINGS
-        from nemo_diffgemma.diffusion.sampler import SamplerConfig
 
-        given = {name: _one(request, name, None) for name in SETTINGS}
-        given = {name: value for name, value in given.items() if value is not None}
-        return SamplerConfig.from_mapping({**vars(self.engine.sampler_defaults), **given})
+        return self.engine.sampler_defaults.with_overrides({name: _one(request, name, None) for name in SETTINGS})
 
     def _answer(self, tokens: Any, **statistics: Any) -> Any:
         import numpy as np

@@ -93,6 +93,14 @@ def engine_weights(config: ModelConfig, layout: ParallelLayout) -> dict[str, Wei
     return dict(_all(config, layout))
 
 
+def key_value_heads(heads: int, layout: ParallelLayout, rank: int) -> Span:
+    """(first, end) of a layer's key/value heads on a rank; one, shared, where there are more ranks than heads."""
+    if heads % layout.tensor:
+        head = rank % layout.tensor // (layout.tensor // heads)
+        return head, head + 1
+    return _part(heads, layout.tensor, rank % layout.tensor)
+
+
 def _all(config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, Weight]]:
     world, tensor = layout.world_size, layout.tensor
     hidden, width = config.hidden_size, config.intermediate_size
@@ -108,14 +116,9 @@ def _all(config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, Wei
         return key, _plain(key, view, spans)
 
     def key_value(key: str, heads: int, head_dim: int) -> tuple[str, Weight]:
-        if heads % tensor == 0:
-            return weight(key, heads * head_dim, hidden, cut=0)
-        head = [rank % tensor // (tensor // heads) for rank in range(world)]
-        return key, _plain(
-            key,
-            (heads * head_dim, hidden),
-            [((head[r] * head_dim, (head[r] + 1) * head_dim), (0, hidden)) for r in range(world)],
-        )
+        held = [key_value_heads(heads, layout, rank) for rank in range(world)]
+        spans: list[tuple[Span, ...]] = [((a * head_dim, b * head_dim), (0, hidden)) for a, b in held]
+        return key, _plain(key, (heads * head_dim, hidden), spans)
 
     yield TABLE, _table(config, layout)
     for name in ("norm.weight", "self_conditioning.pre_norm.weight"):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
@@ -18,11 +17,10 @@ from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from nemo_diffgemma.checkpoint import nemo_archive, sharded
 from nemo_diffgemma.checkpoint.names import released_name, released_shape
 from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
-from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
+from nemo_diffgemma.checkpoint.tensor_files import TensorFiles, read_header
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
-from nemo_diffgemma.training.schema import ConfigurationError, SamplerGroup
+from nemo_diffgemma.training.schema import ConfigurationError
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what a text model can have on disk
 
@@ -38,12 +36,6 @@ def open_network(checkpoint: str, dtype: str) -> DiffusionGemma:
 @cache
 def _unpacked(archive: Path) -> Path:
     return nemo_archive.unpack(archive) / nemo_archive.WEIGHTS
-
-
-def sampler_of(network: DiffusionGemma, overrides: SamplerGroup) -> SamplerConfig:
-    """The checkpoint's sampler settings with the given ones in place."""
-    given = {name: value for name, value in vars(overrides).items() if value is not None}
-    return SamplerConfig.from_mapping({**vars(network.sampler_defaults), **given})
 
 
 @dataclass(frozen=True)
@@ -67,17 +59,11 @@ def _of_directory(directory: Path) -> Contents:
     with TensorFiles(directory) as files:
         for name in files.files:
             files.slice(name)  # raises where a file is damaged or lacks it
-        of_files = {file: _header(file) for file in set(files.files.values())}
+        of_files = {file: read_header(file)[1] for file in set(files.files.values())}
         headers = [of_files[file][name] for name, file in files.files.items()]
     dtypes = {header["dtype"] for header in headers}
     size = sum(end - start for start, end in (header["data_offsets"] for header in headers))
     return Contents(len(headers), size, "bfloat16" if dtypes == {"BF16"} else "float32")
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """Of a safetensors file: 8 bytes with the length of the JSON that follows."""
-    with file.open("rb") as stream:
-        return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
 
 
 def _of_sharded(directory: Path) -> Contents:

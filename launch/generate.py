@@ -23,7 +23,7 @@ from omegaconf import MISSING
 from launch.canvas_view import CanvasView
 from launch.output import Results
 from launch.processes import launch
-from launch.text import Text
+from launch.text import Text, tell
 from nemo_diffgemma.training.schema import ConfigurationError, ParallelGroup, SamplerGroup
 
 
@@ -49,7 +49,7 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig, results: Results) -> dict[str, Any]:
     """Generate after one prompt."""
-    from launch.checkpoints import open_network, sampler_of
+    from launch.checkpoints import open_network
 
     network = open_network(config.checkpoint, config.dtype)
     text = Text(network.assets)
@@ -57,19 +57,11 @@ def generate(config: GenerateConfig, results: Results) -> dict[str, Any]:
     found = network.generate(
         torch.tensor([prompt]),
         max_new_tokens=config.max_new_tokens,
-        sampler=sampler_of(network, config.sampler),
+        sampler=network.sampler_defaults.with_overrides(vars(config.sampler)),
         seed=config.seed,
         observe=CanvasView(results, text) if config.show else None,
     )
-    new = found.sequences[0, len(prompt or ()) :].tolist()
-    answer = text.decode(new)
-    results.show(" ".join(map(str, new)) if answer is None else answer)
-    return {
-        "sequences": found.sequences.tolist(),
-        "text": answer,
-        "forwards": found.forwards.tolist(),
-        "tokens_per_forward": found.tokens_per_forward.tolist(),
-    }
+    return tell(found, prompt or (), text, results)
 
 
 if __name__ == "__main__":

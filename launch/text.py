@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.output import Results
+from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.training.schema import ConfigurationError
 
 
@@ -56,3 +58,16 @@ class Text:
             return ""
         known = sorted(token for token in self.tokenizer.get_vocab() if len(token) == 1)
         return f"They are: {''.join(known)}"
+
+
+def tell(found: Generation, prompt: Sequence[int], text: Text, results: Results) -> dict[str, Any]:
+    """Show what was generated after one prompt -> the JSON of it."""
+    new = found.sequences[0, len(prompt) :].tolist()
+    answer = text.decode(new)
+    results.show(" ".join(map(str, new)) if answer is None else answer)
+    return {
+        "sequences": found.sequences.tolist(),
+        "text": answer,
+        "forwards": found.forwards.tolist(),
+        "tokens_per_forward": found.tokens_per_forward.tolist(),
+    }

@@ -22,19 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_diffgemma.checkpoint.names import CARRIED_PREFIXES, released_name, released_shape, text_tensors
-from nemo_diffgemma.checkpoint.tensor_files import INDEX, CheckpointError, TensorFiles
+from nemo_diffgemma.checkpoint.tensor_files import DTYPES, INDEX, CheckpointError, TensorFiles
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.groups import agree_error, process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
 
 SHARD_BYTES = 5 << 30
 _COPIED = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation and processor configuration
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -214,7 +208,7 @@ def full_tensors(network: Network, names: list[str]) -> Iterator[tuple[str, Tens
     for name in names:
         full = _gather(tensors[name].detach(), shard_of(tensors[name]))
         if dist.get_rank() == 0:
-            dtype = _DTYPES.get(network.file_dtypes.get(released_name(name), ""), full.dtype)
+            dtype = DTYPES.get(network.file_dtypes.get(released_name(name), ""), full.dtype)
             shape = released_shape(name, tuple(full.shape), network.model)
             full = full[: shape[0]] if name == "embed_tokens.weight" else full.reshape(shape)
             yield name, full.to(dtype).cpu().clone(memory_format=torch.contiguous_format)

@@ -7,13 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {  # a file's names
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written; the message names the file or tensor and what to do."""
+
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Of a safetensors file: where its tensors begin, and dtype, shape and data_offsets of each by name."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return 8 + length, json.loads(stream.read(length))
 
 
 class TensorFiles:

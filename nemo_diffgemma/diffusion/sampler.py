@@ -55,6 +55,10 @@ class SamplerConfig:
         nested = values.get("sampler_config") or {}
         return cls(**{k: v for k, v in {**values, **nested}.items() if k in known and v is not None})
 
+    def with_overrides(self, given: Mapping[str, Any]) -> SamplerConfig:
+        """These settings with the given ones in place; None keeps one as it is."""
+        return self.from_mapping({**vars(self), **{name: value for name, value in given.items() if value is not None}})
+
     @classmethod
     def of_checkpoint(cls, directory: Path | None, model: Any) -> SamplerConfig:
         """From the generation_config.json in `directory`, if it is there; special ids else from the `ModelConfig`."""
