@@ -115,7 +115,7 @@ def _judge(
         fine = max(worst.values()) <= config.tolerance and all(rows)
     else:
         fine = agreement >= config.agreement
-    results.failed = not fine
+    results.exit_code = int(not fine)
     return {
         "differences": {"encode": worst["keys_values"], "step": worst["entropy"], "soft": worst["soft"]},
         "agreement": {"argmax": agreement, "rows": sum(rows) / len(rows), "routing": routing},

@@ -44,7 +44,7 @@ def start(work: Callable[[Any, Results], Mapping[str, Any]], schema: type, confi
                 traceback.print_exc()
             paragraph(str(error))
             raise SystemExit(USER_ERROR) from None
-        if results.failed:
-            raise SystemExit(1)
+        if results.exit_code:
+            raise SystemExit(results.exit_code)
 
     compose(schema, config_name, sys.modules[work.__module__].__doc__ or "", job)

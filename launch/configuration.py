@@ -1,18 +1,22 @@
 """Hydra for every entry point: composes `conf/`, checks the result against a schema, explains what is wrong with it.
 
     compose(GenerateConfig, "generate", __doc__, work)      # calls work(config) for each job, several with --multirun
+    file.write_text(freeze(config)); frozen(GenerateConfig)     # as composed here, in processes that others start
 
 Hydra writes nothing here: no output folder, no log files, no change of directory.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,8 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.output import refuse
-from nemo_diffgemma.training.schema import explain, keys_of, unknown_key
+from nemo_diffgemma.training.schema import explain, keys_of, unknown_key, validate
 
+FROZEN = "NEMO_DIFFGEMMA_CONFIG"  # in the environment: a file that `freeze` made, instead of a command line
 CONF = Path(__file__).resolve().parents[1] / "conf"
 _QUIET = [
     "hydra.run.dir=.",
@@ -41,6 +46,9 @@ def register(schema: type, name: str, documentation: str = "") -> None:
     if "model" in node:
         # fields of ModelConfig that a YAML file leaves out may be overridden too; `validate` knows them
         OmegaConf.set_struct(node.model.architecture, False)
+    if "cluster" in node:  # names that are not ours to list
+        OmegaConf.set_struct(node.cluster.environment, False)
+        OmegaConf.set_struct(node.cluster.sbatch, False)
     ConfigStore.instance().store(group="schema", name="entry_point", node=node)
     groups = "Groups (group=option):\n\n$APP_CONFIG_GROUPS\n" if "model" in node else ""
     template = f"{documentation}\n{groups}Keys, as composed now (key=value):\n\n$CONFIG"
@@ -71,7 +79,10 @@ def compose(schema: type, config_name: str, documentation: str, work: Callable[[
             os.environ["HYDRA_FULL_ERROR"] = errors
 
     try:
-        sys.argv = [*map(_literal, arguments), *_QUIET]
+        multirun = [argument for argument in arguments if argument in ("-m", "--multirun")]
+        others = [argument for argument in arguments[1:] if argument not in multirun]
+        # Hydra's parser wants its overrides in one piece
+        sys.argv = [arguments[0], *multirun, *map(_literal, others), *_QUIET]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise; we print
         job()
     except OmegaConfBaseException as error:
@@ -80,6 +91,18 @@ def compose(schema: type, config_name: str, documentation: str, work: Callable[[
         refuse(_explain(error, schema))
     finally:
         restore()
+
+
+def freeze(config: Any) -> str:
+    """A validated configuration as JSON."""
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    return text.replace("${", "\\\\${") + "\n"  # text, no interpolations any more
+
+
+def frozen[Schema](schema: type[Schema]) -> Schema | None:
+    """The configuration that whoever started this process has composed, if it did."""
+    file = os.environ.get(FROZEN)
+    return None if file is None else validate(json.loads(Path(file).read_text()), schema)
 
 
 def _literal(argument: str) -> str:

@@ -21,7 +21,7 @@ from omegaconf import MISSING
 
 from launch.output import Results
 from launch.processes import launch
-from nemo_diffgemma.training.schema import ParallelGroup
+from nemo_diffgemma.training.schema import ClusterGroup, ParallelGroup
 
 
 @dataclass
@@ -31,8 +31,9 @@ class ConvertConfig:
     source: str = MISSING  # a checkpoint of any format
     target: str = MISSING  # a directory that is empty or does not exist; for nemo a file
     format: str = "huggingface"  # sharded, nemo
-    dry_run: bool = False  # say what would be converted
+    dry_run: bool = False  # say what would be converted; with a cluster, show its script
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
+    cluster: ClusterGroup = field(default_factory=ClusterGroup)
 
 
 def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:

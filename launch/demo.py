@@ -34,6 +34,8 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
     if config.data.kind != "sudoku":
         raise ConfigurationError(f"data.kind={config.data.kind!r}; the demo is about sudoku: use launch/train.py")
     trained = train(config, results)
+    if results.exit_code:
+        return trained
     from launch.checkpoints import open_network
 
     network = open_network(trained["checkpoint"], config.model.dtype)

@@ -21,7 +21,7 @@ from omegaconf import MISSING
 
 from launch.output import Results, table
 from launch.processes import launch
-from nemo_diffgemma.training.schema import BUDGETS, LEVELS, ConfigurationError, DataGroup, ParallelGroup
+from nemo_diffgemma.training.schema import BUDGETS, LEVELS, ClusterGroup, ConfigurationError, DataGroup, ParallelGroup
 
 
 @dataclass
@@ -36,6 +36,8 @@ class EvaluateConfig:
     seed: int = 0
     dtype: str = "float32"  # or bfloat16
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
+    cluster: ClusterGroup = field(default_factory=ClusterGroup)
+    dry_run: bool = False  # show the script of a cluster, submit nothing
 
     def __post_init__(self) -> None:
         if not all(0 <= level <= 1 for level in self.levels):

@@ -22,7 +22,7 @@ class Results:
     def __init__(self, rank: int) -> None:
         self._stream = os.fdopen(os.dup(1), "w") if rank == 0 else None
         self.first = rank == 0
-        self.failed = False  # set on every rank: exit code 1, for a check that did its work and found a difference
+        self.exit_code = 0  # set on every rank, for work that was done: 1 where a check found a difference
         self.colours = self._stream is not None and self._stream.isatty() and "NO_COLOR" not in os.environ
         sys.stdout.flush()
         os.dup2(2, 1)

@@ -2,14 +2,14 @@
 
     launch(generate, GenerateConfig, "generate")        # the last line of an entry point
 
-The layout alone says how many. Inside torchrun or an srun step of several tasks the processes are there already, and
-each composes for itself. Otherwise this process composes once and, where more than one is needed, becomes torchrun: it
+The layout alone says how many. With a cluster (cluster=dgx_h100) they become a Slurm job: cluster.py. Inside torchrun
+or an srun step of several tasks the processes are there already, and each composes for itself, or reads what whoever
+started them has composed. Otherwise this process composes once and, where more than one is needed, becomes torchrun: it
 hands the composed configuration to its children in a file and turns what went wrong in them into one message.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -31,7 +31,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from launch.configuration import compose
+from launch.cluster import Submission
+from launch.configuration import FROZEN, compose, freeze, frozen
 from launch.output import USER_ERROR, Results, paragraph, refuse
 from nemo_diffgemma.training.schema import ConfigurationError, ParallelGroup, validate
 from nemo_diffgemma.training.threads import threads_of_process
@@ -44,21 +45,27 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-_HANDOVER = "NEMO_DIFFGEMMA_HANDOVER"  # folder with config.json from the parent and error-<rank>.json for it
+_HANDOVER = "NEMO_DIFFGEMMA_HANDOVER"  # folder in which a torchrun parent looks for error-<rank>.json
 
 type Work = Callable[[Any, Results], Mapping[str, Any]]
 
 
 def launch(work: Work, schema: type, config_name: str) -> None:
     """Run `work(config, results)` in as many processes as `config.parallel` needs; its result is the JSON line."""
-    if _HANDOVER in os.environ:
-        _run(work, validate(json.loads((Path(os.environ[_HANDOVER]) / "config.json").read_text()), schema))
+    given = frozen(schema)
+    if given is not None:
+        started_by_others()
+        _run(work, given)
         return
+    submission = Submission(work.__name__, sys.argv)
 
     def job(composed: DictConfig) -> None:
         config: Any
         try:
             config = validate(composed, schema)
+            if submission.takes(config):
+                submission.add(config, sweep=_is_multirun())
+                return
             processes = processes_of(config.parallel)
         except ValueError as error:
             refuse(error)
@@ -70,6 +77,7 @@ def launch(work: Work, schema: type, config_name: str) -> None:
             _become_torchrun(config, processes)
 
     compose(schema, config_name, sys.modules[work.__module__].__doc__ or "", job)
+    submission.send()
 
 
 # -- how many ----------------------------------------------------------------------------------------------------------
@@ -135,8 +143,8 @@ def _run(work: Work, config: Any) -> None:
         shutdown()
     except Exception as error:
         _leave(error, rank)
-    if results.failed:
-        raise SystemExit(1)
+    if results.exit_code:
+        raise SystemExit(results.exit_code)
 
 
 def _set_threads(config: Any) -> None:
@@ -218,9 +226,9 @@ def _become_torchrun(config: Any, processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     command = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", *sys.argv]
     with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
-        plain = json.dumps(dataclasses.asdict(config)).replace("${", "\\\\${")  # text, no interpolations any more
-        (Path(folder) / "config.json").write_text(plain)
-        os.environ[_HANDOVER] = folder
+        file = Path(folder) / "config.json"
+        file.write_text(freeze(config))
+        os.environ |= {_HANDOVER: folder, FROZEN: str(file)}
         try:
             torchrun.run(torchrun.parse_args(command))
         except ChildFailedError as failed:
@@ -228,7 +236,7 @@ def _become_torchrun(config: Any, processes: int) -> None:
         except SignalException as stopped:
             raise SystemExit(128 + stopped.sigval) from None
         finally:
-            del os.environ[_HANDOVER]
+            del os.environ[_HANDOVER], os.environ[FROZEN]
 
 
 def _account(folder: Path, failed: Any) -> int:

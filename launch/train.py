@@ -8,6 +8,7 @@
 
 The number of processes follows from parallel.*; they are started here unless torchrun or srun has done so.
 Results go to exp_dir/name/version; the last line of standard output is JSON: run_dir, checkpoint, step, loss.
+SIGUSR1 and SIGTERM end it after the step with a checkpoint and exit code 85.
 What every key means: nemo_diffgemma/training/schema.py.
 """
 
@@ -27,8 +28,10 @@ from nemo_diffgemma.training.schema import TrainConfig
 def train(config: TrainConfig, results: Results) -> dict[str, Any]:
     """Train; everything else is in the run directory."""
     from nemo_diffgemma.training import run  # NeMo: ten seconds
+    from nemo_diffgemma.training.supervision import PREEMPTED
 
     done = run.train(config, config.exp_manager.run_dir)
+    results.exit_code = PREEMPTED if done.preempted else 0
     return {"run_dir": str(done.run_dir), "checkpoint": str(done.checkpoint), "step": done.step, "loss": done.loss}
 
 

@@ -76,7 +76,7 @@ def verify(config: VerifyConfig, results: Results) -> dict[str, Any]:
             tokens += compare_tokens(network, reference, random_ids(other, network, (config.rows, lengths[0])), other)
     agreement = {"router": sum(routes) / len(routes), "tokens": sum(tokens) / len(tokens) if tokens else None}
     equal = max(differences.values()) <= config.tolerance and all(tokens)
-    results.failed = not equal
+    results.exit_code = int(not equal)
     rows = [[name.replace("_", " "), f"{value:.2e}"] for name, value in differences.items()]
     rows += [["same experts", f"{agreement['router']:.4%}"], ["same tokens", f"{sum(tokens)} of {len(tokens)} rows"]]
     results.show(f"against transformers, prompts of {lengths} tokens\n{table(['compared', 'found'], rows)}\n")

@@ -3,7 +3,8 @@
     train(config, run_dir)      # in every process that torchrun or srun started, or in a single one
 
 The run directory: `metrics.jsonl`, `validation.jsonl`, `checkpoints/step-N`, `assets/` (tokenizer, sampler defaults),
-`logs/` (NeMo's, TensorBoard events). Started again, the run continues from its last complete checkpoint.
+`logs/` (NeMo's, TensorBoard events), `status.json` (the heartbeat). Started again, the run continues from its last
+complete checkpoint. Asked to stop by SIGUSR1 or SIGTERM, it saves one and says so in its result.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from nemo.lightning.callback_group import CallbackGroup
 from nemo.lightning.one_logger_callback import OneLoggerNeMoCallback
 from nemo.utils import logging as nemo_logging
@@ -35,6 +37,7 @@ from nemo_diffgemma.training import callbacks, optimizer, tasks
 from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings, empty_network
 from nemo_diffgemma.training.schema import ConfigurationError, ExpManagerGroup, TrainConfig
 from nemo_diffgemma.training.strategy import MegatronStrategy
+from nemo_diffgemma.training.supervision import Heartbeat, Preemption, StopRequest, Watchdog
 from nemo_diffgemma.training.threads import threads_of_process
 
 CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
@@ -42,21 +45,37 @@ CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the run is, its last checkpoint, and the loss of its last step."""
+    """Where the run is, its last checkpoint, the loss of its last step, and whether a signal ended it early."""
 
     run_dir: Path
     checkpoint: Path
     step: int
     loss: float
+    preempted: bool
 
 
 def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
-    """Train until `trainer.max_steps`. Every process calls it with equal arguments.
+    """Train until `trainer.max_steps` or a signal. Every process calls it with equal arguments.
 
     Raises one-paragraph errors (`ConfigurationError`, `LayoutError`, `CheckpointError`, ...) on every rank before the
-    first step, and `TrainingError` where loss or gradients are no numbers.
+    first step, and `TrainingError` where loss or gradients are no numbers. Where no step is made for
+    `trainer.hang_minutes`, the process writes its stacks and ends with exit code 86.
     """
     run_dir = Path(run_dir).absolute()
+    heartbeat = Heartbeat(run_dir, config.trainer.max_steps, last_checkpoint)
+    watchdog = Watchdog(config.trainer.hang_minutes, on_hang=lambda: heartbeat.write("hung"))
+    with StopRequest().listening() as request, watchdog.watching():
+        try:
+            result = _train(config, run_dir, [heartbeat, watchdog], Preemption(request))
+        except Exception:
+            if dist.is_initialized() and run_dir.is_dir():
+                heartbeat.write("failed")
+            raise
+        heartbeat.write("preempted" if result.preempted else "finished", step=result.step, loss=result.loss)
+    return result
+
+
+def _train(config: TrainConfig, run_dir: Path, watching: list[Any], preemption: Preemption) -> TrainResult:
     _quiet()
     torch.set_num_threads(config.trainer.threads or threads_of_process())
     initialize(config.parallel.layout())
@@ -70,14 +89,14 @@ def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
     assert model.network is not None
     tasks.check(config.data, model.network.model)
     _write_assets(model.network, run_dir)
-    trainer = _trainer(config.trainer.max_steps, _callbacks(config, run_dir))
+    trainer = _trainer(config.trainer.max_steps, [*_callbacks(config, run_dir), preemption, *watching])
     exp_manager(trainer, _exp_manager(config, run_dir, resumed))
     model.set_trainer(trainer)
     trainer.fit(model, ckpt_path=None if resumed is None else str(resumed))
     last = run_dir / CHECKPOINTS / f"step-{trainer.global_step}"
     if not trainer.strategy.broadcast(sharded.is_sharded(last)):  # rank 0's files decide: saving is collective
         trainer.save_checkpoint(f"{last}.ckpt")
-    return TrainResult(run_dir, last, trainer.global_step, _last_loss(model, run_dir))
+    return TrainResult(run_dir, last, trainer.global_step, _last_loss(model, run_dir), preemption.preempted)
 
 
 def _quiet() -> None:
@@ -117,6 +136,7 @@ def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         strategy=MegatronStrategy(),
+        plugins=[LightningEnvironment()],  # the world exists: Slurm's would check its tasks and take its signals
         max_steps=max_steps,
         max_epochs=-1,
         limit_val_batches=0,

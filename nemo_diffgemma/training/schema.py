@@ -92,6 +92,7 @@ class TrainerGroup:
     validate_every: int = 0
     validation_examples: int = 64
     checkpoint_every: int = 0  # besides the last step, which is always kept
+    hang_minutes: float = 30.0  # without a step (start, validation and saving included) until the run ends itself
     threads: int = 0  # CPU threads of each process; 0: the machine's cores divided by the processes on it
     progress: bool = True
 
@@ -129,6 +130,45 @@ class SamplerGroup:
 
 
 @dataclass
+class PreflightGroup:
+    """What a node must show before a job starts on it; one that does not is excluded."""
+
+    scratch: str = "/tmp"  # must exist, be writable and have min_free_gb; %N is the node's name
+    min_free_gb: float = 10.0
+    min_shm_gb: float = 1.0
+    max_clock_skew_s: float = 5.0
+    timeout_s: float = 180.0
+
+
+@dataclass
+class ClusterGroup:
+    """Where the work is done. Without a scheduler, here; with `slurm` it is submitted: slurm/README.md."""
+
+    scheduler: str | None = None
+    gpu: str | None = None  # of conf/gpu
+    device: str = "cuda"  # or cpu: what the pre-flight check expects
+    nodes: int = 1
+    gpus_per_node: int = 8  # one process each
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str = "04:00:00"
+    cpus_per_task: int | None = None
+    grace_seconds: int = 300  # before the time limit: time to finish a step and to save
+    max_restarts: int = 20
+    requeue_delay_s: int = 120  # how long a job waits to be ended by the requeue it asked for
+    sbatch: dict[str, str] = field(default_factory=dict)  # more #SBATCH options: {constraint: h100}
+    srun: list[str] = field(default_factory=list)  # more options of every srun
+    container_image: str | None = None  # for pyxis and enroot; without one, `python`
+    container_mounts: list[str] = field(default_factory=list)
+    python: str | None = None  # interpreter on the nodes; None: this one, or the container's
+    setup: list[str] = field(default_factory=list)  # lines of shell before anything runs: module load ...
+    environment: dict[str, str] = field(default_factory=dict)
+    jobs_dir: str = "runs/jobs"  # logs of jobs that have no run directory
+    preflight: PreflightGroup = field(default_factory=PreflightGroup)
+
+
+@dataclass
 class TrainConfig:
     """Everything `launch/train.py` reads."""
 
@@ -138,6 +178,8 @@ class TrainConfig:
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
     trainer: TrainerGroup = field(default_factory=TrainerGroup)
     exp_manager: ExpManagerGroup = field(default_factory=ExpManagerGroup)
+    cluster: ClusterGroup = field(default_factory=ClusterGroup)
+    dry_run: bool = False  # show the script of a cluster, submit nothing
     seed: int = 0
 
 

@@ -36,7 +36,7 @@ class Shown:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.failed = False
+        self.exit_code = 0
 
     def show(self, text: str) -> None:
         self.lines.append(text)
@@ -113,7 +113,7 @@ def test_the_other_checkpoint_of_the_same_sizes_is_not_the_same(bundle, checkpoi
     assert check(CheckConfig(str(bundle), steps=4), Shown())["verdict"] == "agrees"
     shown = Shown()
     assert check(CheckConfig(str(bundle), checkpoint=str(other), steps=4), shown)["verdict"] == "differs"
-    assert shown.failed
+    assert shown.exit_code == 1
 
 
 def test_run_and_show_tell_what_is_there(bundle, traces):

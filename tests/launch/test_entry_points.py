@@ -24,7 +24,7 @@ class Shown:
     """Stands in for `Results`."""
 
     def __init__(self) -> None:
-        self.failed, self.first, self.colours, self.lines = False, True, False, []
+        self.exit_code, self.first, self.colours, self.lines = 0, True, False, []
 
     def show(self, text: str) -> None:
         self.lines.append(text)
@@ -228,7 +228,7 @@ def test_verification_finds_us_equal_and_a_moved_weight_different(model, single,
     config = verify.VerifyConfig(str(model), rows=2, canvases=1, max_denoising_steps=3)
     results = Shown()
     found = verify.verify(config, results)
-    assert (found["verdict"], results.failed) == ("equal", False)
+    assert (found["verdict"], results.exit_code) == ("equal", 0)
     assert found["agreement"]["router"] == 1.0
     assert max(found["differences"].values()) < 1e-4
 
@@ -244,7 +244,7 @@ def test_verification_finds_us_equal_and_a_moved_weight_different(model, single,
     monkeypatch.setattr(checkpoints, "open_network", moved)
     results = Shown()
     assert verify.verify(config, results)["verdict"] == "different"
-    assert results.failed
+    assert results.exit_code == 1
 
 
 def test_tokens_that_were_not_compared_are_not_called_equal(model, single, monkeypatch):

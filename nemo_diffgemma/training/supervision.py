@@ -1,0 +1,172 @@
+"""What keeps a long run alive and visible on a cluster: stopping on a signal, a heartbeat, a watch for hangs.
+
+    SIGUSR1, SIGTERM    every rank finishes its step, one checkpoint is saved, the processes leave with PREEMPTED
+    status.json         what rank 0 last knew, written every few seconds
+    no step in time     every rank writes its stacks to standard error and leaves with HUNG
+
+Slurm sends SIGUSR1 before the time limit and SIGTERM at pre-emption; see slurm/README.md for what follows.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
+
+from nemo_diffgemma.parallel.groups import device
+
+PREEMPTED, HUNG = 85, 86  # exit codes; slurm/job.sbatch knows them
+STATUS = "status.json"
+HEARTBEAT_SECONDS = 2.0
+_DUMP_SECONDS = 10.0  # for the other ranks to notice and to write their stacks too
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop."""
+
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def listen(self) -> None:
+        """Keep these signals for later instead of dying of them; again where Lightning has put its own handler."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._keep)
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """`listen`, with the old handlers back at the end."""
+        before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        try:
+            self.listen()
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Preemption(Callback):
+    """Ends the run after the step in which any rank was asked to stop; `run.train` then saves the checkpoint."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request, self.preempted = request, False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.request.listen()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        asked = torch.tensor(int(self.request.received is not None), device=device())
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked.item() and trainer.global_step < trainer.max_steps:
+            self.preempted = trainer.should_stop = True
+
+
+class Heartbeat(Callback):
+    """`status.json` of a run: state, step, loss, speed, last checkpoint, restarts. Written by rank 0, whole or not."""
+
+    def __init__(self, run_dir: Path, max_steps: int, last_checkpoint: Callable[[Path], Path | None]) -> None:
+        self.run_dir, self.last_checkpoint = run_dir, last_checkpoint
+        self.status: dict[str, Any] = {
+            "state": "starting",
+            "step": 0,
+            "max_steps": max_steps,
+            "loss": None,
+            "tokens_per_second": None,
+            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        self._written = 0.0
+
+    def write(self, state: str, **known: Any) -> None:
+        """Now. Other ranks than 0 write nothing."""
+        if dist.get_rank() != 0:
+            return
+        checkpoint = self.last_checkpoint(self.run_dir)
+        self.status |= {"state": state, "checkpoint": checkpoint and str(checkpoint), "time": time.time(), **known}
+        partial = self.run_dir / f".{STATUS}.partial"
+        partial.write_text(json.dumps(self.status) + "\n")
+        partial.replace(self.run_dir / STATUS)
+        self._written = time.monotonic()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.write("running", step=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if time.monotonic() - self._written >= HEARTBEAT_SECONDS:
+            self.write("running", **_known(pl_module.result))
+
+
+def _known(result: Any) -> dict[str, Any]:
+    if result is None:
+        return {}
+    return {"step": result.step, "loss": result.loss, "tokens_per_second": result.tokens_per_second}
+
+
+class Watchdog(Callback):
+    """Ends this process with HUNG when nothing is heard of a step for `minutes`, after writing where it hangs.
+
+    The stacks are written by a thread of C that needs no interpreter lock; `minutes` also cover the start, validation
+    and saving.
+    """
+
+    def __init__(self, minutes: float, on_hang: Callable[[], None]) -> None:
+        self.seconds, self.on_hang = minutes * 60, on_hang
+        self._stopped = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator[Watchdog]:
+        """Watch until the end of the block."""
+        if self.seconds <= 0:
+            yield self
+            return
+        self.alive()
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self._stopped.set()
+            thread.join()
+
+    def alive(self) -> None:
+        """A step is done: count anew."""
+        if self.seconds > 0:
+            faulthandler.dump_traceback_later(self.seconds, file=2)
+            self._last = time.monotonic()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.alive()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.alive()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(1.0):
+            if time.monotonic() - self._last > self.seconds + _DUMP_SECONDS:
+                print(
+                    f"no step within {self.seconds / 60:g} minutes (trainer.hang_minutes): stacks are above; rank "
+                    f"{dist.get_rank()} ends with code {HUNG}",
+                    file=sys.__stderr__,
+                    flush=True,
+                )
+                threading.Thread(target=self.on_hang, daemon=True).start()  # it may hang as well
+                time.sleep(1.0)
+                os._exit(HUNG)

@@ -1,0 +1,153 @@
+"""What is decided before a job is submitted: what fits, and the script. The scripts run in tests/slurm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from launch.cluster import VERBS, fit, render
+from launch.configuration import CONF, register
+from nemo_diffgemma.parallel.layout import LayoutError
+from nemo_diffgemma.training.schema import ConfigurationError, TrainConfig, validate
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "slurm" / "example_dgx_h100.sbatch"
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+
+
+def configured(*overrides: str) -> TrainConfig:
+    register(TrainConfig, "config")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return validate(compose("config", list(overrides)), TrainConfig)
+
+
+def train(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "model=tiny", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PATH": path or os.environ["PATH"]}
+    )
+
+
+# -- what fits ---------------------------------------------------------------------------------------------------------
+
+
+def test_replicas_follow_from_the_allocation():
+    config = configured("cluster=dgx_h100", "cluster.nodes=4", "parallel=tp4_ep8", "model=diffusiongemma_26b_a4b")
+    assert fit("train", config) == 32
+    assert config.parallel.replicas == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["cluster.nodes=3", "parallel.tensor=4", "parallel.expert=16", "model=diffusiongemma_26b_a4b"],
+            "layout tensor=4,expert=16 needs 16 processes or a multiple of it, but cluster.nodes=3 x "
+            "cluster.gpus_per_node=8 are 24; the nearest that fit: cluster.nodes=4 or parallel.tensor=4 "
+            "parallel.expert=8",
+        ),
+        (["cluster.gpus_per_node=3", "parallel=tp2"], "nearest that fit: cluster.nodes=2 or parallel.tensor=1"),
+        (["parallel=tp2", "parallel.replicas=3"], "which makes 4 of layout tensor=2; leave parallel.replicas out"),
+        (["parallel.tensor=8", "model=tiny"], "layout tensor=8 cannot divide"),
+        (["cluster.nodes=3"], "data.global_batch_size=64"),
+        (["cluster.time=soon"], "expected minutes, hours:minutes:seconds"),
+        (["cluster.gpu=h1000"], "use b200, dgx_spark"),
+        (["cluster.nodes=0"], "cluster.nodes=0; expected at least 1"),
+        (["cluster.scheduler=pbs"], "use slurm, or null"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(overrides, told):
+    with pytest.raises((LayoutError, ConfigurationError, ValueError), match=r"\S") as error:
+        fit("train", configured("cluster=dgx_h100", *overrides))
+    assert told in str(error.value)
+
+
+def test_evaluation_takes_as_many_tasks_as_its_layout():
+    config = configured("cluster=dgx_h100", "parallel=tp2_ep2")
+    assert fit("evaluate", config) == 2
+    with pytest.raises(LayoutError, match="use cluster.nodes=2"):
+        fit("evaluate", configured("cluster=dgx_h100", "cluster.gpus_per_node=1", "parallel=tp2_ep2"))
+
+
+# -- the script --------------------------------------------------------------------------------------------------------
+
+
+def example() -> str:
+    config = configured(
+        "cluster=dgx_h100", "cluster.nodes=4", "cluster.account=language", "parallel=tp4_ep8",
+        "model=diffusiongemma_26b_a4b", "cluster.container_image=/shared/images/nemo_diffgemma.sqsh",
+        "cluster.container_mounts=[/shared/checkpoints:/shared/checkpoints:ro]",
+    )  # fmt: skip
+    return render(
+        "train",
+        config.cluster,
+        tasks=fit("train", config),
+        directory=Path("/shared/runs/finetune/first"),
+        command="python launch/train.py cluster=dgx_h100 cluster.nodes=4 parallel=tp4_ep8 ...",
+        name="finetune",
+        root=Path("/shared/nemo_diffgemma"),
+    )
+
+
+def test_the_script_for_a_dgx_is_the_example():
+    """Written anew with: python -m tests.launch.test_cluster"""
+    assert example() == EXAMPLE.read_text()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("array", [0, 4])
+@pytest.mark.parametrize("container", [None, "/images/a b.sqsh"])
+def test_every_script_is_clean_shell(tmp_path, verb, array, container):
+    cluster = configured("cluster=dgx_h100", "cluster.environment.NCCL_DEBUG=INFO", "cluster.sbatch.comment=x").cluster
+    cluster.container_image, cluster.setup = container, ["module load cuda"]
+    cluster.environment["QUOTED"] = "it's here"
+    file = tmp_path / "job.sh"
+    file.write_text(
+        render(verb, cluster, tasks=8, directory=tmp_path / "a b", command="python", name="name", array=array)
+    )
+    done = subprocess.run([str(SHELLCHECK), str(file)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# -- submission --------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_shows_the_script_and_writes_nothing(tmp_path):
+    done = train("cluster=dgx_h100", "dry_run=true", f"exp_manager.exp_dir={tmp_path}", "exp_manager.version=mine")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert done.stdout.splitlines()[-1] == f'{{"job": null, "runs": ["{tmp_path}/default/mine"]}}'
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_is_one_array(tmp_path):
+    done = train("cluster=dgx_h100", "dry_run=true", f"exp_manager.exp_dir={tmp_path}", "--multirun", "seed=1,2,3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 1
+    assert "#SBATCH --array=0-2\n" in done.stdout
+    assert "/$SLURM_ARRAY_TASK_ID\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["cluster=dgx_h100"], "there is no sbatch here: submit from a login node"),
+        (["dry_run=true"], "add cluster=dgx_h100"),
+        (["cluster=dgx_h100", "cluster.gpus_per_node=3", "parallel=tp2"], "nearest that fit"),
+        (["cluster=dgx_h100", "cluster.node=3"], "did you mean cluster.nodes?"),
+    ],
+)
+def test_what_cannot_be_submitted_is_one_paragraph(tmp_path, arguments, told):
+    done = train(*arguments, f"exp_manager.exp_dir={tmp_path}", path=str(tmp_path))
+    assert done.returncode == 2
+    assert told in " ".join(done.stderr.split())
+    assert done.stderr.startswith("error: ")
+
+
+if __name__ == "__main__":
+    EXAMPLE.write_text(example())

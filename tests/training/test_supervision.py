@@ -1,0 +1,100 @@
+"""Runs that are stopped, or hang: started as a user starts them, since signals and exit codes are the claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_diffgemma.training.supervision import HUNG, PREEMPTED
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+def start(directory: Path, *arguments: str, steps: int = STEPS) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, str(ROOT / "launch" / "train.py"), "model=tiny", "data.global_batch_size=4",
+        f"trainer.max_steps={steps}", "optim.warmup_steps=1", "trainer.progress=false", "exp_manager.tensorboard=false",
+        f"exp_manager.exp_dir={directory}", "exp_manager.name=run", "exp_manager.version=one", *arguments,
+    ]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
+    """JSON line and standard error of a run that ends with `code`."""
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == code, errors
+    return json.loads(out.splitlines()[-1]) if out else {}, errors
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    file, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (file.exists() and len(file.read_text().splitlines()) >= step):
+        assert process.poll() is None and time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.02)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in ("step", "loss", "grad_norm", "lr")} for line in found]
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    found, _ = end(start(directory))
+    assert status(directory / "run" / "one") | {"time": 0} == {
+        "state": "finished", "step": STEPS, "max_steps": STEPS, "loss": found["loss"], "restarts": 0, "job": None,
+        "checkpoint": found["checkpoint"], "time": 0,
+        "tokens_per_second": status(directory / "run" / "one")["tokens_per_second"],
+    }  # fmt: skip
+    return directory / "run" / "one"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_ends_as_if_undisturbed(tmp_path, undisturbed, number):
+    run = tmp_path / "run" / "one"
+    process = start(tmp_path)
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    found, _ = end(process, PREEMPTED)
+    assert 3 <= found["step"] < STEPS
+    assert Path(found["checkpoint"]).name == f"step-{found['step']}"
+    assert {"state": "preempted", "step": found["step"], "checkpoint": found["checkpoint"]}.items() <= status(
+        run
+    ).items()
+    end(start(tmp_path))
+    assert lines(run) == lines(undisturbed)
+    assert status(run)["state"] == "finished"
+
+
+def test_a_run_that_hangs_says_in_which_line_and_ends(tmp_path):
+    run = tmp_path / "run" / "one"
+    process = start(tmp_path, "trainer.hang_minutes=0.1", steps=100_000)
+    wait_for_step(run, 3, process)
+    # as a file system that does not answer: opening a pipe that nobody reads waits for ever
+    (run / "metrics.jsonl").rename(run / "aside")
+    os.mkfifo(run / "metrics.jsonl")
+    _, errors = end(process, HUNG)
+    assert 'nemo_diffgemma/training/callbacks.py", line' in errors and "in _append" in errors
+    assert "no step within 0.1 minutes (trainer.hang_minutes)" in errors
+    assert status(run)["state"] == "hung"
+
+
+def test_an_error_in_a_run_is_in_its_status(tmp_path):
+    process = start(tmp_path, "optim.lr=1e30", "optim.min_lr=1e30")
+    _, errors = end(process, 1)
+    assert "TrainingError" in errors
+    assert status(tmp_path / "run" / "one")["state"] == "failed"
