@@ -156,7 +156,6 @@ class ClusterGroup:
     cpus_per_task: int | None = None
     grace_seconds: int = 300  # before the time limit: time to finish a step and to save
     max_restarts: int = 20
-    requeue_delay_s: int = 120  # how long a job waits to be ended by the requeue it asked for
     sbatch: dict[str, str] = field(default_factory=dict)  # more #SBATCH options: {constraint: h100}
     srun: list[str] = field(default_factory=list)  # more options of every srun
     container_image: str | None = None  # for pyxis and enroot; without one, `python`

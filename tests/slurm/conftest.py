@@ -1,0 +1,120 @@
+"""A real Slurm for the session, and jobs as a user submits them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 16
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+SECONDS = 300  # from the submission to the end, a restart included: importing NeMo costs ten seconds a rank
+
+
+class Job:
+    """A submitted job of one run, or of a sweep."""
+
+    def __init__(self, cluster: Cluster, number: str, runs: list[str]) -> None:
+        self.cluster, self.number, self.runs = cluster, number, [Path(run) for run in runs]
+        self.run = self.runs[0]
+
+    def out(self) -> str:
+        file = self.run / "slurm" / f"job-{self.number}.out"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def known(self) -> str:
+        """For a failing test."""
+        return f"job {self.cluster.job(self.number)}\n\n{self.out()[-6000:]}\n\n{self.cluster.log()}"
+
+    def wait_for(self, claim: Any, what: str, timeout: float = SECONDS) -> None:
+        wait_for(claim, lambda: f"waited for {what} of {self.known()}", timeout)
+
+    def wait(self, state: str = "COMPLETED") -> None:
+        self.wait_for(lambda: self.cluster.job(self.number)["JobState"] in ENDED, "the end")
+        assert self.cluster.job(self.number)["JobState"] == state, self.known()
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            assert self.cluster.job(self.number)["JobState"] not in ENDED, self.known()
+            return len(self.lines()) >= step
+
+        self.wait_for(reached, f"step {step}")
+
+    def wait_for_restart(self, restarts: int = 1) -> None:
+        """Until Slurm has put the job back into its queue."""
+        self.wait_for(lambda: int(self.cluster.job(self.number)["Restarts"]) >= restarts, f"restart {restarts}")
+
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.run / "status.json").read_text())
+
+    def lines(self, run: Path | None = None) -> list[dict[str, Any]]:
+        file = (run or self.run) / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in file.read_text().splitlines()]
+        except (FileNotFoundError, json.JSONDecodeError):
+            return []
+
+    def losses(self, run: Path | None = None) -> list[float]:
+        return [line["loss"] for line in self.lines(run)]
+
+    def nodes(self) -> list[str]:
+        return self.cluster.hosts(self.cluster.job(self.number)["NodeList"])
+
+    def processes(self, **environment: str) -> list[int]:
+        return self.cluster.processes(
+            SLURM_JOB_ID=self.number, SLURM_CONF=self.cluster.environment["SLURM_CONF"], **environment
+        )
+
+    def rank(self, rank: int) -> int:
+        """The process of a rank."""
+        mine = self.processes(SLURM_PROCID=str(rank))
+        python = [pid for pid in mine if b"launch/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return min(python)
+
+    def checkpoints(self) -> list[int]:
+        return sorted(int(d.name.removeprefix("step-")) for d in (self.run / "checkpoints").glob("step-*"))
+
+
+class Jobs:
+    """Submits what a user types."""
+
+    def __init__(self, cluster: Cluster, directory: Path) -> None:
+        self.cluster, self.directory, self.count = cluster, directory, 0
+
+    def submit(self, *overrides: str, steps: int = STEPS) -> Job:
+        """Sudoku in TP2 x EP2 on 2 nodes with 2 tasks each, two replicas."""
+        self.count += 1
+        command = [
+            sys.executable, "launch/train.py", "cluster=testcluster", "parallel=tp2_ep2", "data.global_batch_size=8",
+            f"trainer.max_steps={steps}", "trainer.checkpoint_every=4", "optim.warmup_steps=2",
+            "trainer.progress=false", "exp_manager.tensorboard=false", f"exp_manager.exp_dir={self.directory}",
+            f"exp_manager.name=run{self.count}", "exp_manager.version=one", *overrides,
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=self.cluster.environment)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout.splitlines()[-1])
+        assert re.search(rf"follow +python launch/status.py {told['job']}\b", done.stdout)
+        return Job(self.cluster, told["job"], told["runs"])
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    running, reason = Cluster.started(tmp_path_factory.mktemp("testcluster"))
+    if running is None:
+        pytest.skip(reason)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(cluster, tmp_path_factory.mktemp("runs"))
