@@ -4,7 +4,7 @@
 PYTHON_IN_VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo export-demo test test-all test-gpu lint format clean
+.PHONY: help venv demo export-demo test test-slurm test-all test-gpu lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,7 +19,10 @@ export-demo: venv ## Export the model of the demo: build engines, compare with P
 	$(PYTHON_IN_VENV) export/demo.py $(ARGS)
 
 test: venv ## Run the tests, without the slow ones
-	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" --ignore=tests/slurm $(ARGS)
+
+test-slurm: venv ## Run training jobs on a real Slurm, started here (installed too, as root on Debian or Ubuntu)
+	$(PYTHON_IN_VENV) -m pytest -q tests/slurm $(ARGS)
 
 test-all: venv ## Run all tests
 	$(PYTHON_IN_VENV) -m pytest -q $(ARGS)
@@ -27,10 +30,12 @@ test-all: venv ## Run all tests
 test-gpu: venv ## Run what needs GPUs: parity and layouts on nccl, engines with their latencies
 	$(PYTHON_IN_VENV) -m pytest -q -s tests/gpu $(ARGS)
 
-lint: venv ## Check style, formatting and types
+lint: venv ## Check style, formatting and types, shell scripts and the Dockerfile
 	$(PYTHON_IN_VENV) -m ruff check
 	$(PYTHON_IN_VENV) -m ruff format --check
 	$(PYTHON_IN_VENV) -m mypy
+	.venv/bin/shellcheck .ci/run scripts/*.sh slurm/testcluster/*.sh slurm/example_dgx_h100.sbatch
+	.venv/bin/hadolint docker/Dockerfile
 
 format: venv ## Format the code and apply the safe fixes
 	$(PYTHON_IN_VENV) -m ruff check --fix

@@ -13,6 +13,7 @@ line is JSON: bundle, graphs (ONNX and engine bytes, seconds, peak memory in byt
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from export.entry import start
 from export.roofline import Gpu
 from launch.output import Results, table
-from nemo_diffgemma.training.schema import ConfigurationError, ModelGroup, ParallelGroup
+from nemo_diffgemma.training.schema import ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
 
 if TYPE_CHECKING:
     from export.building import Built
@@ -52,6 +53,8 @@ class BuildConfig:
     max_context: int = 8192  # columns, prompt and finished canvases
     max_chunk: int = 1024  # columns of one call of encode
     parallel: ParallelGroup = field(default_factory=ParallelGroup)  # ranks of the engines
+    cluster: ClusterGroup = field(default_factory=ClusterGroup)  # one process a rank
+    dry_run: bool = False  # show the script of a cluster, submit nothing
 
 
 def build(config: BuildConfig, results: Results) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     from export.building import build_bundle
     from export.bundle import Settings, check_free
     from export.runner import Limits
+    from export.team import Team
 
     checkpoint = Path(config.checkpoint).expanduser() if config.checkpoint else None
     if config.builder == "edge_llm" and checkpoint is None:
@@ -71,8 +75,12 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
         raise ConfigurationError("parallel.replicas: every replica runs the same engines; leave it out")
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    team = Team.of_processes()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.source-", dir=out.parent) as folder:
-        source = _released_format(checkpoint, Path(folder)) if checkpoint is not None else _structure(config.model)
+        shared = Path(team.of_first(folder))
+        with team.together():
+            source = _structure(config.model) if checkpoint is None else _released_format(checkpoint, shared, layout)
+        source = team.of_first(source)
         if config.builder == "edge_llm":
             from export.edge_llm import write_checkpoint
 
@@ -92,7 +100,7 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
         bar = tqdm(total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.first)
         with bar:
             tell = bar.set_description_str
-            built = build_bundle(source, out, settings, config.builder, targets, prompts, tell)
+            built = build_bundle(source, out, settings, config.builder, targets, prompts, tell, team)
             tell("done")
     results.show(_table(built))
     results.show(f"bundle: {config.out}")
@@ -113,19 +121,19 @@ def _structure(model: ModelGroup) -> Any:
     return ModelConfig(**model.architecture)
 
 
-def _released_format(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint as a Hugging Face directory: a `.nemo` holds one, a sharded checkpoint is converted."""
+def _released_format(checkpoint: Path, folder: Path, layout: Any) -> Path:
+    """The checkpoint as a Hugging Face directory: a `.nemo` holds one, a sharded checkpoint is converted by all."""
     if (checkpoint / "config.json").is_file():
         return checkpoint
     from nemo_diffgemma.checkpoint import nemo_archive
     from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
     from nemo_diffgemma.parallel import ParallelLayout, initialize
 
+    initialize(layout if int(os.environ.get("WORLD_SIZE", 1)) % layout.world_size == 0 else ParallelLayout())
     if format_of(checkpoint) == "nemo":
         return nemo_archive.unpack(checkpoint) / nemo_archive.WEIGHTS
     from launch.checkpoints import contents
 
-    initialize(ParallelLayout())
     load_network(checkpoint, DTYPES[contents(str(checkpoint)).dtype]).save_huggingface(folder / "checkpoint")
     return folder / "checkpoint"
 

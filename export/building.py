@@ -15,7 +15,7 @@ import onnx
 from onnx import ModelProto
 
 from export import quantize, triton_repository
-from export.builders import BUILDERS, build_engine, check_target, load_module
+from export.builders import BUILDERS, check_target, load_module
 from export.bundle import (
     CHECKPOINT,
     DTYPES,
@@ -28,10 +28,12 @@ from export.bundle import (
     writing,
 )
 from export.calibrate import calibrate
+from export.engine_process import build_engine_apart
 from export.graph import Model, Weights
-from export.inline import inline, store
+from export.inline import Place, inline, store
 from export.loop import to_loop
 from export.qdq import quantize_graph
+from export.team import ALONE, Team
 from export.tracing import trace
 from export.weights import Weight, check_layout, engine_weights
 from nemo_diffgemma.config import ModelConfig
@@ -43,7 +45,7 @@ QUANTIZATION = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class Built:
-    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, peak memory so far (bytes)."""
+    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, most bytes of a process so far."""
 
     onnx_bytes: int
     engine_bytes: int
@@ -59,31 +61,64 @@ def build_bundle(
     targets: Sequence[str] = (),
     prompts: Sequence[Sequence[int]] = (),
     progress: Callable[[str], None] = lambda what: None,
+    team: Team = ALONE,
 ) -> dict[str, Built]:
     """Write the bundle `out` of a released-format directory, or only its structure from a `ModelConfig`.
 
     `targets` are compute capabilities ("sm_90") where the builder takes any; `prompts` (token ids) calibrate the
-    activations of FP8 and NVFP4. Returns what was built by `graph.rank{r}`. Raises a ValueError that says what to do
-    before anything is written; nothing half-written stays.
+    activations of FP8 and NVFP4. The processes of `team` share the ranks; all call this with equal arguments. Returns
+    what was built by `graph.rank{r}`. Raises a ValueError that says what to do before anything is written; nothing
+    half-written stays.
     """
     config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig.from_pretrained(checkpoint)
     check_request(config, settings, builder, targets, prompts)
+    if team.size > settings.layout.world_size:
+        raise BundleError(
+            f"{team.size} processes for the {settings.layout.world_size} ranks of layout {settings.layout}; start one "
+            "a rank, or fewer"
+        )
     weights = engine_weights(config, settings.layout)
-    with writing(out) as partial:
-        assets = partial / CHECKPOINT
-        if isinstance(checkpoint, ModelConfig):
-            assets.mkdir()
-            (assets / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
-        else:
-            _link(checkpoint, assets)
-            check_tensors(assets, weights)
+    with writing(out, team) as partial:
+        with team.together():
+            if team.first:
+                _prepare(checkpoint, config, weights, partial / CHECKPOINT)
+        work = _Work(config, settings, partial, builder, tuple(targets), progress, team)
         amax: dict[str, float] = {}
         if settings.quantization is not None:
-            amax, weights = _quantize(config, settings, weights, partial, prompts, progress)
-        built = _build_graphs(config, settings, weights, amax, partial, builder, targets, progress)
-        triton_repository.write(partial, builder)
-        write_descriptions(partial, config, settings, weights, builder, targets)
+            amax, weights = _quantize(work, weights, prompts)
+        built = _build_graphs(work, weights, amax)
+        with team.together():
+            if team.first:
+                triton_repository.write(partial, builder)
+                write_descriptions(partial, config, settings, weights, builder, targets)
     return built
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every part of a build needs to know."""
+
+    config: ModelConfig
+    settings: Settings
+    partial: Path
+    builder: str
+    targets: tuple[str, ...]
+    progress: Callable[[str], None]
+    team: Team
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """Those that this process has to build."""
+        return self.team.share_of(range(self.settings.layout.world_size))
+
+
+def _prepare(checkpoint: Path | ModelConfig, config: ModelConfig, weights: dict[str, Weight], assets: Path) -> None:
+    if isinstance(checkpoint, ModelConfig):
+        assets.mkdir()
+        (assets / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
+    else:
+        _link(checkpoint, assets)
+        check_tensors(assets, weights)
 
 
 def check_request(
@@ -128,62 +163,70 @@ def check_request(
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
-def _build_graphs(
-    config: ModelConfig,
-    settings: Settings,
-    weights: dict[str, Weight],
-    amax: dict[str, float],
-    partial: Path,
-    builder: str,
-    targets: Sequence[str],
-    progress: Callable[[str], None],
-) -> dict[str, Built]:
+def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float]) -> dict[str, Built]:
+    settings, team, inlined = work.settings, work.team, work.settings.weights == "inline"
+    places: dict[int, dict[str, Place]] = {}
+    with team.together():
+        if inlined:
+            places = {rank: store(weights, rank, settings.torch_dtype, work.partial) for rank in work.ranks}
+    # with weights as inputs the graphs of all ranks are one, and so are the engines
+    mine = work.ranks if inlined else range(settings.layout.world_size) if team.first else ()
     built: dict[str, Built] = {}
-    models: dict[str, ModelProto] = {}
-    ranks = range(settings.layout.world_size)
-    places = [store(weights, rank, settings.torch_dtype, partial) for rank in ranks if settings.weights == "inline"]
     for graph in settings.graphs:
         start = time.perf_counter()
-        progress(f"{graph}: tracing")
-        if graph == "loop":
-            model = to_loop(models["step"], settings.steps)
-        else:
-            model = trace(graph, config, settings.layout, settings.torch_dtype)
-            if settings.quantization is not None:
-                model = quantize_graph(model, settings.quantization, amax)
-            models[graph] = model
-        traced = time.perf_counter() - start
-        for rank in ranks:
-            start = time.perf_counter()
-            file = partial / settings.file(graph, rank)
-            onnx.save(inline(model, weights, places[rank], settings.torch_dtype) if places else model, file)
-            engine_bytes = 0
-            if builder != "onnx":
-                progress(f"{graph}, rank {rank}: building the engine")
-                engine = partial / settings.file(graph, rank, "engine")
-                engine_bytes = _engine(settings, config, builder, graph, file, engine, targets, rank)
-            seconds = time.perf_counter() - start + (traced if rank == 0 else 0.0)
-            built[f"{graph}.rank{rank}"] = Built(file.stat().st_size, engine_bytes, round(seconds, 2), _peak_memory())
-    return built
+        with team.together():
+            if team.first:
+                work.progress(f"{graph}: tracing")
+                onnx.save(_traced(graph, work, amax), _common(work, graph))
+        seconds = time.perf_counter() - start
+        with team.together():
+            for rank in mine:
+                built[f"{graph}.rank{rank}"] = _build(work, graph, rank, weights, places.get(rank), seconds)
+                seconds = 0.0
+    if team.first:
+        for graph in settings.graphs:
+            _common(work, graph).unlink()
+    found = {name: one for part in team.gather(built) for name, one in part.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: _order(settings, name))}
 
 
-def _engine(
-    settings: Settings,
-    config: ModelConfig,
-    builder: str,
-    graph: str,
-    file: Path,
-    engine: Path,
-    targets: Sequence[str],
-    rank: int,
-) -> int:
-    """Build one engine -> its bytes. With weights as inputs the graphs of all ranks are one, and so are the engines."""
-    first = engine.with_name(settings.file(graph, 0, "engine"))
-    if rank > 0 and settings.weights != "inline":
-        link(first, engine)
-        return engine.stat().st_size
-    profile = settings.profile(graph, config)
-    return build_engine(builder, file, engine, profile, world=settings.layout.world_size, targets=targets).bytes
+def _common(work: _Work, graph: str) -> Path:
+    """The graph of all ranks, while the bundle is built."""
+    return work.partial / f".{graph}.onnx"
+
+
+def _order(settings: Settings, name: str) -> tuple[int, int]:
+    graph, rank = name.split(".rank")
+    return settings.graphs.index(graph), int(rank)
+
+
+def _traced(graph: str, work: _Work, amax: dict[str, float]) -> ModelProto:
+    settings = work.settings
+    if graph == "loop":
+        return to_loop(onnx.load(_common(work, "step")), settings.steps)
+    model = trace(graph, work.config, settings.layout, settings.torch_dtype)
+    return model if settings.quantization is None else quantize_graph(model, settings.quantization, amax)
+
+
+def _build(
+    work: _Work, graph: str, rank: int, weights: dict[str, Weight], places: dict[str, Place] | None, traced: float
+) -> Built:
+    """Graph and engine of one rank; `traced` are the seconds spent before."""
+    start, settings, childs_peak = time.perf_counter(), work.settings, 0
+    file, engine = (work.partial / settings.file(graph, rank, suffix) for suffix in ("onnx", "engine"))
+    if places is None:
+        shutil.copy(_common(work, graph), file)
+    else:
+        onnx.save(inline(onnx.load(_common(work, graph)), weights, places, settings.torch_dtype), file)
+    if work.builder != "onnx" and places is None and rank > 0:
+        link(engine.with_name(settings.file(graph, 0, "engine")), engine)
+    elif work.builder != "onnx":
+        work.progress(f"{graph}, rank {rank}: building the engine")
+        world, profile = settings.layout.world_size, settings.profile(graph, work.config)
+        childs_peak = build_engine_apart(work.builder, file, engine, profile, world, work.targets)
+    engine_bytes = engine.stat().st_size if work.builder != "onnx" else 0
+    seconds = time.perf_counter() - start + traced
+    return Built(file.stat().st_size, engine_bytes, round(seconds, 2), max(_peak_memory(), childs_peak))
 
 
 def _peak_memory() -> int:
@@ -214,29 +257,28 @@ def link(file: Path, target: Path) -> None:
 
 
 def _quantize(
-    config: ModelConfig,
-    settings: Settings,
-    weights: dict[str, Weight],
-    partial: Path,
-    prompts: Sequence[Sequence[int]],
-    progress: Callable[[str], None],
+    work: _Work, weights: dict[str, Weight], prompts: Sequence[Sequence[int]]
 ) -> tuple[dict[str, float], dict[str, Weight]]:
     """Write the quantised expert matrices of every rank -> ranges of activations, and the weights left as they are."""
-    scheme, dtype = settings.quantization, settings.torch_dtype
+    scheme, dtype, assets = work.settings.quantization, work.settings.torch_dtype, work.partial / CHECKPOINT
     assert scheme is not None
     kept = {name: weight for name, weight in weights.items() if not quantize.is_quantized(name)}
-    (partial / CHECKPOINT / QUANTIZATION).write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
-    if settings.weights == "none":
-        return dict.fromkeys(weights, 1.0), kept  # any range will do for the structure
     amax: dict[str, float] = {}
-    if scheme in quantize.QUANTIZE_ACTIVATIONS:
-        progress("calibrating the activations")
-        single = ParallelLayout()
-        tensors = dict(read_weights(partial / CHECKPOINT, engine_weights(config, single), 0, dtype))
-        amax = calibrate(Model(config, single, dtype), Weights(tensors), prompts)
-        del tensors
-    progress("quantising the experts")
-    for rank in range(settings.layout.world_size):
-        file = partial / QUANTIZED.format(rank=rank)
-        quantize.write_quantized(file, partial / CHECKPOINT, weights, rank, scheme, dtype, amax)
+    with work.team.together():
+        if work.team.first:
+            (assets / QUANTIZATION).write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
+            if scheme in quantize.QUANTIZE_ACTIVATIONS and work.settings.weights != "none":
+                work.progress("calibrating the activations")
+                single = ParallelLayout()
+                tensors = dict(read_weights(assets, engine_weights(work.config, single), 0, dtype))
+                amax = calibrate(Model(work.config, single, dtype), Weights(tensors), prompts)
+                del tensors
+    if work.settings.weights == "none":
+        return dict.fromkeys(weights, 1.0), kept  # any range will do for the structure
+    amax = work.team.of_first(amax)
+    work.progress("quantising the experts")
+    with work.team.together():
+        for rank in work.ranks:
+            file = work.partial / QUANTIZED.format(rank=rank)
+            quantize.write_quantized(file, assets, weights, rank, scheme, dtype, amax)
     return amax, kept

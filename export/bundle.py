@@ -29,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from export.runner import LOOP_STEPS, Limits
+from export.team import ALONE, Team
 from export.weights import Weight, WeightsError
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
 from nemo_diffgemma.config import ModelConfig
@@ -171,19 +172,29 @@ def check_free(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that becomes it when the block ends well, and vanishes otherwise."""
-    check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+def writing(target: Path, team: Team = ALONE) -> Iterator[Path]:
+    """A temporary directory beside `target` that becomes it when the block ends well, and vanishes otherwise.
+
+    The same for all processes of `team`; the first makes and renames it.
+    """
+    partial = target
+    with team.together():
+        check_free(target)
+        if team.first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    partial = team.of_first(partial)
     try:
         yield partial
-        if target.exists():
-            target.rmdir()
-        partial.chmod(0o755)
-        partial.rename(target)
+        with team.together():
+            if team.first:
+                if target.exists():
+                    target.rmdir()
+                partial.chmod(0o755)
+                partial.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if team.first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

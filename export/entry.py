@@ -18,8 +18,10 @@ os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is 
 
 from omegaconf import DictConfig
 
-from launch.configuration import compose
+from launch.cluster import Submission
+from launch.configuration import compose, frozen
 from launch.output import USER_ERROR, Results, paragraph, refuse
+from launch.processes import started_by_others
 from nemo_diffgemma.training.schema import validate
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
@@ -31,20 +33,35 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 def start(work: Callable[[Any, Results], Mapping[str, Any]], schema: type, config_name: str) -> None:
     """Run `work(config, results)` with `conf/<config_name>.yaml` and the command line; its result is the JSON line."""
 
+    started_by_others()
+    given = frozen(schema)
+    if given is not None:
+        _run(work, given)
+        return
+    submission = Submission(work.__name__, sys.argv)
+
     def job(composed: DictConfig) -> None:
         try:
             config: Any = validate(composed, schema)
+            if submission.takes(config):
+                submission.add(config)
+                return
         except ValueError as error:
             refuse(error)
-        results = Results(int(os.environ.get("RANK", 0)))
-        try:
-            results.close(work(config, results))
-        except (ValueError, OSError) as error:  # a disk that is full is no defect of ours either
-            if "HYDRA_FULL_ERROR" in os.environ:
-                traceback.print_exc()
-            paragraph(str(error))
-            raise SystemExit(USER_ERROR) from None
-        if results.exit_code:
-            raise SystemExit(results.exit_code)
+        _run(work, config)
 
     compose(schema, config_name, sys.modules[work.__module__].__doc__ or "", job)
+    submission.send()
+
+
+def _run(work: Callable[[Any, Results], Mapping[str, Any]], config: Any) -> None:
+    results = Results(int(os.environ.get("RANK", 0)))
+    try:
+        results.close(work(config, results))
+    except (ValueError, OSError) as error:  # a disk that is full is no defect of ours either
+        if "HYDRA_FULL_ERROR" in os.environ:
+            traceback.print_exc()
+        paragraph(str(error))
+        raise SystemExit(USER_ERROR) from None
+    if results.exit_code:
+        raise SystemExit(results.exit_code)

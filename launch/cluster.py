@@ -186,9 +186,15 @@ def render(
         root=shlex.quote(str(root)),
         python=shlex.quote(interpreter),
         environment=[(key, shlex.quote(str(value))) for key, value in cluster.environment.items()],
-        srun=[shlex.quote(option) for option in [*_container(cluster, root, directory), *cluster.srun]],
+        srun=[_quoted(option) for option in [*_container(cluster, root, directory), *cluster.srun]],
         preflight=" ".join(f"--{key} {shlex.quote(str(value))}" for key, value in preflight.items()),
     )
+
+
+def _quoted(word: str) -> str:
+    """A word of a bash array, where a comma looks like a mistake."""
+    quoted = shlex.quote(word)
+    return f"'{word}'" if quoted == word and "," in word else quoted
 
 
 def _container(cluster: ClusterGroup, root: Path, directory: Path) -> list[str]:
@@ -207,10 +213,10 @@ def _container(cluster: ClusterGroup, root: Path, directory: Path) -> list[str]:
 
 
 class Submission:
-    """Runs that become one job: those of a sweep become an array. `verb` is one of `VERBS`."""
+    """Runs that become one job: those of a sweep become an array. `verb` is the name of an entry point's function."""
 
     def __init__(self, verb: str, command: list[str]) -> None:
-        self.verb, self.command = verb, command
+        self.verb, self.command = {"build": "export"}.get(verb, verb), command
         self.configs: list[Any] = []
         self.tasks, self.sweep = 0, False
 

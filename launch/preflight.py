@@ -37,7 +37,8 @@ def main() -> None:
     nodes = arguments.nodes.split(",")
     if arguments.verdict is not None:
         broken, told = verdict(arguments.verdict, nodes)
-        print("\n".join(told), file=sys.stderr)
+        for line in told:
+            print(line, file=sys.stderr)
         print(*broken)
         raise SystemExit(BROKEN_NODE if broken else int(bool(told)))
     report = Report(arguments.report, os.environ.get("SLURMD_NODENAME", socket.gethostname()))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from tests.conftest import GPUS, VISIBLE_GPUS
@@ -49,17 +50,29 @@ def builder_here() -> str:
     return "none: " + "; ".join(reasons)
 
 
-def build(checkpoint: Path, out: Path, builder: str, dtype: str, layout: dict[str, int], graphs: list[str]) -> None:
+def build(checkpoint: Path, out: Path, builder: str, dtype: str, layout: dict[str, int], **settings: Any) -> None:
     from export.building import build_bundle
     from export.bundle import Settings
     from export.runner import Limits
     from nemo_diffgemma import ParallelLayout
 
-    limits = Limits(batch=4, context=64, chunk=16)
     if torch.distributed.get_rank() == 0:
-        settings = Settings(dtype, ParallelLayout(**layout), tuple(graphs), STEPS, limits=limits)
-        build_bundle(checkpoint, out, settings, builder)
+        graphs = ("encode", "step") if layout else ("encode", "step", "loop")
+        limits = Limits(batch=4, context=64, chunk=16)
+        wanted = Settings(dtype, ParallelLayout(**layout), graphs, STEPS, limits=limits, **settings)
+        build_bundle(checkpoint, out, wanted, builder, prompts=[[2, 10, 11, 12], [2, 5, 6, 7, 8, 9]])
     torch.distributed.barrier()
+
+
+def save_sudoku(out: Path) -> None:
+    """A random model whose experts can be cut into blocks: that of the demo."""
+    from nemo_diffgemma import DiffusionGemma, ModelConfig
+
+    network = DiffusionGemma(
+        ModelConfig(**yaml.safe_load((ROOT / "conf/model/sudoku.yaml").read_text())["architecture"])
+    )
+    network.init_weights(0)
+    network.save_huggingface(out)
 
 
 def numbers(path: Path, provider: str, length: int, calls: int = 1) -> list[dict[str, Tensor]]:
@@ -149,28 +162,36 @@ def provider(ranks) -> str:
 
 
 @pytest.fixture(scope="session")
-def bundle(ranks, provider, checkpoint, tmp_path_factory) -> Callable[..., Path]:
-    """`bundle("float16")` -> a bundle with engines, built here."""
+def bundle(ranks, provider, checkpoint, sudoku, tmp_path_factory) -> Callable[..., Path]:
+    """`bundle("float16", weights="inline")` -> a bundle with engines, built here."""
     made: dict[tuple, Path] = {}
 
-    def get(dtype: str, world: int = 1, **layout: int) -> Path:
-        key = (dtype, world, *layout.items())
+    def get(
+        dtype: str, world: int = 1, model: str = "base", layout: dict[str, int] | None = None, **settings: Any
+    ) -> Path:
+        key = (dtype, world, model, *(layout or {}).values(), *settings.values())
         if key not in made:
-            made[key] = tmp_path_factory.mktemp("bundles") / "-".join(map(str, key)).replace("'", "")
-            graphs = ["encode", "step"] if world > 1 else ["encode", "step", "loop"]
+            made[key] = tmp_path_factory.mktemp("bundles") / "-".join(map(str, key))
             ranks(world).run(
                 "tests.gpu.test_engines:build",
                 timeout=540,
-                checkpoint=checkpoint("base", damp=DAMP, sublayers=SUBLAYERS),
+                checkpoint=sudoku if model == "sudoku" else checkpoint("base", damp=DAMP, sublayers=SUBLAYERS),
                 out=made[key],
                 builder=provider,
                 dtype=dtype,
-                layout=layout,
-                graphs=graphs,
+                layout=layout or {},
+                **settings,
             )
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def sudoku(ranks, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("sudoku") / "checkpoint"
+    ranks(1).run("tests.gpu.test_engines:save_sudoku", out=directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -253,18 +274,47 @@ def test_context_beyond_the_profile_is_refused_before_the_gpu_sees_it(ranks, bun
 def test_two_ranks_give_the_tokens_of_onnx_runtime(ranks, bundle, provider, layout):
     if provider == "tensorrt_rtx":
         pytest.skip("TensorRT-RTX runs engines of one rank only")
-    path = bundle("float32", 2, **layout)
+    path = bundle("float32", 2, layout=layout)
     arguments = dict(path=path, length=8)
     ours = ranks(2).run("tests.gpu.test_engines:tokens", provider=provider, **arguments)
     truth = tokens(provider="onnxruntime", **arguments)
     assert all(torch.equal(mine, truth) for mine in ours)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_latency_can_be_measured(bundle, provider, dtype, rows):
-    command = [sys.executable, "benchmarks/engine.py", str(bundle(dtype)), "--provider", provider]
-    command += ["--batch", str(rows), "--context", "32", "--steps", str(STEPS)]
+def test_weights_inside_of_the_engine_give_the_tokens_of_onnx_runtime(ranks, bundle, provider):
+    ours = ranks(1).run(
+        "tests.gpu.test_engines:tokens", path=bundle("float32", weights="inline"), provider=provider, length=8
+    )[0]
+    assert torch.equal(ours, tokens(bundle("float32"), "onnxruntime", 8))
+
+
+@pytest.mark.parametrize("scheme", ["int4", "fp8"])
+def test_quantised_experts_are_no_less_exact_than_simulated_ones(ranks, bundle, provider, scheme):
+    """Distance to float32: the engine's at most 1.5 times that of the same quantisation simulated in PyTorch."""
+    path = bundle("bfloat16", model="sudoku", quantization=scheme)
+    truth = numbers(bundle("float32", model="sudoku"), "onnxruntime", 8)
+    ours = ranks(1).run("tests.gpu.test_engines:numbers", path=path, provider=provider, length=8)[0]
+    theirs = numbers(path, "traced", 8)
+    for name in ("past_key_values", "entropy", "next_soft"):
+        assert distance(ours, truth, name) < 1.5 * distance(theirs, truth, name)
+
+
+MEASURED = [
+    *(
+        (dtype, {}, rows, steps)
+        for dtype in ("float32", "float16", "bfloat16")
+        for rows in (1, 4)
+        for steps in (4, STEPS)
+    ),
+    *(("bfloat16", {"model": "sudoku", "quantization": scheme}, 4, STEPS) for scheme in ("int4", "fp8")),
+    ("bfloat16", {"weights": "inline"}, 4, STEPS),
+]
+
+
+@pytest.mark.parametrize(("dtype", "settings", "rows", "steps"), MEASURED, ids=str)
+def test_latency_can_be_measured(bundle, provider, dtype, settings, rows, steps):
+    command = [sys.executable, "benchmarks/engine.py", str(bundle(dtype, **settings)), "--provider", provider]
+    command += ["--batch", str(rows), "--context", "32", "--steps", str(steps)]
     visible = {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS or "0"}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | visible, stdout=subprocess.PIPE, text=True, check=True)
     print(f"\n{done.stdout}")

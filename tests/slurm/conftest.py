@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,14 @@ class Jobs:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running, reason = Cluster.started(tmp_path_factory.mktemp("testcluster"))
-    if running is None:
-        pytest.skip(reason)
-    yield running
-    running.stop()
+def cluster() -> Iterator[Cluster]:
+    # munge wants folders that everybody may enter, which pytest's are not
+    with tempfile.TemporaryDirectory(prefix="testcluster.") as directory:
+        running, reason = Cluster.started(Path(directory))
+        if running is None:
+            pytest.skip(reason)
+        yield running
+        running.stop()
 
 
 @pytest.fixture(scope="session")

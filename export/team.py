@@ -1,0 +1,75 @@
+"""Processes that build one bundle together, as srun or torchrun started them; or one process alone.
+
+team = Team.of_processes()
+with team.together():                 # ends for all as soon as it fails for one
+    for rank in team.share_of(range(8)): ...
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PATIENCE = timedelta(hours=12)  # one process traces while the others wait
+
+
+class TeamError(ValueError):
+    """Another process of the team failed; the message is its own."""
+
+
+class Team:
+    """This process among `size` processes."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self.first = rank == 0
+
+    @classmethod
+    def of_processes(cls) -> Team:
+        """From torchrun's variables, where they are."""
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return cls()
+        if not dist.is_initialized():
+            # a sharded checkpoint is converted on GPUs where there are any
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        return cls(dist.get_rank(), size)
+
+    def share_of(self, ranks: Sequence[int]) -> Sequence[int]:
+        """The ranks of a layout that this process builds."""
+        return ranks[self.rank :: self.size]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def of_first(self, value: Any) -> Any:
+        """What the first process gives."""
+        return self.gather(value)[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A part of the work that all do; an error of one is raised by all."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise TeamError(f"process {rank} stopped: {text}")
+
+
+ALONE = Team()

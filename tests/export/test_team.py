@@ -1,0 +1,112 @@
+"""Several processes build one bundle, as srun starts them: what one alone builds, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export.build import BuildConfig, build
+from nemo_diffgemma.checkpoint.open import load_network, save_network
+from nemo_diffgemma.training.schema import ParallelGroup
+from tests.export import kit
+from tests.export.test_bundle import Shown
+
+SCRIPT = str(Path(__file__).resolve().parents[2] / "export" / "build.py")
+LAYOUT = dict(tensor=2, expert=2)
+
+pytestmark = pytest.mark.usefixtures("single")
+
+
+def start(
+    world: int, environment: Callable[[int], dict[str, str]], *arguments: str
+) -> list[subprocess.CompletedProcess]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        slurm = dict(SLURM_STEP_NUM_TASKS=str(world), SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_JOB_ID="1")
+        meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        command = [sys.executable, SCRIPT, *arguments]
+        processes.append(
+            subprocess.Popen(
+                command, env={**os.environ, **slurm, **meeting, **environment(rank)}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    ended = [(process, *process.communicate(timeout=240)) for process in processes]
+    return [subprocess.CompletedProcess(p.args, p.returncode, out, errors) for p, out, errors in ended]
+
+
+def arguments(checkpoint: Path, out: Path) -> list[str]:
+    return [
+        f"checkpoint={checkpoint}", f"out={out}", "weights=inline", "graphs=[encode,step]", "parallel=tp2_ep2",
+        "max_context=64", "max_chunk=16",
+    ]  # fmt: skip
+
+
+def test_two_processes_build_what_one_does(checkpoint, tmp_path):
+    source = kit.calm(checkpoint)
+    both = start(2, lambda rank: {}, *arguments(source, tmp_path / "both"))
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert both[1].stdout == ""
+    told = json.loads(both[0].stdout.splitlines()[-1])
+    assert list(told["graphs"]) == ["encode.rank0", "encode.rank1", "step.rank0", "step.rank1"]
+    config = BuildConfig(
+        checkpoint=str(source), out=str(tmp_path / "one"), weights="inline", graphs=["encode", "step"],
+        parallel=ParallelGroup(**LAYOUT), max_context=64, max_chunk=16,
+    )  # fmt: skip
+    build(config, Shown())
+
+    def files(bundle: Path) -> dict[str, bytes]:
+        found = {str(f.relative_to(bundle)): f.read_bytes() for f in bundle.rglob("*") if f.is_file()}
+        return {name: data for name, data in found.items() if name != "build_info.json"}
+
+    assert files(tmp_path / "both") == files(tmp_path / "one")
+
+
+def test_an_error_of_one_ends_all_and_leaves_nothing(checkpoint, tmp_path):
+    source = kit.calm(checkpoint)
+    # the second process cannot write the weights of its rank: files of 1 KB are all it may have
+    (tmp_path / "sitecustomize.py").write_text(
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
+    )
+    limited = {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    both = start(2, lambda rank: limited if rank == 1 else {}, *arguments(source, tmp_path / "out" / "bundle"))
+    assert [done.returncode for done in both] == [2, 2], both[0].stderr + both[1].stderr
+    assert "process 1 stopped: OSError: [Errno 27] File too large" in " ".join(both[0].stderr.split())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_more_processes_than_ranks_are_refused(checkpoint, tmp_path):
+    source = kit.calm(checkpoint)
+    done = start(2, lambda rank: {}, f"checkpoint={source}", f"out={tmp_path / 'out'}")
+    assert [one.returncode for one in done] == [2, 2]
+    assert "2 processes for the 1 ranks of layout single; start one a rank, or fewer" in " ".join(
+        done[0].stderr.split()
+    )
+
+
+@pytest.mark.parametrize("format", ["nemo", "sharded"])
+def test_a_checkpoint_of_another_format_gives_the_same_graphs(checkpoint, tmp_path, format):
+    source = kit.calm(checkpoint)
+    given = tmp_path / ("model.nemo" if format == "nemo" else "sharded")
+    save_network(load_network(source), str(given), format)
+    for place, name in ((source, "expected"), (given, "found")):
+        build(BuildConfig(checkpoint=str(place), out=str(tmp_path / name), graphs=["encode", "step"]), Shown())
+    for file in ("encode.rank0.onnx", "step.rank0.onnx", "weights.json"):
+        found, expected = ((tmp_path / name / file).read_bytes() for name in ("found", "expected"))
+        if file.endswith(".onnx"):
+            assert found == expected
+        else:
+            keys = [[entry["key"] for entry in json.loads(text)["checkpoint"].values()] for text in (found, expected)]
+            assert keys[0] == keys[1]
