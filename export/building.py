@@ -181,7 +181,7 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
         seconds = time.perf_counter() - start
         with team.together():
             for rank in mine:
-                built[f"{graph}.rank{rank}"] = _build(work, graph, rank, weights, places.get(rank), seconds)
+                built[f"{graph}.rank{rank}"] = _build(work, graph, rank, places.get(rank), seconds)
                 seconds = 0.0
     if team.first:
         for graph in settings.graphs:
@@ -208,16 +208,14 @@ def _traced(graph: str, work: _Work, amax: dict[str, float]) -> ModelProto:
     return model if settings.quantization is None else quantize_graph(model, settings.quantization, amax)
 
 
-def _build(
-    work: _Work, graph: str, rank: int, weights: dict[str, Weight], places: dict[str, Place] | None, traced: float
-) -> Built:
+def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, traced: float) -> Built:
     """Graph and engine of one rank; `traced` are the seconds spent before."""
     start, settings, childs_peak = time.perf_counter(), work.settings, 0
     file, engine = (work.partial / settings.file(graph, rank, suffix) for suffix in ("onnx", "engine"))
     if places is None:
         shutil.copy(_common(work, graph), file)
     else:
-        onnx.save(inline(onnx.load(_common(work, graph)), weights, places, settings.torch_dtype), file)
+        onnx.save(inline(onnx.load(_common(work, graph)), places), file)
     if work.builder != "onnx" and places is None and rank > 0:
         link(engine.with_name(settings.file(graph, 0, "engine")), engine)
     elif work.builder != "onnx":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.graph import KeyValue, Model, Weights
+from export.graph import KeyValue, Model, Weights, empty_context
 from export.quantize import QuantizationError, dequantize, fake_quantize, model_optimizer
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
@@ -140,11 +140,7 @@ def _trajectory(
 
 def _encode(model: Model, weights: Weights, prompt: Sequence[int]) -> list[KeyValue]:
     """Keys and values of a whole prompt; the masks of the graph see to the window."""
-    config = model.config
-    empty = []
-    for layer in range(config.num_hidden_layers):
-        width, heads = config.heads(layer)
-        empty.append((torch.zeros(1, heads, 0, width, dtype=model.dtype),) * 2)
+    empty = empty_context(model.config, model.layout, 1, model.dtype)
     start = torch.zeros(1, dtype=torch.int64), torch.tensor(0), torch.tensor(0)
     return model.encode(weights, torch.tensor([list(prompt)]), *start, empty)
 

@@ -44,6 +44,17 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
+def empty_context(
+    config: ModelConfig, layout: ParallelLayout, rows: int, dtype: torch.dtype, device: torch.device | None = None
+) -> list[KeyValue]:
+    """Buffers of each layer before there is any context: one column that no token sees, as engines have no empty axes."""
+    shapes = []
+    for layer in range(config.num_hidden_layers):
+        head_dim, heads = config.heads(layer)
+        shapes.append((rows, max(1, heads // layout.tensor), 1, head_dim))
+    return [(torch.zeros(s, dtype=dtype, device=device), torch.zeros(s, dtype=dtype, device=device)) for s in shapes]
+
+
 class Weights:
     """Tensors by input name. The one product that may be quantised goes through `linear`."""
 

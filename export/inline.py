@@ -1,7 +1,8 @@
 """Weights inside of the graph: weight inputs become initializers that lie in files of the bundle.
 
 An input that is a tensor of the checkpoint as it lies on disk points into the checkpoint's own safetensors file; what
-is sliced, transposed or cast is written to `weights.rank{r}.bin`, one tensor after the other.
+is sliced, transposed or cast is written to `weights.rank{r}.bin`, one tensor after the other. The graph itself stays
+small: protobuf ends at 2 GB.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from export.bundle import CHECKPOINT, stored_slice
 from export.weights import Weight
 from nemo_diffgemma.checkpoint.tensor_files import DTYPES, TensorFiles, read_header
 
-_ONNX = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 _ALIGNMENT = 4096  # so that the file can be mapped
 
 
@@ -34,10 +34,11 @@ def store(weights: Mapping[str, Weight], rank: int, dtype: torch.dtype, director
     places = {}
     own = directory / f"weights.rank{rank}.bin"
     with TensorFiles(directory / CHECKPOINT) as files, own.open("wb") as stream:
+        held = {file: places_in(file, directory) for file in set(files.files.values())}
         for name, weight in weights.items():
             stored = stored_slice(files, weight)
             if weight.is_whole and DTYPES.get(stored.get_dtype()) == dtype:
-                places[name] = _in_checkpoint(files.files[weight.key], weight.key)
+                places[name] = held[files.files[weight.key]][weight.key]
                 continue
             stream.seek(-(-stream.tell() // _ALIGNMENT) * _ALIGNMENT)
             offset = stream.tell()
@@ -48,30 +49,32 @@ def store(weights: Mapping[str, Weight], rank: int, dtype: torch.dtype, director
     return places
 
 
-def inline(
-    model: ModelProto, weights: Mapping[str, Weight], places: Mapping[str, Place], dtype: torch.dtype
-) -> ModelProto:
-    """A copy of `model` whose weight inputs are initializers at these places."""
+def places_in(file: Path, bundle: Path) -> dict[str, Place]:
+    """Places of the tensors of a safetensors file of a bundle."""
+    begin, header = read_header(file)
+    header.pop("__metadata__", None)
+    where, spans = str(file.relative_to(bundle)), {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: Place(where, begin + start, end - start) for name, (start, end) in spans.items()}
+
+
+def inline(model: ModelProto, places: Mapping[str, Place]) -> ModelProto:
+    """A copy of `model` whose inputs that have a place are initializers there."""
     inlined = ModelProto()
     inlined.CopyFrom(model)
     del inlined.graph.input[:]
     for value in model.graph.input:
         if value.name in places:
-            inlined.graph.initializer.append(_external(value.name, weights[value.name], places[value.name], dtype))
+            inlined.graph.initializer.append(_external(value, places[value.name]))
         else:
             inlined.graph.input.append(value)
     return inlined
 
 
-def _external(name: str, weight: Weight, place: Place, dtype: torch.dtype) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=_ONNX[dtype], dims=weight.shape)
+def _external(value: ValueInfoProto, place: Place) -> TensorProto:
+    kind = value.type.tensor_type
+    dims = [dim.dim_value for dim in kind.shape.dim]
+    tensor = TensorProto(name=value.name, data_type=kind.elem_type, dims=dims)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
-
-
-def _in_checkpoint(file: Path, key: str) -> Place:
-    begin, header = read_header(file)
-    start, end = header[key]["data_offsets"]
-    return Place(f"{CHECKPOINT}/{file.name}", begin + start, end - start)

@@ -15,9 +15,9 @@ import onnx
 import torch
 from torch import Tensor
 
-from export.bundle import Bundle, BundleError, read_bundle
+from export.bundle import QUANTIZED, Bundle, BundleError, read_bundle
 from export.engine_session import EngineSession, cuda_device
-from export.qdq import inline_quantized
+from export.inline import inline, places_in
 from export.runner import Engine
 from export.sessions import OnnxSession, Session, Tensors
 
@@ -68,19 +68,19 @@ def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
             f"{bundle.path} has NVFP4 experts, which ONNX Runtime does not know; run it with provider=tensorrt on a "
             "GPU, or compare it with export/check.py, which computes them in PyTorch"
         )
-    weights = [dict(bundle.load_weights(rank)) for rank in ranks]
+    weights = [{name: t for name, t in bundle.load_weights(rank) if name in bundle.weights} for rank in ranks]
     return {
-        graph: OnnxSession([_graph(bundle, graph, rank, weights[rank]) for rank in ranks], weights, bundle.path)
+        graph: OnnxSession([_graph(bundle, graph, rank) for rank in ranks], weights, bundle.path)
         for graph in settings.graphs
     }
 
 
-def _graph(bundle: Bundle, graph: str, rank: int, weights: Tensors) -> onnx.ModelProto:
+def _graph(bundle: Bundle, graph: str, rank: int) -> onnx.ModelProto:
     model = onnx.load(bundle.path / bundle.settings.file(graph, rank), load_external_data=False)
     if bundle.settings.quantization is None:
         return model
     # ONNX Runtime takes packed types as constants only
-    return inline_quantized(model, {name: weights[name] for name in weights if name not in bundle.weights})
+    return inline(model, places_in(bundle.path / QUANTIZED.format(rank=rank), bundle.path))
 
 
 def _own_rank(bundle: Bundle) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
-from torch import Tensor
 
 from export.quantize import (
     BLOCK,
@@ -66,24 +65,6 @@ def quantize_graph(model: ModelProto, scheme: str, amax: Mapping[str, float] | N
     if scheme == "nvfp4":
         _allow_nvfp4(quantized)
     return quantized
-
-
-def inline_quantized(model: ModelProto, tensors: Mapping[str, Tensor]) -> ModelProto:
-    """A copy of a quantised graph with these inputs as constants, the one way to 4-bit weights in ONNX Runtime."""
-    inlined = ModelProto()
-    inlined.CopyFrom(model)
-    del inlined.graph.input[:]
-    for value in model.graph.input:
-        if value.name not in tensors:
-            inlined.graph.input.append(value)
-            continue
-        kind = value.type.tensor_type
-        raw = tensors[value.name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        dims = [dim.dim_value for dim in kind.shape.dim]
-        inlined.graph.initializer.append(
-            TensorProto(name=value.name, data_type=kind.elem_type, dims=dims, raw_data=raw)
-        )
-    return inlined
 
 
 def _products(model: ModelProto) -> dict[str, str]:

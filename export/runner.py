@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export.graph import empty_context
 from export.sessions import Session, Tensors
 from export.tracing import past_names, present_names
 from nemo_diffgemma.config import SLIDING, ModelConfig
@@ -136,12 +137,12 @@ class Engine:
 
     def empty(self, first: Sequence[int]) -> Context:
         """No context yet, of rows with that left padding."""
-        past = {}
-        for layer in range(self.config.num_hidden_layers):
-            head_dim, heads = self.config.heads(layer)
-            shape = (len(first), max(1, heads // self.layout.tensor), 1, head_dim)
-            for name in past_names(layer):
-                past[name] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        buffers = empty_context(self.config, self.layout, len(first), self.dtype, self.device)
+        past = {
+            name: buffer
+            for layer, pair in enumerate(buffers)
+            for name, buffer in zip(past_names(layer), pair, strict=True)
+        }
         return Context(torch.tensor(first, device=self.device), 0, tuple(dict(past) for _ in self._ranks))
 
     def no_signal(self, rows: int) -> Tensor:

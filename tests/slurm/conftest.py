@@ -91,20 +91,24 @@ class Jobs:
     def __init__(self, cluster: Cluster, directory: Path) -> None:
         self.cluster, self.directory, self.count = cluster, directory, 0
 
-    def submit(self, *overrides: str, steps: int = STEPS) -> Job:
-        """Sudoku in TP2 x EP2 on 2 nodes with 2 tasks each, two replicas."""
-        self.count += 1
-        command = [
-            sys.executable, "launch/train.py", "cluster=testcluster", "parallel=tp2_ep2", "data.global_batch_size=8",
-            f"trainer.max_steps={steps}", "trainer.checkpoint_every=4", "optim.warmup_steps=2",
-            "trainer.progress=false", "exp_manager.tensorboard=false", f"exp_manager.exp_dir={self.directory}",
-            f"exp_manager.name=run{self.count}", "exp_manager.version=one", *overrides,
-        ]  # fmt: skip
+    def run(self, script: str, *overrides: str) -> Job:
+        """A script of ours with cluster=testcluster."""
+        command = [sys.executable, script, "cluster=testcluster", *overrides]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=self.cluster.environment)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout.splitlines()[-1])
         assert re.search(rf"follow +python launch/status.py {told['job']}\b", done.stdout)
         return Job(self.cluster, told["job"], told["runs"])
+
+    def submit(self, *overrides: str, steps: int = STEPS) -> Job:
+        """Sudoku in TP2 x EP2 on 2 nodes with 2 tasks each, two replicas."""
+        self.count += 1
+        return self.run(
+            "launch/train.py", "parallel=tp2_ep2", "data.global_batch_size=8",
+            f"trainer.max_steps={steps}", "trainer.checkpoint_every=4", "optim.warmup_steps=2",
+            "trainer.progress=false", "exp_manager.tensorboard=false", f"exp_manager.exp_dir={self.directory}",
+            f"exp_manager.name=run{self.count}", "exp_manager.version=one", *overrides,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

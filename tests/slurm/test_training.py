@@ -141,6 +141,26 @@ def test_what_every_restart_would_refuse_is_not_tried_again(jobs, tmp_path):
     assert job.cluster.job(job.number)["Restarts"] == "0"
 
 
+def test_the_other_scripts_do_their_work_on_the_cluster(jobs, undisturbed, tmp_path):
+    checkpoint = undisturbed.run / "checkpoints" / f"step-{STEPS}"
+    small = ["cluster.nodes=1", "parallel=tp2_ep2", f"cluster.jobs_dir={tmp_path}/jobs"]
+    evaluation = ["data.test_puzzles=8", "steps=[2]", "levels=[0.5]"]
+    bundle = [f"out={tmp_path}/bundle", "builder=tensorrt_rtx", "gpu=rtx_5090", "weights=inline", "max_context=64"]
+    three = [
+        jobs.run("launch/evaluate.py", f"checkpoint={checkpoint}", *evaluation, *small),
+        jobs.run("launch/convert.py", f"source={checkpoint}", f"target={tmp_path}/converted", *small),
+        jobs.run("export/build.py", f"checkpoint={checkpoint}", "graphs=[encode,step]", *bundle, *small),
+    ]
+    for job in three:
+        job.wait()
+        check_nothing_left(job)
+    assert '"solve_rate": {"2": ' in three[0].out()
+    assert (tmp_path / "converted" / "config.json").is_file()
+    assert sorted(file.name for file in (tmp_path / "bundle").glob("*.engine")) == [
+        f"{graph}.rank{rank}.engine" for graph in ("encode", "step") for rank in (0, 1)
+    ]
+
+
 def test_a_sweep_is_an_array_with_a_table_at_its_end(jobs):
     sweep = jobs.submit(
         "cluster.nodes=1", "cluster.gpus_per_node=1", "parallel=single", "--multirun", "seed=1,2,3,4", steps=6
