@@ -317,17 +317,20 @@ class _Build:
         return plan
 
 
-def _check_gpu_at_hand(targets: Sequence[str]) -> None:
-    """TensorRT builds for the GPU it finds."""
+def gpu_at_hand() -> tuple[str, ...]:
+    """The target of this machine's GPU, for which TensorRT (not TensorRT-RTX) builds; none where there is no GPU."""
     import torch
 
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        if {_capability(target) for target in targets} != {major * 10 + minor}:
-            raise BuilderError(
-                f"TensorRT builds for the GPU at hand, sm_{major}{minor}, but the target is {', '.join(targets)}; "
-                "build on a machine with the target GPU, or leave out gpu="
-            )
+    return ("sm_{}{}".format(*torch.cuda.get_device_capability()),) if torch.cuda.is_available() else ()
+
+
+def _check_gpu_at_hand(targets: Sequence[str]) -> None:
+    found = gpu_at_hand()
+    if found and set(targets) != set(found):
+        raise BuilderError(
+            f"TensorRT builds for the GPU at hand, {found[0]}, but the target is {', '.join(targets)}; build on a "
+            "machine with the target GPU, or leave out gpu="
+        )
 
 
 def _report(build: _Build) -> NetworkReport:

@@ -15,7 +15,7 @@ import onnx
 from onnx import ModelProto
 
 from export import quantize, triton_repository
-from export.builders import BUILDERS, check_target, load_module
+from export.builders import BUILDERS, check_target, gpu_at_hand, load_module
 from export.bundle import (
     CHECKPOINT,
     DTYPES,
@@ -65,12 +65,14 @@ def build_bundle(
 ) -> dict[str, Built]:
     """Write the bundle `out` of a released-format directory, or only its structure from a `ModelConfig`.
 
-    `targets` are compute capabilities ("sm_90") where the builder takes any; `prompts` (token ids) calibrate the
-    activations of FP8 and NVFP4. The processes of `team` share the ranks; all call this with equal arguments. Returns
-    what was built by `graph.rank{r}`. Raises a ValueError that says what to do before anything is written; nothing
-    half-written stays.
+    `targets` are compute capabilities ("sm_90"), by default that of the GPU at hand where TensorRT builds for it;
+    `prompts` (token ids) calibrate the activations of FP8 and NVFP4. The processes of `team` share the ranks; all call
+    this with equal arguments. Returns what was built by `graph.rank{r}`. Raises a ValueError that says what to do
+    before anything is written; nothing half-written stays.
     """
     config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig.from_pretrained(checkpoint)
+    if not targets and builder in ("tensorrt", "tensorrt_llm"):
+        targets = gpu_at_hand()
     check_request(config, settings, builder, targets, prompts)
     if team.size > settings.layout.world_size:
         raise BundleError(

@@ -47,7 +47,7 @@ def all_reduce(x: Tensor) -> Tensor:
 def empty_context(
     config: ModelConfig, layout: ParallelLayout, rows: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> list[KeyValue]:
-    """Buffers of each layer before there is any context: one column that no token sees, as engines have no empty axes."""
+    """Buffers of each layer before any context: one column that no token sees, as engines have no empty axes."""
     shapes = []
     for layer in range(config.num_hidden_layers):
         head_dim, heads = config.heads(layer)
@@ -78,7 +78,7 @@ class Model:
         self.stream = torch.float32 if dtype == torch.float16 else dtype
         self.scale = float(torch.tensor(config.hidden_size**0.5).to(dtype))
         self.frequencies = {
-            kind: inverse_frequencies(config, kind, torch.device("cpu")) for kind in set(config.layer_types)
+            kind: inverse_frequencies(config, kind, torch.device("cpu")) for kind in dict.fromkeys(config.layer_types)
         }
         self.experts_are_cut = layout.expert * layout.expert_tensor > 1
         self.routed: list[Tensor] = []  # chosen experts of each layer, of the last call outside of a trace

@@ -68,7 +68,8 @@ def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
             f"{bundle.path} has NVFP4 experts, which ONNX Runtime does not know; run it with provider=tensorrt on a "
             "GPU, or compare it with export/check.py, which computes them in PyTorch"
         )
-    weights = [{name: t for name, t in bundle.load_weights(rank) if name in bundle.weights} for rank in ranks]
+    held = [bundle.load_weights(rank) for rank in ranks]
+    weights = [{name: tensor for name, tensor in of_rank if name in bundle.weights} for of_rank in held]
     return {
         graph: OnnxSession([_graph(bundle, graph, rank) for rank in ranks], weights, bundle.path)
         for graph in settings.graphs

@@ -74,6 +74,7 @@ def trace(graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.
     _name_outputs(model)
     _keep_used_inputs(model)
     _name_axes(model, dynamic)
+    _forget_origin(model)
     model.producer_name = "nemo_diffgemma"
     del program, exported
     gc.collect()  # torch's graphs refer to themselves; at full size they hold several hundred MB
@@ -175,6 +176,13 @@ def _name_axes(model: ModelProto, dynamic: dict[str, dict[int, str]]) -> None:
             if dim.dim_param:
                 dim.dim_param = names[dim.dim_param]
     del model.graph.value_info[:]
+
+
+def _forget_origin(model: ModelProto) -> None:
+    """torch notes at every node from where it came: half of the file, with the paths of this machine."""
+    del model.metadata_props[:], model.graph.metadata_props[:]
+    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del part.metadata_props[:]
 
 
 @contextlib.contextmanager

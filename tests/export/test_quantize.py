@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,8 +20,9 @@ from torch import Tensor
 from export import quantize
 from export.calibrate import SimulatedWeights, agreement, calibrate
 from export.graph import Model, Weights
+from export.inline import inline, places_in
 from export.loop import to_loop
-from export.qdq import inline_quantized, quantize_graph
+from export.qdq import quantize_graph
 from export.quantize import (
     BLOCK,
     SCHEMES,
@@ -141,7 +145,7 @@ def test_nvfp4_nodes_dequantise_as_the_simulation() -> None:
     inputs = [value for value in model.graph.input if value.name in packed]
     output = helper.make_tensor_value_info(wanted, TensorProto.FLOAT, [64, 256])
     cut = helper.make_model(helper.make_graph(nodes, "weight", inputs, [output]), opset_imports=model.opset_import)
-    constants = inline_quantized(cut, packed).graph.initializer
+    constants = _inlined(cut, packed).graph.initializer
     feed = {tensor.name: numpy_helper.to_array(tensor) for tensor in constants}
     found = ReferenceEvaluator(cut).run([wanted], feed)
     assert isinstance(found, list)
@@ -190,10 +194,20 @@ def _graph(
     return quantize_graph(_traced(graph, layout, dtype), scheme, _amax())
 
 
+def _inlined(model: onnx.ModelProto, packed: dict[str, Tensor]) -> onnx.ModelProto:
+    """With packed tensors as constants, by way of a file as in a bundle."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "quantized.safetensors"
+        save_file(packed, file)
+        inlined = inline(model, places_in(file, Path(folder)))
+        load_external_data_for_model(inlined, folder)
+    return inlined
+
+
 def _run(model: onnx.ModelProto, tensors: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     packed = {name: tensor for name, tensor in tensors.items() if "experts." in name}
     kept = {name: tensor for name, tensor in tensors.items() if name not in packed}
-    return OnnxSession([inline_quantized(model, packed)], [kept]).run(inputs, [{}])[0]
+    return OnnxSession([_inlined(model, packed)], [kept]).run(inputs, [{}])[0]
 
 
 def _inputs(graph: str) -> dict[str, Tensor]:
@@ -281,7 +295,7 @@ def test_two_ranks_of_int4_compute_what_one_does() -> None:
         for name, weight in spec.items():
             if is_quantized(name):
                 packed |= quantize_weight(name, weight.of_rank(_as_stored(name), rank), "int4")
-        models.append(inline_quantized(model, packed))
+        models.append(_inlined(model, packed))
         weights.append(own)
     found = OnnxSession(models, weights).run(inputs, [{"rank": torch.tensor(rank)} for rank in range(2)])
     expected = _simulated("step", SimulatedWeights(_quantized("int4"), "int4"), inputs)

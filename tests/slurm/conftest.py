@@ -54,6 +54,10 @@ class Job:
         """Until Slurm has put the job back into its queue."""
         self.wait_for(lambda: int(self.cluster.job(self.number)["Restarts"]) >= restarts, f"restart {restarts}")
 
+    def limit(self, minutes: int) -> None:
+        """Change the time limit, as an administrator may."""
+        self.cluster.scontrol("update", f"JobId={self.number}", f"TimeLimit={minutes}")
+
     def status(self) -> dict[str, Any]:
         return json.loads((self.run / "status.json").read_text())
 
