@@ -3,24 +3,30 @@
 Two comparisons. In lockstep, both get the PyTorch model's canvas and signal at every denoising step, so that a
 difference is one step's own; free-running, both generate under the same noise and their tokens are compared. Routing is
 compared where the functions that were traced run in PyTorch, in the bundle's dtype and with its quantised experts.
+
+The two never share a GPU: what the PyTorch model does is kept on the CPU as a `Trajectory`, with which an engine that
+is opened later is compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleError
 from export.calibrate import SimulatedWeights
 from export.graph import Model, Weights
 from export.runner import Context, Engine
 from export.sessions import Tensors
 from export.tracing import STEP_OUTPUTS, past_names, present_names
 from export.weights import key_value_heads
+from nemo_diffgemma.diffusion.generate import Settled
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
@@ -39,7 +45,26 @@ class Differences:
     routing: list[float] = field(default_factory=list)  # share of tokens with the same experts, one entry a layer
 
     def add(self, name: str, ours: Tensor, theirs: Tensor) -> None:
-        setattr(self, name, max(getattr(self, name), float((ours.cpu().float() - theirs.cpu().float()).abs().max())))
+        """What is no number on either side is infinitely far away."""
+        gaps = (ours.cpu().float() - theirs.cpu().float()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        setattr(self, name, max(getattr(self, name), float(gaps.max())))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the PyTorch model does after [B, S] prompts, on the CPU: the context of each layer, and every step.
+
+    The inputs of a step are what the step before gave, and noise keyed by `seed`. `experts` are the ids of those that
+    each layer chose, ascending, [B * C, K]; one entry a step.
+    """
+
+    input_ids: Tensor
+    seed: int
+    sampler: SamplerConfig
+    first: tuple[int, ...]
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    steps: tuple[Settled, ...]
+    experts: tuple[tuple[Tensor, ...], ...]
 
 
 class TorchSession:
@@ -64,9 +89,8 @@ class TorchSession:
 
 def torch_engine(bundle: Bundle) -> tuple[Engine, Model]:
     """An `Engine` of the functions that were traced, and the `Model` whose `routed` tells the chosen experts."""
+    check_one_rank(bundle)
     settings = bundle.settings
-    if settings.layout.world_size > 1:
-        raise ValueError("routing is compared for bundles of one rank")
     model = Model(bundle.config, settings.layout, settings.torch_dtype)
     tensors = dict(bundle.stored_weights(0))  # inline ones too
     weights = Weights(tensors)
@@ -77,74 +101,112 @@ def torch_engine(bundle: Bundle) -> tuple[Engine, Model]:
     return engine, model
 
 
+def check_one_rank(bundle: Bundle) -> None:
+    """Raise `BundleError` where the traced functions would have to run as several ranks."""
+    settings, world = bundle.settings, bundle.settings.layout.world_size
+    if world > 1:
+        experts = settings.quantization or settings.dtype
+        raise BundleError(
+            f"{bundle.path} has {world} ranks in {settings.dtype}, experts in {experts}: ONNX Runtime does "
+            "not compute bfloat16 and NVFP4, and PyTorch stands in for one rank only. Check it on GPUs, torchrun "
+            f"--nproc-per-node {world} export/check.py provider=tensorrt ..., or build a float32 bundle of this layout"
+        )
+
+
 @torch.no_grad()
-def in_lockstep(
-    engine: Engine, network: DiffusionGemma, input_ids: Tensor, steps: int, seed: int, model: Model | None = None
-) -> Differences:
-    """Differences of `encode` and of every step of a run of `steps`; with `model` also of the routing."""
+def trajectory(network: DiffusionGemma, input_ids: Tensor, steps: int, seed: int) -> Trajectory:
+    """Run the PyTorch model for one canvas of `steps` steps. Replicas in several processes all follow the first."""
     from launch.verify import chosen_experts
 
     rows, config = input_ids.shape[0], network.model
     noise = KeyedNoise.for_rows(seed, rows, config.canvas_length, config.vocab_size, device())
     sampler = SamplerConfig(max_denoising_steps=steps)
     cache = network.encode(input_ids)
-    context = engine.encode(input_ids.to(engine.device), engine.empty(cache.first))
-    found = Differences()
-    for layer, (ours, past) in enumerate(zip(cache.layers, _buffers(context, config.num_hidden_layers), strict=True)):
-        heads = slice(*key_value_heads(config.heads(layer).key_value_heads, engine.layout, engine.ranks[0]))
-        for mine, theirs in zip((ours.keys, ours.values), past, strict=True):
-            found.add("keys_values", mine[:, heads], theirs)
-    canvas, soft, signal = noise.initial(0), None, None
-    shares: list[list[float]] = []
+    canvas, soft = noise.initial(0), None
+    settled: list[Settled] = []
+    experts: list[tuple[Tensor, ...]] = []
     for remaining in range(steps, 0, -1):
-        drawn: dict[str, Any] = {
-            "uniforms": noise.uniforms(0, remaining),
-            "replacements": noise.replacements(0, remaining),
-        }
-        asked: dict[str, Any] = {
-            "context": None,
-            "first": cache.first,
-            "temperature": sampler.temperature(remaining),
-            "entropy_bound": sampler.entropy_bound,
-            "last": False,
-        }
         with chosen_experts(network) as chosen:
-            exact = network.sampling_step(canvas, cache, soft=soft, **asked, **drawn)
-        there: dict[str, Any] = {name: tensor.to(engine.device) for name, tensor in drawn.items()}
-        settled = engine.sampling_step(canvas.to(engine.device), context, soft=signal, **asked, **there)
-        found.add("entropy", exact.entropy, settled.entropy)
-        found.add("soft", exact.soft, settled.soft.flatten(0, 1))
-        found.argmax.append(_share(exact.argmax, settled.argmax))
-        found.canvas.append(_share(exact.canvas, settled.canvas))
+            exact = network.sampling_step(canvas, cache, soft=soft, **_asked(sampler, noise, remaining, cache.first))
+        exact = _each(exact, _of_first)
+        canvas, soft = exact.canvas, exact.soft
+        settled.append(_each(exact, Tensor.cpu))
+        experts.append(tuple(map_TE.nonzero()[:, 1].view(len(map_TE), -1).cpu() for map_TE in chosen))
+    past = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in cache.layers)
+    return Trajectory(input_ids.cpu(), seed, sampler, cache.first, past, tuple(settled), tuple(experts))
+
+
+@torch.no_grad()
+def in_lockstep(engine: Engine, exact: Trajectory, model: Model | None = None) -> Differences:
+    """Differences of `encode` and of every step of a trajectory; with `model` also of the routing."""
+    rows, config = exact.input_ids.shape[0], engine.config
+    noise = KeyedNoise.for_rows(exact.seed, rows, config.canvas_length, config.vocab_size, engine.device)
+    context = engine.encode(exact.input_ids.to(engine.device), engine.empty(exact.first))
+    found = Differences()
+    buffers = _buffers(context, config.num_hidden_layers)
+    for layer, (whole, past) in enumerate(zip(exact.keys_values, buffers, strict=True)):
+        heads = slice(*key_value_heads(config.heads(layer).key_value_heads, engine.layout, engine.ranks[0]))
+        for kept, given in zip(whole, past, strict=True):
+            found.add("keys_values", kept[:, heads], given)
+    canvas, signal = noise.initial(0), None
+    shares: list[list[float]] = []
+    for index, (ours, chosen) in enumerate(zip(exact.steps, exact.experts, strict=True)):
+        asked = _asked(exact.sampler, noise, exact.sampler.max_denoising_steps - index, exact.first)
+        theirs = engine.sampling_step(canvas, context, soft=signal, **asked)
+        found.add("entropy", ours.entropy, theirs.entropy)
+        found.add("soft", ours.soft, theirs.soft.flatten(0, 1))
+        found.argmax.append(_share(ours.argmax, theirs.argmax))
+        found.canvas.append(_share(ours.canvas, theirs.canvas))
         if model is not None:
             shares.append([_same_experts(a, b) for a, b in zip(chosen, model.routed, strict=True)])
-        canvas, soft = exact.canvas, exact.soft
-        signal = soft.view(rows, config.canvas_length, -1).to(engine.device, engine.dtype)
+        canvas = ours.canvas.to(engine.device)
+        signal = ours.soft.view(rows, config.canvas_length, -1).to(engine.device, engine.dtype)
     if shares:
         found.routing = torch.tensor(shares).mean(0).tolist()
     return found
 
 
-@torch.no_grad()
 def tokens_agree(
-    engine: Engine, network: DiffusionGemma, input_ids: Tensor, new_tokens: int, sampler: SamplerConfig, seed: int
+    engine: Engine, sequences: Tensor, input_ids: Tensor, new_tokens: int, sampler: SamplerConfig, seed: int
 ) -> list[bool]:
-    """Whether each row gets the same tokens from both under the same noise."""
-    ours = network.generate(input_ids, max_new_tokens=new_tokens, sampler=sampler, seed=seed).sequences
+    """Whether the engine gives each row the tokens of `sequences`, the PyTorch model's under the same noise."""
     theirs = engine.generate(input_ids, max_new_tokens=new_tokens, sampler=sampler, seed=seed).sequences
-    return (ours.cpu() == theirs.cpu()).all(-1).tolist()
+    return (sequences.cpu() == theirs.cpu()).all(-1).tolist()
 
 
-def _buffers(context: Context, layers: int) -> list[tuple[Tensor, Tensor]]:
-    past = context.past[0]
-    return [tuple(past[name] for name in past_names(layer)) for layer in range(layers)]  # type: ignore[misc]
+def _asked(sampler: SamplerConfig, noise: KeyedNoise, remaining: int, first: tuple[int, ...]) -> dict[str, Any]:
+    """What both are asked for in one step, besides canvas and signal."""
+    return {
+        "context": None,
+        "first": first,
+        "temperature": sampler.temperature(remaining),
+        "entropy_bound": sampler.entropy_bound,
+        "uniforms": noise.uniforms(0, remaining),
+        "replacements": noise.replacements(0, remaining),
+        "last": False,
+    }
+
+
+def _each(step: Settled, change: Callable[[Tensor], Tensor]) -> Settled:
+    names = ("canvas", "argmax", "entropy", "accepted", "soft")
+    return step._replace(cache=None, **{name: change(getattr(step, name)) for name in names})
+
+
+def _of_first(tensor: Tensor) -> Tensor:
+    """The first process's: a last bit that differs would send the others elsewhere."""
+    if dist.get_world_size() > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def _buffers(context: Context, layers: int) -> list[tuple[Tensor, ...]]:
+    return [tuple(context.past[0][name] for name in past_names(layer)) for layer in range(layers)]
 
 
 def _share(a: Tensor, b: Tensor) -> float:
     return float((a.cpu() == b.cpu()).float().mean())
 
 
-def _same_experts(map_TE: Tensor, chosen_TK: Tensor) -> float:
-    map_TE = map_TE.cpu()
-    other_TE = torch.zeros_like(map_TE).scatter(-1, chosen_TK.cpu(), True)
-    return float((map_TE == other_TE).all(-1).float().mean())
+def _same_experts(chosen_TK: Tensor, other_TK: Tensor) -> float:
+    return float((chosen_TK == other_TK.cpu().sort(-1).values).all(-1).float().mean())

@@ -16,16 +16,18 @@ import functools
 import importlib
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from export.builders import BuilderError, load_module, logger
 from export.runner import EngineError
+from export.team import agree, own_device
 
 GRAPHS_KEPT = 4  # an execution context each; generation needs one of `step` or `loop` at a time
 
@@ -126,12 +128,12 @@ def _few(names: list[str]) -> str:
 
 
 class EngineSession:
-    """An engine file on CUDA device `device`; of `world` ranks, one process each, where it has exchanges.
+    """An engine file on CUDA device `device`, by default this process's own; of `world` ranks, one process each.
 
     Raises `EngineError` without a GPU, without the package of `builder`, or for a file this TensorRT cannot read.
     """
 
-    def __init__(self, builder: str, engine_file: Path, device: int = 0, world: int = 1) -> None:
+    def __init__(self, builder: str, engine_file: Path, device: int | None = None, world: int = 1) -> None:
         self._device = cuda_device(builder, device)
         try:
             self._trt = load_module(builder)
@@ -205,22 +207,39 @@ class EngineSession:
         return self._capturable and (ready is None or ready(self._stream.cuda_stream))
 
     def _capture(self, key: Geometry, inputs: Mapping[str, Tensor]) -> None:
-        """Put a graph for this geometry into `_captured`, or give up capturing for good: calls can be launched too."""
+        """Put a graph for this geometry into `_captured`, or give up capturing for good: calls can be launched too.
+
+        All ranks do it or none: one that has no memory for it would run fewer exchanges than the others wait for.
+        """
         while len(self._captured) >= GRAPHS_KEPT:
             self._captured.popitem(last=False)  # its memory first
-        try:
-            self._captured[key] = self._captured_call(inputs)
-        except (RuntimeError, EngineError) as error:  # out of memory is a RuntimeError
-            logging.getLogger(__name__).warning("no CUDA Graph of this engine, calls are launched: %s", error)
+        apart = self._attempt(self._apart, inputs)
+        ready = self._all(apart is not None)
+        graph = self._attempt(self._recorded, apart[0]) if ready and apart else None
+        if self._all(graph is not None) and apart and graph:
+            self._captured[key] = _Captured(graph, *apart)
+        else:
             self._capturable = False
 
-    def _captured_call(self, inputs: Mapping[str, Tensor]) -> _Captured:
+    def _attempt[Made](self, make: Callable[..., Made], given: Any) -> Made | None:
+        try:
+            return make(given)
+        except (RuntimeError, EngineError) as error:  # out of memory is a RuntimeError
+            logging.getLogger(__name__).warning("no CUDA Graph of this engine, calls are launched: %s", error)
+            return None
+
+    def _all(self, flag: bool) -> bool:
+        return flag if self._world == 1 else agree(flag, self._device)
+
+    def _apart(self, inputs: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+        """An execution context, inputs and outputs of a captured call's own."""
         context = self._new_context()
         self._set_weights(context)
         buffers = {name: tensor.to(self._device, copy=True).contiguous() for name, tensor in inputs.items()}
-        outputs = self._prepare(context, buffers)
-        graph = torch.cuda.CUDAGraph()
-        stream = self._stream
+        return context, buffers, self._prepare(context, buffers)
+
+    def _recorded(self, context: Any) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._launch(context)  # once before, so that nothing is allocated or copied to the device while capturing
@@ -228,7 +247,7 @@ class EngineSession:
             with torch.cuda.graph(graph, stream=stream):
                 self._launch(context)
         torch.cuda.current_stream().wait_stream(stream)
-        return _Captured(graph, context, buffers, outputs)
+        return graph
 
     def _new_context(self) -> Any:
         context = self._engine.create_execution_context()
@@ -281,11 +300,13 @@ def _remember(kept: OrderedDict[Geometry, Any], key: Geometry, value: Any, most:
         kept.popitem(last=False)
 
 
-def cuda_device(builder: str, device: int) -> torch.device:
+def cuda_device(builder: str, device: int | None = None) -> torch.device:
+    """The device, by default this process's own. Raises `EngineError` where it is not there."""
     if not torch.cuda.is_available():
         raise EngineError(
             f"provider={builder} needs an NVIDIA GPU and its driver; on this machine use provider=onnxruntime"
         )
+    device = own_device() if device is None else device
     if not 0 <= device < torch.cuda.device_count():
         raise EngineError(f"device={device}; this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
     return torch.device("cuda", device)
@@ -296,12 +317,13 @@ def _deserialize(trt: Any, builder: str, file: Path) -> tuple[Any, Any]:
     if not file.is_file():
         raise EngineError(f"there is no engine {file}; build it with export/build.py builder={builder}")
     logger(trt).messages.clear()
+    plan = np.memmap(file, np.uint8, mode="r")  # with weights inside, a copy would fill the host's memory
     if builder == "tensorrt_llm":  # its Session is TensorRT's runtime, engine and a first context
-        runtime = importlib.import_module("tensorrt_llm.runtime").Session.from_serialized_engine(file.read_bytes())
+        runtime = importlib.import_module("tensorrt_llm.runtime").Session.from_serialized_engine(plan)
         engine = runtime.engine
     else:
         runtime = trt.Runtime(logger(trt))
-        engine = runtime.deserialize_cuda_engine(file.read_bytes())
+        engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(
             f"{trt.__name__} {trt.__version__} cannot read {file}: {'; '.join(logger(trt).messages)}; "
@@ -335,6 +357,7 @@ def _communicator(device: torch.device) -> Any:
     """NCCL communicator of all processes in the capsule that TensorRT takes, named as in its sample attention_mdtrt."""
     import torch.distributed as dist
 
+    torch.cuda.set_device(device)  # what torch itself exchanges between the processes goes over this GPU too
     if not dist.is_initialized():
         dist.init_process_group("nccl", device_id=device)
     group = dist.new_group(backend="nccl", device_id=device)  # torch keeps it, and with it the communicator

@@ -28,20 +28,18 @@ def open_bundle(path: str | Path, provider: str = "onnxruntime", device: int | N
     """The engine of a bundle, with weights loaded.
 
     `onnxruntime` runs the graphs of all ranks in this process on the CPU (float32 and float16). The TensorRT providers
-    run this process's rank (`RANK` of torchrun or srun) on CUDA device `device`, by default `LOCAL_RANK`. Raises
+    run this process's rank (`RANK` of torchrun or srun) on CUDA device `device`, by default its own. Raises
     `BundleError` for what is no complete bundle, `WeightsError` where its weights do not fit, `EngineError` without
     what the provider needs.
     """
-    if provider not in PROVIDERS:
-        raise BundleError(f"provider={provider!r}; use one of {', '.join(PROVIDERS)}")
     bundle = read_bundle(path)
-    ranks = list(range(bundle.settings.layout.world_size))
+    check_provider(bundle, provider, device)
     if provider == "onnxruntime":
-        sessions, where = _onnx_sessions(bundle, ranks), torch.device("cpu")
+        ranks, where = list(range(bundle.settings.layout.world_size)), torch.device("cpu")
+        sessions = _onnx_sessions(bundle, ranks)
     else:
-        ranks = [_own_rank(bundle)]
-        device = int(os.environ.get("LOCAL_RANK", 0)) if device is None else device
-        sessions, where = _engine_sessions(bundle, provider, ranks[0], device), torch.device("cuda", device)
+        ranks, where = [_own_rank(bundle)], cuda_device(provider, device)
+        sessions = _engine_sessions(bundle, provider, ranks[0], where)
     settings = bundle.settings
     return Engine(
         bundle.config,
@@ -56,23 +54,38 @@ def open_bundle(path: str | Path, provider: str = "onnxruntime", device: int | N
     )
 
 
-def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
+def check_provider(bundle: Bundle, provider: str, device: int | None = None) -> None:
+    """Raise `BundleError` or `EngineError` where `provider` cannot run this bundle here; reads no weights."""
+    if provider not in PROVIDERS:
+        raise BundleError(f"provider={provider!r}; use one of {', '.join(PROVIDERS)}")
     settings = bundle.settings
-    if settings.dtype == "bfloat16":
+    if provider != "onnxruntime":
+        rank = _own_rank(bundle)
+        missing = [g for g in settings.graphs if not (bundle.path / settings.file(g, rank, "engine")).is_file()]
+        if missing or bundle.info["builder"] != provider:
+            raise BundleError(
+                f"{bundle.path} was built with builder={bundle.info['builder']} and has no engines for "
+                f"provider={provider}; build it again with builder={provider}, or open it with provider=onnxruntime"
+            )
+        cuda_device(provider, device)
+    elif settings.dtype == "bfloat16":
         raise BundleError(
             f"{bundle.path} is bfloat16, which ONNX Runtime does not compute on the CPU; run it with provider=tensorrt "
             "on a GPU, or build it again with dtype=float32"
         )
-    if settings.quantization == "nvfp4":
+    elif settings.quantization == "nvfp4":
         raise BundleError(
             f"{bundle.path} has NVFP4 experts, which ONNX Runtime does not know; run it with provider=tensorrt on a "
             "GPU, or compare it with export/check.py, which computes them in PyTorch"
         )
+
+
+def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
     held = [bundle.load_weights(rank) for rank in ranks]
     weights = [{name: tensor for name, tensor in of_rank if name in bundle.weights} for of_rank in held]
     return {
         graph: OnnxSession([_graph(bundle, graph, rank) for rank in ranks], weights, bundle.path)
-        for graph in settings.graphs
+        for graph in bundle.settings.graphs
     }
 
 
@@ -97,8 +110,10 @@ def _own_rank(bundle: Bundle) -> int:
 class _OneRank:
     """The engine of one rank as a `Session`."""
 
-    def __init__(self, provider: str, file: Path, weights: Mapping[str, Tensor], device: int, world: int) -> None:
-        self._session = EngineSession(provider, file, device, world)
+    def __init__(
+        self, provider: str, file: Path, weights: Mapping[str, Tensor], device: torch.device, world: int
+    ) -> None:
+        self._session = EngineSession(provider, file, device.index, world)
         self._session.bind(weights)
 
     def run(self, shared: Tensors, ranked: Sequence[Tensors]) -> list[dict[str, Tensor]]:
@@ -106,17 +121,9 @@ class _OneRank:
         return [self._session.run({name: given[name] for name in self._session.inputs})]
 
 
-def _engine_sessions(bundle: Bundle, provider: str, rank: int, device: int) -> dict[str, Session]:
-    settings = bundle.settings
-    missing = [g for g in settings.graphs if not (bundle.path / settings.file(g, rank, "engine")).is_file()]
-    if missing or bundle.info["builder"] != provider:
-        raise BundleError(
-            f"{bundle.path} was built with builder={bundle.info['builder']} and has no engines for provider={provider};"
-            f" build it again with builder={provider}, or open it with provider=onnxruntime"
-        )
-    where = cuda_device(provider, device)  # raises before weights are read
-    weights = {name: tensor.to(where) for name, tensor in bundle.load_weights(rank)}  # one copy for all graphs
-    world = settings.layout.world_size
+def _engine_sessions(bundle: Bundle, provider: str, rank: int, device: torch.device) -> dict[str, Session]:
+    settings, world = bundle.settings, bundle.settings.layout.world_size
+    weights = {name: tensor.to(device) for name, tensor in bundle.load_weights(rank)}  # one copy for all graphs
     return {
         graph: _OneRank(provider, bundle.path / settings.file(graph, rank, "engine"), weights, device, world)
         for graph in settings.graphs

@@ -1,4 +1,4 @@
-"""Processes that build one bundle together, as srun or torchrun started them; or one process alone.
+"""Processes that build, check or run one bundle together, as srun or torchrun started them; or one process alone.
 
 team = Team.of_processes()
 with team.together():                 # ends for all as soon as it fails for one
@@ -20,7 +20,24 @@ _PATIENCE = timedelta(hours=12)  # one process traces while the others wait
 
 
 class TeamError(ValueError):
-    """Another process of the team failed; the message is its own."""
+    """Another process of the team refused what it was asked for; the message is its own."""
+
+
+class TeamCrash(RuntimeError):
+    """Another process of the team failed, and no user's mistake is to blame; the message is its own."""
+
+
+def own_device() -> int:
+    """CUDA device of this process: LOCAL_RANK, or 0 where fewer GPUs are visible (each task was given its own)."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return local if local < torch.cuda.device_count() else 0
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` holds in every process; all of them call this."""
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    return bool(vote)
 
 
 class Team:
@@ -37,6 +54,8 @@ class Team:
         if size == 1:
             return cls()
         if not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(own_device())  # before NCCL takes device 0 for all
             # a sharded checkpoint is converted on GPUs where there are any
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
         return cls(dist.get_rank(), size)
@@ -64,12 +83,13 @@ class Team:
             yield
         except Exception as found:
             error = found
-        told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        told = self.gather(error and (isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise TeamError(f"process {rank} stopped: {text}")
+        for rank, failure in enumerate(told):
+            if failure is not None:
+                is_users, text = failure
+                raise (TeamError if is_users else TeamCrash)(f"process {rank} stopped: {text}")
 
 
 ALONE = Team()

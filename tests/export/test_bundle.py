@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from export.roofline import load_gpu
 from export.run import RunConfig, run
 from export.runner import Limits
 from export.show import ShowConfig, show
-from nemo_diffgemma import ParallelLayout, SamplerConfig
+from nemo_diffgemma import DiffusionGemma, ParallelLayout, SamplerConfig
 from nemo_diffgemma.training.schema import SamplerGroup
 from tests.export import kit
 
@@ -110,10 +111,45 @@ def test_every_weight_input_is_described_and_fits_the_checkpoint(bundle):
 
 def test_the_other_checkpoint_of_the_same_sizes_is_not_the_same(bundle, checkpoint, traces):
     other = checkpoint("base")  # the same sizes, other numbers
-    assert check(CheckConfig(str(bundle), steps=4), Shown())["verdict"] == "agrees"
     shown = Shown()
+    found = check(CheckConfig(str(bundle), steps=4), shown)
+    assert (found["verdict"], found["computed_by"], shown.exit_code) == ("agrees", "onnxruntime", 0)
+    assert found["agreement"]["routing"] == [1.0] * kit.config("base").num_hidden_layers
     assert check(CheckConfig(str(bundle), checkpoint=str(other), steps=4), shown)["verdict"] == "differs"
     assert shown.exit_code == 1
+    check(CheckConfig(str(bundle), steps=4, routing=False), shown)
+    assert shown.exit_code == 1, "the second check of a process forgot the failure of the first"
+
+
+def test_the_pytorch_model_is_gone_when_the_engine_is_opened(bundle, monkeypatch):
+    """A GPU that holds either need not hold both."""
+
+    def networks() -> int:
+        gc.collect()
+        return sum(isinstance(thing, DiffusionGemma) for thing in gc.get_objects())
+
+    before, meanwhile = networks(), []
+    monkeypatch.setattr(
+        "export.opening.open_bundle", lambda *given: meanwhile.append(networks()) or open_bundle(*given)
+    )
+    found = check(CheckConfig(str(bundle), steps=2, rows=1, reference_dtype="bfloat16", agreement=0.5), Shown())
+    assert meanwhile == [before]
+    assert found["verdict"] == "agrees" and found["differences"]["encode"] > 1e-3  # it was in bfloat16
+
+
+def test_an_engine_that_gives_no_numbers_differs(bundle, monkeypatch):
+    """Also where shares decide: its arg-max may still be right."""
+
+    def broken(*given):
+        engine = open_bundle(*given)
+        plain = engine.sampling_step
+        engine.sampling_step = lambda *a, **k: (s := plain(*a, **k))._replace(entropy=s.entropy * float("nan"))
+        return engine
+
+    monkeypatch.setattr("export.opening.open_bundle", broken)
+    shown = Shown()
+    found = check(CheckConfig(str(bundle), steps=2, rows=1, reference_dtype="bfloat16", agreement=0.0), shown)
+    assert (found["verdict"], found["differences"]["step"], shown.exit_code) == ("differs", None, 1)
 
 
 def test_run_and_show_tell_what_is_there(bundle, traces):
@@ -131,10 +167,35 @@ def test_run_and_show_tell_what_is_there(bundle, traces):
     assert shown["graphs"]["loop.rank0"]["weight_inputs"] == shown["graphs"]["step.rank0"]["weight_inputs"] > 60
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (dict(steps=0), "steps=0; expected at least 1"),
+        (dict(rows=0), "rows=0; expected at least 1"),
+        (dict(canvases=0), "canvases=0; expected at least 1"),
+        (dict(reference_dtype="float16"), "reference_dtype='float16'; use one of float32, bfloat16"),
+        (dict(prompt_lengths=[61]), "takes 64 columns of context, so with canvases=2 prompts of 1 to 60 tokens"),
+        (dict(provider="tensorrt"), "built with builder=onnx and has no engines for provider=tensorrt"),
+    ],
+)
+def test_a_check_that_cannot_be_made_is_refused_before_anything_is_loaded(bundle, given, says, monkeypatch):
+    monkeypatch.setattr("export.check._reference", lambda *given: pytest.fail("the PyTorch model was loaded"))
+    with pytest.raises(ValueError, match=says):
+        check(CheckConfig(str(bundle), **given), Shown())
+
+
+def test_ranks_that_only_gpus_compute_are_sent_there(tmp_path):
+    layout = ParallelLayout(tensor=2, expert=2)
+    settings = Settings("bfloat16", layout, ("encode", "step"), weights="none", limits=LIMITS)
+    build_bundle(kit.config("base"), tmp_path / "two", settings)
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 .* provider=tensorrt .*build a float32 bundle"):
+        check(CheckConfig(str(tmp_path / "two")), Shown())
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_half_built_damaged_and_foreign_bundles_are_refused(copy, tmp_path):
+def test_half_built_damaged_and_foreign_bundles_are_refused(bundle, copy, tmp_path):
     def refused(says: str) -> None:
         with pytest.raises(ValueError, match=says):
             open_bundle(copy)
@@ -152,7 +213,7 @@ def test_half_built_damaged_and_foreign_bundles_are_refused(copy, tmp_path):
     with pytest.raises(ValueError, match="is not a bundle"):
         open_bundle(tmp_path)
     with pytest.raises(ValueError, match="provider='cuda'; use one of onnxruntime, tensorrt_rtx"):
-        open_bundle(copy, provider="cuda")
+        open_bundle(bundle, provider="cuda")
 
 
 def test_a_changed_byte_is_found(copy):

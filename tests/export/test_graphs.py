@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export.checking import in_lockstep
+from export.checking import Differences, in_lockstep, trajectory
 from nemo_diffgemma import ParallelLayout, SamplerConfig
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from tests.export import kit
@@ -53,7 +53,7 @@ def engines(checkpoint):
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_every_step_of_48_equals_pytorch(checkpoint, engines, context, rows):
     network = kit.network(kit.calm(checkpoint))
-    assert_lockstep(in_lockstep(engines(), network, prompts(rows, context), steps=48, seed=rows))
+    assert_lockstep(in_lockstep(engines(), trajectory(network, prompts(rows, context), steps=48, seed=rows)))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -63,7 +63,7 @@ def test_the_sum_of_the_ranks_equals_pytorch(checkpoint, name):
     engine, network = kit.engine(path, size, layout), kit.network(path)
     for context in CONTEXTS:
         ids = prompts(2, context, network.model.vocab_size)
-        assert_lockstep(in_lockstep(engine, network, ids, steps=12, seed=context))
+        assert_lockstep(in_lockstep(engine, trajectory(network, ids, steps=12, seed=context)))
         sampler = SamplerConfig(max_denoising_steps=12, entropy_bound=5.0)
         given = dict(max_new_tokens=12, sampler=sampler, seed=1)
         ours, theirs = network.generate(ids, **given), engine.generate(ids, **given)
@@ -128,9 +128,20 @@ def test_what_lies_in_a_buffer_before_the_context_is_not_seen(checkpoint, engine
 def test_float16_agrees_with_float32(checkpoint):
     path = kit.calm(checkpoint)
     engine, network = kit.engine(path, dtype=torch.float16), kit.network(path)
-    found = in_lockstep(engine, network, prompts(3, 11), steps=12, seed=0)
+    found = in_lockstep(engine, trajectory(network, prompts(3, 11), steps=12, seed=0))
     assert sum(found.argmax) / len(found.argmax) > 0.95
     assert found.soft < 0.05
+
+
+def test_what_is_no_number_is_infinitely_far_away():
+    found = Differences()
+    found.add("soft", torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.0]))
+    assert found.soft == 0.5
+    for wrong in (float("nan"), float("inf")):
+        found = Differences(soft=0.5)
+        found.add("soft", torch.tensor([1.0, 2.0]), torch.tensor([wrong, 2.0]))
+        found.add("soft", torch.tensor([1.0]), torch.tensor([1.0]))
+        assert found.soft == float("inf")
 
 
 @pytest.mark.parametrize(
