@@ -1,4 +1,4 @@
-"""From composed configurations to one Slurm job: what fits is checked here, before anything waits in a queue.
+"""From composed configurations to one Slurm job.
 
     submission = Submission("train", sys.argv)
     if submission.takes(config):              # where a cluster is configured:
@@ -11,128 +11,28 @@ the configuration that was composed here, whatever becomes of conf/ while the jo
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from datetime import datetime
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from launch.allocation import GPUS, fit
 from launch.configuration import freeze
 from launch.output import Results, refuse
-from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data import Batches
-from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 from nemo_diffgemma.training.schema import ClusterGroup, ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "config.json"
+CONFIG, JOB = "config.json", "job"  # in slurm/ of a run directory: what its tasks read, its number
 VERBS = ("train", "evaluate", "convert", "export")  # each has a script in slurm/
-
-
-# -- what fits ---------------------------------------------------------------------------------------------------------
-
-
-def fit(verb: str, config: Any) -> int:
-    """Number of tasks of a job; sets `parallel.replicas` of a training. Raises where layout and allocation differ."""
-    cluster: ClusterGroup = config.cluster
-    _check(cluster)
-    layout, gpus = config.parallel.layout(), cluster.nodes * cluster.gpus_per_node
-    model = _model(config)
-    if model is not None:
-        layout.check(model)
-    if verb != "train":
-        tasks = layout.world_size * config.parallel.replicas
-        if tasks > gpus:
-            raise LayoutError(
-                f"layout {layout} needs {tasks} processes, one a GPU, but {_allocation(cluster)}; use "
-                f"cluster.nodes={math.ceil(tasks / cluster.gpus_per_node)}"
-            )
-        return tasks
-    if gpus % layout.world_size:
-        raise LayoutError(
-            f"layout {layout} needs {layout.world_size} processes or a multiple of it, but {_allocation(cluster)}; the "
-            f"nearest that fit: {' or '.join(_nearest(layout, cluster, model))}"
-        )
-    replicas = gpus // layout.world_size
-    if config.parallel.replicas not in (1, replicas):
-        raise ConfigurationError(
-            f"parallel.replicas={config.parallel.replicas}, but {_allocation(cluster)}, which makes {replicas} of "
-            f"layout {layout}; leave parallel.replicas out"
-        )
-    config.parallel.replicas = replicas
-    Batches(config.data.global_batch_size, 0, layout.replicas(gpus))  # raises where the batch cannot be shared
-    return gpus
-
-
-def _check(cluster: ClusterGroup) -> None:
-    if cluster.scheduler != "slurm":
-        raise ConfigurationError(f"cluster.scheduler={cluster.scheduler!r}; use slurm, or null to stay on this machine")
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(cluster, name) < 1:
-            raise ConfigurationError(f"cluster.{name}={getattr(cluster, name)}; expected at least 1")
-    if cluster.device not in ("cuda", "cpu"):
-        raise ConfigurationError(f"cluster.device={cluster.device!r}; use cuda or cpu")
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", cluster.time):
-        raise ConfigurationError(
-            f"cluster.time={cluster.time!r}; expected minutes, hours:minutes:seconds or days-hours"
-        )
-    gpus = sorted(file.stem for file in (ROOT / "conf" / "gpu").glob("*.yaml"))
-    if cluster.gpu is not None and cluster.gpu not in gpus:
-        raise ConfigurationError(f"cluster.gpu={cluster.gpu!r} is no file of conf/gpu; use {', '.join(gpus)}")
-
-
-def _model(config: Any) -> ModelConfig | None:
-    """The architecture, where it is known before the job runs."""
-    group = getattr(config, "model", None)
-    named = [getattr(holder, name, None) for holder in (group, config) for name in ("checkpoint", "source")]
-    checkpoint = next(filter(None, named), None)
-    if checkpoint is None:
-        return ModelConfig(**group.architecture) if group is not None else None
-    for place in (Path(checkpoint), Path(checkpoint) / "assets"):
-        if (place / "config.json").is_file():
-            return ModelConfig.from_pretrained(place)
-    return None  # an archive, or on a disk that only the nodes have
-
-
-def _allocation(cluster: ClusterGroup) -> str:
-    gpus = cluster.nodes * cluster.gpus_per_node
-    return f"cluster.nodes={cluster.nodes} x cluster.gpus_per_node={cluster.gpus_per_node} are {gpus}"
-
-
-def _nearest(layout: ParallelLayout, cluster: ClusterGroup, model: ModelConfig | None) -> Iterator[str]:
-    """The next number of nodes for this layout, and the closest layout for these nodes."""
-    step = layout.world_size // math.gcd(layout.world_size, cluster.gpus_per_node)
-    near = sorted({max(1, round(cluster.nodes / step)) * step, math.ceil(cluster.nodes / step) * step})
-    yield f"cluster.nodes={min(near, key=lambda nodes: abs(nodes - cluster.nodes))}"
-    gpus = cluster.nodes * cluster.gpus_per_node
-    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
-    found = []
-    for tensor, expert, expert_tensor in product(sizes, repeat=3):
-        other = ParallelLayout(tensor, expert, expert_tensor)
-        if gpus % other.world_size or not _suits(other, model):
-            continue
-        distance = sum(abs(math.log2(a / b)) for a, b in zip(vars(other).values(), vars(layout).values(), strict=True))
-        found.append((distance, -other.world_size, f"parallel.tensor={tensor} parallel.expert={expert}"
-                      + (f" parallel.expert_tensor={expert_tensor}" if expert_tensor > 1 else "")))  # fmt: skip
-    yield min(found)[2]
-
-
-def _suits(layout: ParallelLayout, model: ModelConfig | None) -> bool:
-    try:
-        if model is not None:
-            layout.check(model)
-    except LayoutError:
-        return False
-    return True
+_INPUTS, _OUTPUTS = ("checkpoint", "source", "calibration"), ("target", "out")  # keys of the entry points
 
 
 # -- the script --------------------------------------------------------------------------------------------------------
@@ -147,10 +47,14 @@ def render(
     command: str,
     name: str,
     array: int = 0,
+    mounts: Sequence[Path] = (),
     root: Path = ROOT,
     python: str = sys.executable,
 ) -> str:
-    """The batch script of `array` runs (0: a single one), whose files are below `directory`."""
+    """The batch script of `array` runs (0: a single one), whose files are below `directory`.
+
+    `mounts` are further paths that a container must see.
+    """
     options = {
         "partition": cluster.partition,
         "account": cluster.account,
@@ -176,17 +80,17 @@ def render(
     return scripts.get_template(f"{verb}.sbatch").render(
         verb=verb,
         c=cluster,
-        name=name,
-        command=command,
+        name=shlex.quote(name),
+        command=" ".join(command.splitlines()),
         tasks=tasks,
         tasks_per_node=math.ceil(tasks / cluster.nodes),
-        options=[(key, str(value)) for key, value in options.items() if value is not None],
+        options=[(key, value and shlex.quote(str(value))) for key, value in options.items() if value is not None],
         array=array,
         directory=shlex.quote(str(directory)),
         root=shlex.quote(str(root)),
         python=shlex.quote(interpreter),
         environment=[(key, shlex.quote(str(value))) for key, value in cluster.environment.items()],
-        srun=[_quoted(option) for option in [*_container(cluster, root, directory), *cluster.srun]],
+        srun=[_quoted(option) for option in _srun(cluster, [root, directory, *mounts])],
         preflight=" ".join(f"--{key} {shlex.quote(str(value))}" for key, value in preflight.items()),
     )
 
@@ -197,16 +101,18 @@ def _quoted(word: str) -> str:
     return f"'{word}'" if quoted == word and "," in word else quoted
 
 
-def _container(cluster: ClusterGroup, root: Path, directory: Path) -> list[str]:
-    """Options of pyxis. The code and the results are where they are outside."""
-    if cluster.container_image is None:
-        return []
-    mounts = [f"{root}:{root}", f"{directory}:{directory}", *cluster.container_mounts]
-    return [
-        f"--container-image={cluster.container_image}",
-        f"--container-mounts={','.join(dict.fromkeys(mounts))}",
-        "--no-container-mount-home",
-    ]
+def _srun(cluster: ClusterGroup, mounts: Sequence[Path]) -> list[str]:
+    """Options of every step. A container, through pyxis, sees the code and the results where they are outside."""
+    options = [] if cluster.cpus_per_task is None else [f"--cpus-per-task={cluster.cpus_per_task}"]  # not inherited
+    if cluster.container_image is not None:
+        mounted = [*(f"{place}:{place}" for place in mounts), *cluster.container_mounts]
+        options += [
+            f"--container-image={cluster.container_image}",
+            f"--container-mounts={','.join(dict.fromkeys(mounted))}",
+            f"--container-workdir={mounts[0]}",  # else the image's own copy of the code would run
+            "--no-container-mount-home",
+        ]
+    return [*options, *cluster.srun]
 
 
 # -- submission --------------------------------------------------------------------------------------------------------
@@ -219,6 +125,8 @@ class Submission:
         self.verb, self.command = {"build": "export"}.get(verb, verb), command
         self.configs: list[Any] = []
         self.tasks, self.sweep = 0, False
+        self.outputs: list[Path] = []
+        self.mounts: dict[Path, None] = {}
 
     def takes(self, config: Any) -> bool:
         """Whether a run goes to a cluster. Raises `ConfigurationError` where it cannot."""
@@ -235,11 +143,14 @@ class Submission:
         """Check a run and remember it. Raises a ValueError that says what to do."""
         self.sweep = sweep
         tasks = fit(self.verb, config)
-        if self.configs and dataclasses.asdict(config.cluster) != dataclasses.asdict(self.configs[0].cluster):
+        if self.configs and (tasks, config.cluster) != (self.tasks, self.configs[0].cluster):
             raise ConfigurationError(
-                "the runs of a sweep are one job array: cluster.* must be the same for all of them"
+                "the runs of a sweep are one job array: cluster.* and the number of processes must be the same for all"
             )
         self.tasks = tasks
+        inputs, outputs = _make_absolute(config)
+        self.outputs += outputs
+        self.mounts |= dict.fromkeys([*inputs, *(path.parent for path in outputs)])
         self.configs.append(config)
 
     def send(self) -> None:
@@ -264,31 +175,38 @@ class Submission:
             command=f"python {shlex.join(self.command)}",
             name=name,
             array=len(self.configs) if sweep else 0,
+            mounts=list(self.mounts),
         )
         if first.dry_run:
             results.show(script)
             return {"job": None, "runs": [str(run) for run in runs]}
-        self._write_configs(runs)
+        for output in self.outputs:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        self._write_configs(directory, runs)
         file = directory / "slurm" / f"{self.verb}.sbatch"
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(script)
         job = _sbatch([str(file)])
-        if sweep:
-            _collect(job, directory, first.cluster)
+        (directory / "slurm" / JOB).write_text(job)
         self._tell(results, job, directory, sweep)
+        if sweep:
+            _collect(results, job, directory, first.cluster)
         return {"job": job, "runs": [str(run) for run in runs]}
 
     def _name(self, config: Any) -> tuple[Path, str]:
-        """Directory of the job, and its name in the queue."""
+        """Directory of the job, which no other job gets or has, and its name in the queue."""
         moment = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        if hasattr(config, "exp_manager"):
-            group = config.exp_manager
-            version = group.version or moment
-            return (Path(group.exp_dir) / group.name / version).absolute(), group.name
-        return (Path(config.cluster.jobs_dir) / f"{self.verb}-{moment}").absolute(), f"{self.verb}"
+        if not hasattr(config, "exp_manager"):
+            return _unused(Path(config.cluster.jobs_dir).absolute() / f"{self.verb}-{moment}"), self.verb
+        group = config.exp_manager
+        place = Path(group.exp_dir).absolute() / group.name
+        if group.version is None:
+            return _unused(place / moment), group.name
+        _check_nobody_works_in(place / group.version)
+        return place / group.version, group.name
 
-    def _write_configs(self, runs: list[Path]) -> None:
+    def _write_configs(self, directory: Path, runs: list[Path]) -> None:
         """The configuration of each run, as its tasks will read it."""
+        (directory / "slurm").mkdir(parents=True, exist_ok=True)
         for config, run in zip(self.configs, runs, strict=True):
             if hasattr(config, "exp_manager"):
                 group = config.exp_manager
@@ -302,7 +220,8 @@ class Submission:
         log = directory / "slurm" / f"job-{job}{'_0' if sweep else ''}.out"
         results.show(
             f"job {job}: {self.verb}, {f'{len(self.configs)} runs of ' if sweep else ''}{self.tasks} processes on "
-            f"{cluster.nodes} nodes with {cluster.gpus_per_node} {gpu}, layout {self.configs[0].parallel.layout()}\n"
+            f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} with {cluster.gpus_per_node} {gpu}, layout "
+            f"{self.configs[0].parallel.layout()}\n"
             f"  log     {log} (and rank-*.log beside it)\n"
             f"  follow  python launch/status.py {job}        tail -F {log}\n"
             f"  cancel  scancel {job}"
@@ -310,7 +229,7 @@ class Submission:
 
 
 def _gpu_name(name: str) -> str:
-    return yaml.safe_load((ROOT / "conf" / "gpu" / f"{name}.yaml").read_text())["name"]
+    return yaml.safe_load((GPUS / f"{name}.yaml").read_text())["name"]
 
 
 def _sbatch(arguments: list[str]) -> str:
@@ -326,20 +245,60 @@ def _sbatch(arguments: list[str]) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def _collect(job: str, directory: Path, cluster: ClusterGroup) -> None:
-    """A small job that writes the table of a sweep when all of its runs have ended."""
-    python = cluster.python or sys.executable
-    line = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(python)} launch/status.py --once {shlex.quote(str(directory))}"
-    options = [f"--{key}={value}" for key in ("partition", "account", "qos") if (value := getattr(cluster, key))]
-    _sbatch(
-        [
-            f"--dependency=afterany:{job}",
-            f"--job-name={directory.parent.name}-table",
-            f"--output={directory}/results.txt",
-            "--open-mode=truncate",
-            "--ntasks=1",
-            "--time=10",
-            *options,
-            f"--wrap={line}",
-        ]
+def _unused(directory: Path) -> Path:
+    """A name of this second that no other submission has taken."""
+    return next(
+        place
+        for number in count(1)
+        if not (place := directory.with_name(f"{directory.name}_{number}" if number > 1 else directory.name)).exists()
     )
+
+
+def _check_nobody_works_in(directory: Path) -> None:
+    """Two jobs in one directory would write the same files."""
+    file = directory / "slurm" / JOB
+    if not file.is_file():
+        return
+    job = file.read_text().strip()
+    try:
+        known = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
+    except FileNotFoundError:
+        return
+    if known.returncode == 0 and known.stdout.strip():
+        raise ConfigurationError(
+            f"job {job} waits or works in {directory}; cancel it first (scancel {job}), or give another "
+            "exp_manager.version"
+        )
+
+
+def _make_absolute(config: Any) -> list[list[Path]]:
+    """Paths mean in the job what they meant where it was submitted -> those that are read, and those written."""
+    found: list[list[Path]] = []
+    for names in (_INPUTS, _OUTPUTS):
+        found.append([])
+        for holder, name in product((config, getattr(config, "model", None)), names):
+            if (given := getattr(holder, name, None)) is not None:
+                found[-1].append(Path(given).expanduser().absolute())
+                setattr(holder, name, str(found[-1][-1]))
+    return found
+
+
+def _collect(results: Results, job: str, directory: Path, cluster: ClusterGroup) -> None:
+    """A small job that writes the table of a sweep when all of its runs have ended; the sweep goes on without it."""
+    command = [sys.executable, "launch/status.py", "--once", str(directory)]
+    options = [f"--{key}={value}" for key in ("partition", "account", "qos") if (value := getattr(cluster, key))]
+    try:
+        _sbatch(
+            [
+                f"--dependency=afterany:{job}",
+                f"--job-name={directory.parent.name}-table",
+                f"--output={directory}/results.txt",
+                "--open-mode=truncate",
+                "--ntasks=1",
+                "--time=10",
+                *options,
+                f"--wrap=cd {shlex.quote(str(ROOT))} && {shlex.join(command)}",
+            ]
+        )
+    except ConfigurationError as error:
+        results.show(f"  but no table will be written at its end: {error}")

@@ -5,7 +5,7 @@
 
 Each node looks at its GPUs, disk, shared memory and clock, and does an all-reduce with the others. It writes what it
 found to DIR/<node>.json and ends with code 0 whatever that is, so that nobody's report is cut short; a node without a
-report is broken. Where the all-reduce fails, pairs of nodes tell who is to blame.
+report is broken, unless none has one. Where the all-reduce fails, pairs of nodes tell who is to blame.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-free-gb", type=float, default=10.0)
     parser.add_argument("--min-shm-gb", type=float, default=1.0)
     parser.add_argument("--max-clock-skew", type=float, default=5.0, help="seconds from the median")
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds for everything")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for everything")
     return parser
 
 
@@ -96,15 +96,22 @@ class Report:
 
 
 def verdict(directory: Path, nodes: list[str]) -> tuple[list[str], list[str]]:
-    """Broken nodes, and what is wrong in sentences (also where no node is to blame); both empty where all is well."""
+    """Broken nodes, and what is wrong in sentences (also where no node is to blame); both empty where all is well.
+
+    Where several nodes all fail, what is asked of them is the likelier reason, and none is broken.
+    """
     reports = {}
     for node in nodes:
         file = directory / f"{node}.json"
         if file.is_file():
             reports[node] = json.loads(file.read_text())
+    if not reports:
+        return [], ["no node has reported: the check was cut off, or could not start (see the job's output)"]
     told = [f"{node}: no report" for node in nodes if node not in reports]
     told += [f"{node}: {problem}" for node, found in reports.items() for problem in found["problems"]]
     broken = [node for node in nodes if node not in reports or reports[node]["problems"]]
+    if len(broken) == len(nodes) > 1:
+        return [], [*told, "every node fails: does cluster.preflight ask for what these nodes have?"]
     if broken:
         return broken, told
     blames = Counter(other for found in reports.values() for other in found["blames"])
@@ -147,8 +154,7 @@ def visible_gpus(device: str) -> int:
         import torch
 
         return torch.cuda.device_count()
-    granted = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("SLURM_GPUS_ON_NODE", ""))
-    return len([part for part in granted.split(",") if part])
+    return len([part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part])
 
 
 def _use_gpus() -> None:
@@ -176,23 +182,26 @@ def _alone(work: Callable[..., None], seconds: float, *arguments: Any) -> bool:
 
 
 class Meeting:
-    """The nodes of a job at a store that the first of them keeps."""
+    """The nodes of a job at a store that the first of them keeps.
 
-    def __init__(self, nodes: list[str], rank: int, device: str, seconds: float) -> None:
+    `seconds` are for an exchange or an all-reduce, `patience` for the first of them: nodes may come late.
+    """
+
+    def __init__(self, nodes: list[str], rank: int, device: str, seconds: float, patience: float) -> None:
         from torch.distributed import TCPStore
 
         self.nodes, self.rank, self.backend = nodes, rank, "nccl" if device == "cuda" else "gloo"
         # beside the port of the work itself, which may start at once
         self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
-        self.seconds = seconds
-        self.store = TCPStore(*self.address, None, rank == 0, timedelta(seconds=seconds), wait_for_workers=False)
+        self.seconds, self.patience = seconds, patience
+        self.store = TCPStore(*self.address, None, rank == 0, timedelta(seconds=patience), wait_for_workers=False)
 
-    def exchange(self, what: str, mine: Any) -> dict[str, Any]:
+    def exchange(self, what: str, mine: Any, seconds: float | None = None) -> dict[str, Any]:
         """What every node says to `what`; nodes that say nothing in time are left out."""
         self.store.set(f"{what}/{self.rank}", json.dumps(mine))
         keys = {node: f"{what}/{rank}" for rank, node in enumerate(self.nodes)}
         try:
-            self.store.wait(list(keys.values()), timedelta(seconds=self.seconds))
+            self.store.wait(list(keys.values()), timedelta(seconds=seconds or self.seconds))
         except RuntimeError:
             keys = {node: key for node, key in keys.items() if self.store.check([key])}
         return {node: json.loads(self.store.get(key)) for node, key in keys.items()}
@@ -228,7 +237,8 @@ def check(arguments: argparse.Namespace, nodes: list[str], report: Report) -> No
     if len(nodes) == 1:
         return
     try:
-        meeting = Meeting(nodes, rank, arguments.device, arguments.timeout / 5)
+        # beside local checks, three all-reduces at most have to end in time
+        meeting = Meeting(nodes, rank, arguments.device, arguments.timeout * 0.15, arguments.timeout * 0.4)
     except (RuntimeError, OSError) as error:
         report.blames[nodes[0]] = f"its store cannot be reached ({str(error).splitlines()[0]})"
         return
@@ -242,15 +252,15 @@ def check(arguments: argparse.Namespace, nodes: list[str], report: Report) -> No
 
 def check_together(meeting: Meeting, report: Report, max_skew: float) -> None:
     """What only all nodes together can tell."""
-    came = meeting.exchange("problems", report.problems)
+    came = meeting.exchange("problems", report.problems, meeting.patience)
+    report.blames = {node: "did not come" for node in meeting.nodes if node not in came}
+    if report.blames:  # those that did have waited for different times, so that their clocks cannot be compared
+        return
     clocks = meeting.exchange("clock", time.time())  # all have waited for the last to come: a round trip is the error
-    for node in meeting.nodes:
-        if node not in came:
-            report.blames[node] = "did not come"
     skew = skews(clocks).get(report.node, 0.0)
     if abs(skew) > max_skew:
         report.problems.append(f"its clock is {skew:+.1f} s from the median, expected {max_skew:g} at most")
-    if report.blames or any(came.values()):
+    if any(came.values()):
         return
     everyone = list(range(len(meeting.nodes)))
     passed = meeting.exchange("sum", meeting.reduces("all", everyone))

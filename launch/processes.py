@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def _run(work: Work, config: Any) -> None:
         from nemo_diffgemma.parallel import initialize, shutdown
 
         _set_threads(config)
-        initialize(layout)
+        initialize(layout, timeout=_patience(config))
         _agree_on_run_directory(config)
         results.close(work(config, results))
         shutdown()
@@ -145,6 +145,12 @@ def _run(work: Work, config: Any) -> None:
         _leave(error, rank)
     if results.exit_code:
         raise SystemExit(results.exit_code)
+
+
+def _patience(config: Any) -> timedelta:
+    """How long a rank waits for the others: longer than until a hang is told, with the stacks of all."""
+    hang_minutes = getattr(getattr(config, "trainer", None), "hang_minutes", 0.0)
+    return timedelta(minutes=max(30.0, hang_minutes + 10.0))
 
 
 def _set_threads(config: Any) -> None:

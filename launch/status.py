@@ -24,7 +24,9 @@ from rich.table import Table
 
 from launch.output import refuse
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "finished", "failed")
+# of Slurm, and of heartbeats where Slurm does not know the job
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
+         "PREEMPTED", "finished", "failed", "preempted", "hung", "unknown")  # fmt: skip
 STALE_SECONDS = 300
 REFRESH_SECONDS = 2.0
 
@@ -48,7 +50,7 @@ def main() -> None:
     with Live(table(rows), console=console, auto_refresh=False) as live:
         while not all(row["state"] in ENDED for row in rows):
             time.sleep(REFRESH_SECONDS)
-            rows = collect(arguments.job)
+            rows = again(arguments.job, rows)
             live.update(table(rows), refresh=True)
 
 
@@ -64,6 +66,15 @@ def collect(job: str) -> list[Row]:
         raise ValueError(f"Slurm does not know job {job} (any more); give its run directory instead")
     rows = [row for found in jobs for row in _of_job(found)]
     return sorted(rows, key=lambda row: [int(number) for number in re.findall(r"\d+", row["job"])])
+
+
+def again(job: str, rows: list[Row]) -> list[Row]:
+    """The rows some time later; of a job that Slurm has forgotten since, or while it does not answer, the heartbeat."""
+    try:
+        known = {row["job"]: row for row in collect(job)}
+    except ValueError:
+        known = {}
+    return [known.get(row["job"]) or _row(Path(row["run"]), row["job"], {}) for row in rows]
 
 
 def slurm_jobs(job: str) -> list[dict[str, str]]:
@@ -96,10 +107,18 @@ def _of_directory(directory: Path) -> list[Row]:
         raise ValueError(f"{directory} is no run directory (exp_dir/name/version): it has no status.json")
     rows = []
     for run in directories:
-        job = _heartbeat(run).get("job")
+        job = _heartbeat(run).get("job") or _submitted(directory, run)
         known = slurm_jobs(job) if job is not None and _has_slurm() else []
         rows.append(_row(run, job or run.name, known[0] if known else {}))
     return rows
+
+
+def _submitted(directory: Path, run: Path) -> str | None:
+    """The job of a run that has not begun."""
+    file = directory / "slurm" / "job"
+    if not file.is_file():
+        return None
+    return file.read_text().strip() + ("" if run == directory else f"_{run.name}")
 
 
 def _has_slurm() -> bool:

@@ -14,11 +14,17 @@ What every key means: nemo_diffgemma/training/schema.py.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nemo_diffgemma.training import stopping
+
+if "SLURM_PROCID" in os.environ:  # the imports take ten seconds, in which a signal would end a rank of a job
+    stopping.REQUEST.listen()
 
 from launch.output import Results
 from launch.processes import launch

@@ -53,6 +53,16 @@ def is_sharded(path: str | Path) -> bool:
     return all((Path(path) / name).is_file() for name in _FILES)
 
 
+def is_intact(directory: Path) -> bool:
+    """Whether `directory` also has every file that its description names, in full length."""
+    try:
+        check_complete(directory)
+        _check_sizes(directory, _read_metadata(directory))
+    except CheckpointError:
+        return False
+    return True
+
+
 def check_complete(directory: Path) -> None:
     """Raise `CheckpointError` unless `is_sharded`."""
     missing = [name for name in _FILES if not (directory / name).is_file()]

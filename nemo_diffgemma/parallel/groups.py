@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from datetime import timedelta
@@ -24,7 +25,8 @@ _groups: list[dist.ProcessGroup] = []  # made for _layout; Megatron forgets its 
 def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta = timedelta(minutes=30)) -> None:  # noqa: B008
     """Make the process groups of `layout`. Without torchrun's variables the world is this one process.
 
-    Raises `LayoutError` on every rank when the world is not a whole number of replicas.
+    Where a rank waits longer than `timeout` for the others, that is an error. Raises `LayoutError` on every rank when
+    the world is not a whole number of replicas.
     """
     global _layout, _groups
     megatron_cpu.enable()
@@ -41,6 +43,7 @@ def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta 
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     _groups = [group for group in dist.distributed_c10d._world.pg_map if group not in before]
     _layout = layout

@@ -34,10 +34,11 @@ from nemo_diffgemma.data import EOS_ID, PAD_ID, Batches, build_tokenizer
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.groups import agree_error, initialize, process_groups
 from nemo_diffgemma.training import callbacks, optimizer, tasks
-from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings, empty_network
+from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings, TrainingError, empty_network
 from nemo_diffgemma.training.schema import ConfigurationError, ExpManagerGroup, TrainConfig
+from nemo_diffgemma.training.stopping import REQUEST
 from nemo_diffgemma.training.strategy import MegatronStrategy
-from nemo_diffgemma.training.supervision import Heartbeat, Preemption, StopRequest, Watchdog
+from nemo_diffgemma.training.supervision import Heartbeat, Preemption, Watchdog
 from nemo_diffgemma.training.threads import threads_of_process
 
 CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
@@ -58,15 +59,15 @@ def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
     """Train until `trainer.max_steps` or a signal. Every process calls it with equal arguments.
 
     Raises one-paragraph errors (`ConfigurationError`, `LayoutError`, `CheckpointError`, ...) on every rank before the
-    first step, and `TrainingError` where loss or gradients are no numbers. Where no step is made for
-    `trainer.hang_minutes`, the process writes its stacks and ends with exit code 86.
+    first step, and `TrainingError` where loss or gradients are no numbers or a checkpoint cannot be written. Where no
+    step is made for `trainer.hang_minutes`, the process writes its stacks and ends with exit code 86.
     """
     run_dir = Path(run_dir).absolute()
     heartbeat = Heartbeat(run_dir, config.trainer.max_steps, last_checkpoint)
     watchdog = Watchdog(config.trainer.hang_minutes, on_hang=lambda: heartbeat.write("hung"))
-    with StopRequest().listening() as request, watchdog.watching():
+    with REQUEST.listening() as request, watchdog.watching():
         try:
-            result = _train(config, run_dir, [heartbeat, watchdog], Preemption(request))
+            result = _train(config, run_dir, heartbeat, watchdog, Preemption(request))
         except Exception:
             if dist.is_initialized() and run_dir.is_dir():
                 heartbeat.write("failed")
@@ -75,12 +76,15 @@ def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
     return result
 
 
-def _train(config: TrainConfig, run_dir: Path, watching: list[Any], preemption: Preemption) -> TrainResult:
+def _train(
+    config: TrainConfig, run_dir: Path, heartbeat: Heartbeat, watchdog: Watchdog, preemption: Preemption
+) -> TrainResult:
     _quiet()
     torch.set_num_threads(config.trainer.threads or threads_of_process())
     initialize(config.parallel.layout())
     _check(config)
     resumed = _checkpoint_to_resume(config, run_dir)
+    heartbeat.write("starting", step=0 if resumed is None else _step_of(resumed))
     model = DiffusionGemmaModel(ModelSettings.of(config))
     if resumed is None:
         model.configure_model()
@@ -89,14 +93,26 @@ def _train(config: TrainConfig, run_dir: Path, watching: list[Any], preemption: 
     assert model.network is not None
     tasks.check(config.data, model.network.model)
     _write_assets(model.network, run_dir)
-    trainer = _trainer(config.trainer.max_steps, [*_callbacks(config, run_dir), preemption, *watching])
+    trainer = _trainer(config.trainer.max_steps, [*_callbacks(config, run_dir), preemption, heartbeat, watchdog])
     exp_manager(trainer, _exp_manager(config, run_dir, resumed))
     model.set_trainer(trainer)
-    trainer.fit(model, ckpt_path=None if resumed is None else str(resumed))
-    last = run_dir / CHECKPOINTS / f"step-{trainer.global_step}"
-    if not trainer.strategy.broadcast(sharded.is_sharded(last)):  # rank 0's files decide: saving is collective
-        trainer.save_checkpoint(f"{last}.ckpt")
+    last = _fit(trainer, model, resumed, run_dir)
     return TrainResult(run_dir, last, trainer.global_step, _last_loss(model, run_dir), preemption.preempted)
+
+
+def _fit(trainer: Trainer, model: DiffusionGemmaModel, resumed: Path | None, run_dir: Path) -> Path:
+    """Train -> the last checkpoint."""
+    try:
+        trainer.fit(model, ckpt_path=None if resumed is None else str(resumed))
+        last = run_dir / CHECKPOINTS / f"step-{trainer.global_step}"
+        if not trainer.strategy.broadcast(sharded.is_sharded(last)):  # rank 0's files decide: saving is collective
+            trainer.save_checkpoint(f"{last}.ckpt")
+    except ValueError as error:
+        if model.result is None:
+            raise
+        # after a first step it is nothing that was asked for: a full disk, say, with which a restart may do better
+        raise TrainingError(str(error)) from error
+    return last
 
 
 def _quiet() -> None:
@@ -132,7 +148,7 @@ def _check(config: TrainConfig) -> None:
 
 def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
     """A Lightning trainer that leaves loggers and checkpoints to NeMo's exp_manager and the rest to Megatron."""
-    return Trainer(
+    trainer = Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         strategy=MegatronStrategy(),
@@ -149,6 +165,9 @@ def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    # SIGTERM is ours (stopping.py): Lightning would leave after the step, without a checkpoint and with exit code 0
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 # -- files of the run ------------------------------------------------------------------------------------------------
@@ -156,13 +175,32 @@ def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
 
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The complete checkpoint with the highest step."""
-    found: dict[int, Path] = {}
+    return next(iter(_checkpoints(run_dir)), None)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Complete ones, the last first."""
+    found = []
     for directory in (run_dir / CHECKPOINTS).glob("step-*"):
         named = re.fullmatch(r"step-(\d+)", directory.name)
         unfinished = directory.with_name(directory.name + NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX)
         if named and sharded.is_sharded(directory) and not unfinished.exists():
-            found[int(named[1])] = directory
-    return found[max(found)] if found else None
+            found.append(directory)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _last_intact(run_dir: Path) -> Path | None:
+    """The last checkpoint, with those put aside that a node which lost power has cut short."""
+    for checkpoint in _checkpoints(run_dir):
+        if sharded.is_intact(checkpoint):
+            return checkpoint
+        nemo_logging.warning(f"{checkpoint} is damaged: put aside, the one before is resumed")
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
+    return None
 
 
 def _checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
@@ -175,7 +213,7 @@ def _checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
         try:
             (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_dir).close()  # a directory that was there may not be ours to write
-            box = [last_checkpoint(run_dir)]
+            box = [_last_intact(run_dir)]
         except OSError as found:
             error = ConfigurationError(
                 f"the run directory {run_dir} cannot be written ({found}); name another exp_manager.exp_dir"

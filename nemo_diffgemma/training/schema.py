@@ -137,7 +137,7 @@ class PreflightGroup:
     min_free_gb: float = 10.0
     min_shm_gb: float = 1.0
     max_clock_skew_s: float = 5.0
-    timeout_s: float = 180.0
+    timeout_s: float = 300.0
 
 
 @dataclass

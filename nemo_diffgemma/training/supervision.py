@@ -12,14 +12,12 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 
 from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.training.stopping import StopRequest
 
 PREEMPTED, HUNG = 85, 86  # exit codes; slurm/job.sbatch knows them
 STATUS = "status.json"
@@ -34,42 +33,11 @@ HEARTBEAT_SECONDS = 2.0
 _DUMP_SECONDS = 10.0  # for the other ranks to notice and to write their stacks too
 
 
-class StopRequest:
-    """Whether a signal has asked this process to stop."""
-
-    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def listen(self) -> None:
-        """Keep these signals for later instead of dying of them; again where Lightning has put its own handler."""
-        for number in self.SIGNALS:
-            signal.signal(number, self._keep)
-
-    def _keep(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """`listen`, with the old handlers back at the end."""
-        before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        try:
-            self.listen()
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 class Preemption(Callback):
     """Ends the run after the step in which any rank was asked to stop; `run.train` then saves the checkpoint."""
 
     def __init__(self, request: StopRequest) -> None:
         self.request, self.preempted = request, False
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.request.listen()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         asked = torch.tensor(int(self.request.received is not None), device=device())
@@ -90,7 +58,7 @@ class Heartbeat(Callback):
             "loss": None,
             "tokens_per_second": None,
             "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": _job(),
         }
         self._written = 0.0
 
@@ -111,6 +79,12 @@ class Heartbeat(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if time.monotonic() - self._written >= HEARTBEAT_SECONDS:
             self.write("running", **_known(pl_module.result))
+
+
+def _job() -> str | None:
+    """Slurm's number of this job; of an element of an array with its own, since the bare number means all of it."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return os.environ.get("SLURM_JOB_ID") if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 def _known(result: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from launch.cluster import VERBS, fit, render
+from launch.allocation import fit, seconds_of
+from launch.cluster import VERBS, render
 from launch.configuration import CONF, register
 from nemo_diffgemma.parallel.layout import LayoutError
 from nemo_diffgemma.training.schema import ConfigurationError, TrainConfig, validate
@@ -26,11 +28,18 @@ def configured(*overrides: str) -> TrainConfig:
         return validate(compose("config", list(overrides)), TrainConfig)
 
 
-def train(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+def train(*arguments: str, path: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "model=tiny", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PATH": path or os.environ["PATH"]}
-    )
+    environment = {**os.environ, "PATH": path or os.environ["PATH"]}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=cwd)
+
+
+def slurm(directory: Path, **commands: str) -> str:
+    """A PATH with these commands of Slurm's, which do what tests/slurm shows that they do."""
+    for name, script in commands.items():
+        (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+        (directory / name).chmod(0o755)
+    return str(directory)
 
 
 # -- what fits ---------------------------------------------------------------------------------------------------------
@@ -56,6 +65,8 @@ def test_replicas_follow_from_the_allocation():
         (["parallel.tensor=8", "model=tiny"], "layout tensor=8 cannot divide"),
         (["cluster.nodes=3"], "data.global_batch_size=64"),
         (["cluster.time=soon"], "expected minutes, hours:minutes:seconds"),
+        (["cluster.time=00:10:00"], "cluster.time=00:10:00 leaves no time to train"),
+        (["cluster.time=11"], "give more than 11 minutes"),
         (["cluster.gpu=h1000"], "use b200, dgx_spark"),
         (["cluster.nodes=0"], "cluster.nodes=0; expected at least 1"),
         (["cluster.scheduler=pbs"], "use slurm, or null"),
@@ -70,8 +81,18 @@ def test_what_does_not_fit_is_refused_with_what_does(overrides, told):
 def test_evaluation_takes_as_many_tasks_as_its_layout():
     config = configured("cluster=dgx_h100", "parallel=tp2_ep2")
     assert fit("evaluate", config) == 2
+    several = configured("cluster=dgx_h100", "cluster.nodes=4", "parallel.tensor=8", "model=diffusiongemma_26b_a4b")
+    assert (fit("evaluate", several), several.cluster.nodes) == (8, 1)
     with pytest.raises(LayoutError, match="use cluster.nodes=2"):
         fit("evaluate", configured("cluster=dgx_h100", "cluster.gpus_per_node=1", "parallel=tp2_ep2"))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("02:00:01", 7201), ("1-12", 129600), ("1-0:30", 88200), ("2-00:00:05", 172805)],
+)
+def test_slurms_forms_of_time(time, seconds):
+    assert seconds_of(time) == seconds
 
 
 # -- the script --------------------------------------------------------------------------------------------------------
@@ -131,6 +152,36 @@ def test_a_sweep_is_one_array(tmp_path):
     assert done.stdout.count("#!/bin/bash") == 1
     assert "#SBATCH --array=0-2\n" in done.stdout
     assert "/$SLURM_ARRAY_TASK_ID\n" in done.stdout
+
+
+def test_paths_mean_what_they_meant_where_the_job_was_submitted(tmp_path):
+    path = slurm(tmp_path, sbatch="echo 17")
+    image = "cluster.container_image=/shared/image.sqsh"
+    done = train("cluster=dgx_h100", "model.checkpoint=mine", "exp_manager.version=one", image, path=path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "default" / "one"
+    assert json.loads((run / "slurm" / "config.json").read_text())["model"]["checkpoint"] == f"{tmp_path}/mine"
+    assert f"{tmp_path}/mine:{tmp_path}/mine" in (run / "slurm" / "train.sbatch").read_text()
+
+
+def test_a_directory_takes_one_job_at_a_time(tmp_path):
+    arguments = ["cluster=dgx_h100", f"exp_manager.exp_dir={tmp_path}", "exp_manager.version=one"]
+    path = slurm(tmp_path, sbatch="echo 17", squeue="echo 17 RUNNING")
+    assert train(*arguments, path=path).returncode == 0
+    second = train(*arguments, path=path)
+    assert second.returncode == 2
+    assert f"job 17 waits or works in {tmp_path}/default/one; cancel it first (scancel 17)" in second.stderr.replace(
+        "\n", " "
+    )
+    assert train(*arguments, path=slurm(tmp_path, squeue="exit 1")).returncode == 0, "Slurm has forgotten it"
+
+
+def test_a_sweep_goes_on_without_its_table(tmp_path):
+    path = slurm(tmp_path, sbatch='case "$*" in *--wrap*) echo no >&2; exit 1 ;; *) echo 17 ;; esac')
+    done = train("cluster=dgx_h100", f"exp_manager.exp_dir={tmp_path}", "--multirun", "seed=1,2", path=path)
+    assert done.returncode == 0, done.stderr
+    assert "but no table will be written at its end: Slurm refuses the job: no" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["job"] == "17"
 
 
 @pytest.mark.parametrize(

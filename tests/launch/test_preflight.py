@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def free_port() -> int:
 
 
 def fly(
-    tmp_path: Path, nodes: list[str], *options: str, absent: str = "", full: str = "", cut_off: str = ""
+    tmp_path: Path, nodes: list[str], *options: str, absent: str = "", full: str = "", cut_off: str = "", late: str = ""
 ) -> dict[str, dict]:
     """Reports of the nodes that come; of the others one may have no scratch, or no network."""
     port = free_port() - 1
@@ -34,6 +35,8 @@ def fly(
         if node != absent:
             slurm = dict(SLURM_PROCID=str(rank), SLURMD_NODENAME=node, CUDA_VISIBLE_DEVICES="0,1", OMP_NUM_THREADS="1")
             meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+            if node == late:
+                time.sleep(3)
             if node == cut_off:
                 meeting["GLOO_SOCKET_IFNAME"] = "none"
             command = [
@@ -73,6 +76,22 @@ def test_what_a_node_lacks_is_told(tmp_path, options, told):
     code, broken, errors = judged(tmp_path, ["n1"])
     assert (code, broken) == (BROKEN_NODE, ["n1"])
     assert told in errors
+
+
+def test_what_all_nodes_lack_is_asked_too_much_and_what_none_tells_was_cut_off(tmp_path):
+    nodes = ["n1", "n2"]
+    code, broken, errors = judged(tmp_path, nodes)
+    assert (code, broken) == (1, []) and "no node has reported" in errors
+    fly(tmp_path, nodes, "--min-free-gb", "1e9")
+    code, broken, errors = judged(tmp_path, nodes)
+    assert (code, broken) == (1, []) and "does cluster.preflight ask for what these nodes have?" in errors
+
+
+def test_a_node_that_comes_late_has_no_wrong_clock(tmp_path):
+    nodes = ["n1", "n2", "n3", "n4"]
+    found = fly(tmp_path, nodes, "--max-clock-skew", "1", "--timeout", "25", absent="n4", late="n3")
+    assert not any(report["problems"] for report in found.values())
+    assert judged(tmp_path, nodes)[:2] == (BROKEN_NODE, ["n4"])
 
 
 def test_one_bad_node_is_named_and_nobody_waits_for_it(tmp_path):

@@ -78,6 +78,26 @@ def test_it_follows_until_the_job_has_ended(tmp_path):
     assert done.returncode == 0 and "30/30" in done.stdout
 
 
+def test_it_ends_when_slurm_has_forgotten_the_job(tmp_path):
+    run = heartbeat(tmp_path / "mine", state="preempted")
+    known = f"JobId=17 JobState=RUNNING Restarts=2 NodeList=n1 StdOut={run}/slurm/job-17.out Power="
+    path = scontrol(tmp_path, known)
+    # the second time it knows nothing
+    (path / "scontrol").write_text(f"#!/bin/sh\n/bin/cat '{tmp_path}/jobs'\n: >'{tmp_path}/jobs'\n")
+    done = status("17", path=path)
+    assert done.returncode == 0, done.stderr
+    assert "preempted" in done.stdout
+
+
+def test_a_run_that_waits_for_its_start_is_known_by_its_directory(tmp_path):
+    run = tmp_path / "mine"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm" / "job").write_text("17")
+    path = scontrol(tmp_path, "JobId=17 JobState=PENDING NodeList=(null) Restarts=0")
+    row = json.loads(status("--once", str(run), path=path).stdout.splitlines()[-1])["jobs"][0]
+    assert (row["job"], row["state"], row["step"]) == ("17", "PENDING", None)
+
+
 @pytest.mark.parametrize(
     ("job", "known", "told"),
     [

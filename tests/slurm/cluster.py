@@ -34,10 +34,13 @@ class Cluster:
         subprocess.run([SCRIPT, "stop", self.directory], check=True)
 
     def call(self, *command: Any) -> str:
-        """Output of a command of Slurm's."""
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=self.environment)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-        return done.stdout.strip()
+        """Output of a command of Slurm's, which gives up sooner than two busy cores."""
+        for _ in range(3):
+            done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=self.environment)
+            if done.returncode == 0:
+                return done.stdout.strip()
+            time.sleep(1)
+        raise AssertionError(f"{command} ended with {done.returncode}: {done.stderr}")
 
     def scontrol(self, *arguments: Any) -> str:
         return self.call("scontrol", *arguments)

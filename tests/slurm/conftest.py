@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,13 @@ class Job:
         self.cluster, self.number, self.runs = cluster, number, [Path(run) for run in runs]
         self.run = self.runs[0]
 
+    def element(self, number: int) -> Job:
+        """One run of a sweep as a job."""
+        return Job(self.cluster, f"{self.number}_{number}", [str(self.runs[number])])
+
     def out(self) -> str:
-        file = self.run / "slurm" / f"job-{self.number}.out"
+        folder = self.run.parent if "_" in self.number else self.run
+        file = folder / "slurm" / f"job-{self.number}.out"
         return file.read_text(errors="replace") if file.exists() else ""
 
     def known(self) -> str:
@@ -52,11 +59,28 @@ class Job:
 
     def wait_for_restart(self, restarts: int = 1) -> None:
         """Until Slurm has put the job back into its queue."""
-        self.wait_for(lambda: int(self.cluster.job(self.number)["Restarts"]) >= restarts, f"restart {restarts}")
+
+        def is_back() -> bool:
+            known = self.cluster.job(self.number)
+            return int(known["Restarts"]) >= restarts and known["JobState"] in ("PENDING", "RUNNING")
+
+        self.wait_for(is_back, f"restart {restarts}")
 
     def limit(self, minutes: int) -> None:
-        """Change the time limit, as an administrator may."""
-        self.cluster.scontrol("update", f"JobId={self.number}", f"TimeLimit={minutes}")
+        """Let the time limit be so many whole minutes from now, and what has begun of one, as an administrator may."""
+        hours, begun, _ = map(int, self.cluster.job(self.number)["RunTime"].split(":"))
+        limit = max(1, 60 * hours + begun + 1 + minutes)
+        self.cluster.scontrol("update", f"JobId={self.number}", f"TimeLimit={limit}")
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Let rank 0 hang as with a file system that does not answer: nobody reads the pipe that it writes to."""
+        metrics = self.run / "metrics.jsonl"
+        metrics.rename(self.run / "aside")
+        os.mkfifo(metrics)
+        yield
+        metrics.unlink()
+        (self.run / "aside").rename(metrics)
 
     def status(self) -> dict[str, Any]:
         return json.loads((self.run / "status.json").read_text())
@@ -75,15 +99,26 @@ class Job:
         return self.cluster.hosts(self.cluster.job(self.number)["NodeList"])
 
     def processes(self, **environment: str) -> list[int]:
-        return self.cluster.processes(
-            SLURM_JOB_ID=self.number, SLURM_CONF=self.cluster.environment["SLURM_CONF"], **environment
-        )
+        mine, _, element = self.number.partition("_")
+        names = {"SLURM_ARRAY_JOB_ID": mine, "SLURM_ARRAY_TASK_ID": element} if element else {"SLURM_JOB_ID": mine}
+        return self.cluster.processes(SLURM_CONF=self.cluster.environment["SLURM_CONF"], **names, **environment)
 
     def rank(self, rank: int) -> int:
-        """The process of a rank."""
-        mine = self.processes(SLURM_PROCID=str(rank))
-        python = [pid for pid in mine if b"launch/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return min(python)
+        """The process of a rank, once it is there."""
+        found: list[int] = []
+
+        def is_there() -> bool:
+            mine = self.processes(SLURM_PROCID=str(rank))
+            found[:] = [pid for pid in mine if b"launch/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            return bool(found)
+
+        self.wait_for(is_there, f"rank {rank}")
+        return min(found)
+
+    def saved(self) -> list[int]:
+        """Steps of the last checkpoints of all starts that had time for one."""
+        told = (self.run / "slurm" / "rank-0.log").read_text()
+        return [json.loads(line)["step"] for line in told.splitlines() if line.startswith('{"run_dir"')]
 
     def checkpoints(self) -> list[int]:
         return sorted(int(d.name.removeprefix("step-")) for d in (self.run / "checkpoints").glob("step-*"))

@@ -5,9 +5,9 @@ A job is what a user submits, `launch/train.py cluster=testcluster ...`: 2 nodes
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -43,34 +43,41 @@ def test_an_undisturbed_job_leaves_logs_a_heartbeat_and_no_process(undisturbed):
     check_nothing_left(undisturbed)
 
 
+def check_saved(job: Job) -> None:
+    """It saved when it was asked to stop, and went on from there."""
+    interrupted, last = job.saved()
+    assert 5 <= interrupted < last == STEPS
+    assert interrupted in job.checkpoints()
+
+
+def check_went_back(job: Job) -> None:
+    """It went on from the last periodic checkpoint."""
+    assert job.saved() == [STEPS]
+    assert job.checkpoints() == [4, 8, 12, 16]
+
+
 def test_the_warning_before_the_time_limit(jobs, undisturbed):
     job = jobs.submit()
     job.wait_for_step(5)
-    stopped = job.rank(3)
-    os.kill(stopped, signal.SIGSTOP)  # or the run would end before Slurm, which looks twice a minute, warns it
-    hours, minutes, _ = map(int, job.cluster.job(job.number)["RunTime"].split(":"))
-    job.limit(60 * hours + minutes + 2)
-    job.wait_for(lambda: is_pending(stopped, signal.SIGUSR1), "the warning")
-    os.kill(stopped, signal.SIGCONT)
+    os.kill(job.rank(3), signal.SIGSTOP)  # until the warning: else the run would be done before Slurm looks
+    job.limit(1)
     job.wait_for_restart()
     job.limit(10)
     check_resumed(job, undisturbed)
     assert "stopped by a signal, after saving; restart 1 of at most 3" in job.out()
-    assert set(job.checkpoints()) - {4, 8, 12, 16}, "it saved at the warning"
+    check_saved(job)
 
 
-def is_pending(process: int, number: signal.Signals) -> bool:
-    """Whether a stopped process was sent a signal."""
-    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return bool(int(status["ShdPnd"], 16) >> (number - 1) & 1)
-
-
-def test_a_signal_sent_by_hand(jobs, undisturbed):
+def test_a_time_limit_without_time_to_save(jobs, undisturbed):
     job = jobs.submit()
     job.wait_for_step(5)
-    job.cluster.call("scancel", "--signal=USR1", job.number)
+    with job.blocked():
+        job.limit(-1)
+        job.wait_for_restart()
+    job.limit(10)
     check_resumed(job, undisturbed)
-    assert "stopped by a signal, after saving; restart 1 of at most 3" in job.out()
+    assert "not done, and not stopped either, at the time limit; restart 1 of at most 3" in job.out()
+    check_went_back(job)
 
 
 def test_a_requeue_by_an_administrator(jobs, undisturbed):
@@ -78,7 +85,7 @@ def test_a_requeue_by_an_administrator(jobs, undisturbed):
     job.wait_for_step(5)
     job.cluster.scontrol("requeue", job.number)
     check_resumed(job, undisturbed)
-    assert set(job.checkpoints()) - {4, 8, 12, 16}, "it saved at the signal"
+    check_saved(job)
 
 
 def test_preemption_by_a_job_of_a_higher_partition(jobs, undisturbed):
@@ -87,7 +94,7 @@ def test_preemption_by_a_job_of_a_higher_partition(jobs, undisturbed):
     options = ["--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     other = job.cluster.call("sbatch", "--parsable", *options)
     check_resumed(job, undisturbed)
-    assert set(job.checkpoints()) - {4, 8, 12, 16}, "it saved at the signal"
+    check_saved(job)
     assert job.cluster.job(other)["JobState"] == "COMPLETED"
 
 
@@ -96,7 +103,7 @@ def test_a_killed_rank(jobs, undisturbed):
     job.wait_for_step(5)
     os.kill(job.rank(3), signal.SIGKILL)
     check_resumed(job, undisturbed)
-    assert job.checkpoints() == [4, 8, 12, 16], "it went back to the last periodic checkpoint"
+    check_went_back(job)
 
 
 def test_a_node_that_goes_down(jobs, undisturbed):
@@ -123,12 +130,8 @@ def test_a_node_that_fails_its_check_is_left_out(jobs, undisturbed, tmp_path):
 def test_a_hang_is_found_and_its_line_told(jobs, undisturbed):
     job = jobs.submit("trainer.hang_minutes=0.5")
     job.wait_for_step(5)
-    metrics = job.run / "metrics.jsonl"
-    metrics.rename(job.run / "aside")  # as a file system that does not answer: nobody reads this pipe
-    os.mkfifo(metrics)
-    job.wait_for_restart()
-    metrics.unlink()
-    (job.run / "aside").rename(metrics)
+    with job.blocked():
+        job.wait_for_restart()
     check_resumed(job, undisturbed)
     dumps = [(job.run / "slurm" / f"rank-{rank}.log").read_text() for rank in range(4)]
     assert "callbacks.py" in dumps[0] and "in _append" in dumps[0]
@@ -145,13 +148,21 @@ def test_no_more_restarts_than_configured(jobs):
     job.wait("FAILED")
     assert "1 restarts are the limit (cluster.max_restarts): giving up" in job.out()
     check_nothing_left(job)
-
-
-def test_what_every_restart_would_refuse_is_not_tried_again(jobs, tmp_path):
-    job = jobs.submit(f"model.checkpoint={tmp_path}/nothing")
+    job.cluster.scontrol("requeue", job.number)  # Slurm asks nobody
+    job.wait_for(lambda: "restart 2 is beyond the limit (cluster.max_restarts): giving up" in job.out(), "the refusal")
     job.wait("FAILED")
-    assert "refused what it was given" in job.out()
-    assert job.cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_what_every_restart_would_meet_is_not_tried_again_and_again(jobs, tmp_path):
+    one = ["cluster.nodes=1", "cluster.gpus_per_node=1", "parallel=single"]
+    refused = jobs.submit(f"model.checkpoint={tmp_path}/nothing", *one)
+    failing = jobs.submit("optim.lr=1e30", "optim.min_lr=1e30", *one)
+    refused.wait("FAILED")
+    assert "refused what it was given" in refused.out()
+    assert refused.cluster.job(refused.number)["Restarts"] == "0"
+    failing.wait("FAILED")
+    assert "at the same place as the failure before: giving up" in failing.out()
+    assert failing.cluster.job(failing.number)["Restarts"] == "1"
 
 
 def test_the_other_scripts_do_their_work_on_the_cluster(jobs, undisturbed, tmp_path):
@@ -175,12 +186,21 @@ def test_the_other_scripts_do_their_work_on_the_cluster(jobs, undisturbed, tmp_p
 
 
 def test_a_sweep_is_an_array_with_a_table_at_its_end(jobs):
+    """Of five runs one is cancelled while it works; another, whose number is that of the array, is killed once."""
     sweep = jobs.submit(
-        "cluster.nodes=1", "cluster.gpus_per_node=1", "parallel=single", "--multirun", "seed=1,2,3,4", steps=6
+        "cluster.nodes=1", "cluster.gpus_per_node=1", "parallel=single", "--multirun", "seed=1,2,3,4,5", steps=6
     )
+    cancelled, killed = sweep.element(0), sweep.element(4)
+    os.kill(killed.rank(0), signal.SIGKILL)
+    cancelled.rank(0)
+    cancelled.cluster.call("scancel", cancelled.number)
     table = sweep.run.parent / "results.txt"
     sweep.wait_for(lambda: table.exists() and '"jobs"' in table.read_text(), "the table")
-    losses = [sweep.losses(run)[-1] for run in sweep.runs]
+    rows = json.loads(table.read_text().splitlines()[-1])["jobs"]
+    assert [row["state"] for row in rows] == ["CANCELLED", *4 * ["COMPLETED"]]
+    assert [row["restarts"] for row in rows] == [0, 0, 0, 0, 1]
+    losses = [sweep.losses(run)[-1] for run in sweep.runs[1:]]
     assert len(set(losses)) == 4
     for loss in losses:
         assert f"{loss:.4f}" in table.read_text()
+    check_nothing_left(cancelled)

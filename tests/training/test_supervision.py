@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,13 +21,17 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 
 
-def start(directory: Path, *arguments: str, steps: int = STEPS) -> subprocess.Popen[str]:
+def start(
+    directory: Path, *arguments: str, steps: int = STEPS, driver: tuple[str, ...] = (), **environment: str
+) -> subprocess.Popen[str]:
     command = [
-        sys.executable, str(ROOT / "launch" / "train.py"), "model=tiny", "data.global_batch_size=4",
+        sys.executable, *driver, str(ROOT / "launch" / "train.py"), "model=tiny", "data.global_batch_size=4",
         f"trainer.max_steps={steps}", "optim.warmup_steps=1", "trainer.progress=false", "exp_manager.tensorboard=false",
         f"exp_manager.exp_dir={directory}", "exp_manager.name=run", "exp_manager.version=one", *arguments,
     ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
@@ -78,6 +84,63 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_ends_as_if_undistur
     end(start(tmp_path))
     assert lines(run) == lines(undisturbed)
     assert status(run)["state"] == "finished"
+
+
+def test_a_signal_during_the_start_of_a_rank_is_kept_until_it_can_save(tmp_path):
+    process = start(tmp_path, SLURM_PROCID="0")
+    listening = 1 << (signal.SIGUSR1 - 1)
+    deadline = time.monotonic() + 60
+    while not int(re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{process.pid}/status").read_text())[0], 16) & listening:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    found, _ = end(process, PREEMPTED)
+    assert found["step"] == 1 and Path(found["checkpoint"]).is_dir()
+
+
+# Lightning has handlers of its own from here on
+INTERRUPTED = """
+import os, runpy, signal, sys
+from nemo_diffgemma.training.model import DiffusionGemmaModel
+load = DiffusionGemmaModel.setup
+def interrupted(self, *arguments, **named):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return load(self, *arguments, **named)
+DiffusionGemmaModel.setup = interrupted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_signal_just_before_the_first_step_is_not_lost(tmp_path):
+    found, _ = end(start(tmp_path, driver=("-c", INTERRUPTED)), PREEMPTED)
+    assert found["step"] == 1 and Path(found["checkpoint"]).is_dir()
+
+
+def test_a_checkpoint_that_was_cut_short_is_put_aside(tmp_path, undisturbed):
+    run = tmp_path / "run" / "one"
+    process = start(tmp_path, "trainer.checkpoint_every=2")
+    wait_for_step(run, 5, process)
+    process.send_signal(signal.SIGUSR1)
+    found, _ = end(process, PREEMPTED)
+    last = Path(found["checkpoint"])
+    longest = max(last.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    os.truncate(longest, longest.stat().st_size // 2)
+    _, errors = end(start(tmp_path, "trainer.checkpoint_every=2"))
+    assert f"{last} is damaged" in errors
+    assert lines(run) == lines(undisturbed)
+    assert last.with_name(f"{last.name}.damaged").is_dir()
+
+
+def test_a_disk_that_fills_is_no_refusal(tmp_path):
+    """Exit code 1, with which slurm/job.sbatch starts again: 2 would end the job."""
+    process = start(tmp_path, steps=100_000)
+    wait_for_step(tmp_path / "run" / "one", 3, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    process.send_signal(signal.SIGUSR1)
+    _, errors = end(process, 1)
+    assert "TrainingError: cannot write" in errors
+    assert list((tmp_path / "run" / "one" / "checkpoints").iterdir()) == []
 
 
 def test_a_run_that_hangs_says_in_which_line_and_ends(tmp_path):
