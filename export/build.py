@@ -13,8 +13,8 @@ line is JSON: bundle, graphs (ONNX and engine bytes, seconds, peak memory in byt
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
+import tarfile
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +32,8 @@ from nemo_diffgemma.training.schema import ClusterGroup, ConfigurationError, Mod
 
 if TYPE_CHECKING:
     from export.building import Built
+    from export.team import Team
+    from nemo_diffgemma.parallel import ParallelLayout
 
 
 @dataclass
@@ -64,27 +66,21 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     from export.runner import Limits
     from export.team import Team
 
+    _check(config)
     checkpoint = Path(config.checkpoint).expanduser() if config.checkpoint else None
-    if config.builder == "edge_llm" and checkpoint is None:
-        raise ConfigurationError("builder=edge_llm rewrites a checkpoint; give checkpoint=<directory>")
-    if (checkpoint is None) == (not config.model.architecture):
-        raise ConfigurationError("give one of checkpoint=<directory> and model=<file of conf/model>, not both or none")
     targets = () if config.gpu is None else (config.gpu.compute_capability,)
     layout, out = config.parallel.layout(), Path(config.out).expanduser()
-    if config.parallel.replicas != 1:
-        raise ConfigurationError("parallel.replicas: every replica runs the same engines; leave it out")
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     team = Team.of_processes()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.source-", dir=out.parent) as folder:
         shared = Path(team.of_first(folder))
         with team.together():
-            source = _structure(config.model) if checkpoint is None else _released_format(checkpoint, shared, layout)
-        source = team.of_first(source)
+            source = (
+                _structure(config.model) if checkpoint is None else _released_format(checkpoint, shared, layout, team)
+            )
         if config.builder == "edge_llm":
-            from export.edge_llm import write_checkpoint
-
-            write_checkpoint(source, out)
+            _write_for_edge_llm(source, out, team)
             results.show(f"a checkpoint for tensorrt-edgellm-export is in {config.out}")
             return {"bundle": config.out, "graphs": {}}
         settings = Settings(
@@ -107,6 +103,37 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     return {"bundle": config.out, "graphs": {name: dataclasses.asdict(graph) for name, graph in built.items()}}
 
 
+def _check(config: BuildConfig) -> None:
+    """Raise `ConfigurationError` for keys that do not go together."""
+    if config.builder == "edge_llm" and not config.checkpoint:
+        raise ConfigurationError("builder=edge_llm rewrites a checkpoint; give checkpoint=<directory>")
+    if bool(config.checkpoint) == bool(config.model.architecture):
+        raise ConfigurationError("give one of checkpoint=<directory> and model=<file of conf/model>, not both or none")
+    if config.weights == "inline" and not config.checkpoint:
+        raise ConfigurationError(
+            "weights=inline puts a checkpoint's weights into the engines, and model= has none; give "
+            "checkpoint=<directory>, or leave weights out to see whether the engines can be built"
+        )
+    if config.parallel.replicas != 1:
+        raise ConfigurationError("parallel.replicas: every replica runs the same engines; leave it out")
+    read = ("checkpoint", "model", "out", "builder", "cluster", "dry_run")  # by builder=edge_llm
+    plain = BuildConfig()
+    unread = [name for name in vars(plain) if name not in read and getattr(config, name) != getattr(plain, name)]
+    if config.builder == "edge_llm" and unread:
+        raise ConfigurationError(
+            f"builder=edge_llm writes the checkpoint as it is, so {', '.join(unread)} would change nothing; leave out "
+            "(tensorrt-edgellm-export and its engine builder have settings of their own)"
+        )
+
+
+def _write_for_edge_llm(source: Any, out: Path, team: Team) -> None:
+    from export.edge_llm import write_checkpoint
+
+    with team.together():
+        if team.first:
+            write_checkpoint(source, out)
+
+
 def _table(built: Mapping[str, Built]) -> str:
     rows = []
     for name, graph in built.items():
@@ -121,21 +148,37 @@ def _structure(model: ModelGroup) -> Any:
     return ModelConfig(**model.architecture)
 
 
-def _released_format(checkpoint: Path, folder: Path, layout: Any) -> Path:
-    """The checkpoint as a Hugging Face directory: a `.nemo` holds one, a sharded checkpoint is converted by all."""
+def _released_format(checkpoint: Path, folder: Path, layout: ParallelLayout, team: Team) -> Path:
+    """The checkpoint as a Hugging Face directory: a sharded checkpoint is converted by all, a `.nemo` holds one.
+
+    `folder` is where all processes see it, on all nodes.
+    """
     if (checkpoint / "config.json").is_file():
         return checkpoint
     from nemo_diffgemma.checkpoint import nemo_archive
     from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
     from nemo_diffgemma.parallel import ParallelLayout, initialize
 
-    initialize(layout if int(os.environ.get("WORLD_SIZE", 1)) % layout.world_size == 0 else ParallelLayout())
     if format_of(checkpoint) == "nemo":
-        return nemo_archive.unpack(checkpoint) / nemo_archive.WEIGHTS
+        if team.first:
+            _unpack(checkpoint, folder)
+        return folder / nemo_archive.WEIGHTS
+    initialize(layout if team.size % layout.world_size == 0 else ParallelLayout())
     from launch.checkpoints import contents
 
     load_network(checkpoint, DTYPES[contents(str(checkpoint)).dtype]).save_huggingface(folder / "checkpoint")
     return folder / "checkpoint"
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Once, not on every node under TMPDIR as `nemo_archive.unpack` does: the bundle's links are made from here."""
+    from nemo_diffgemma.checkpoint import nemo_archive
+    from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
+
+    try:
+        nemo_archive._extract(archive, folder)
+    except tarfile.TarError as error:
+        raise CheckpointError(f"{archive} cannot be unpacked ({error}); is it a complete .nemo archive?") from None
 
 
 def _prompts(file: str, source: Any) -> list[list[int]]:

@@ -132,6 +132,15 @@ def check_target(builder: str, targets: Sequence[str], dtype: str, quantization:
             )
 
 
+def check_world(builder: str, world: int) -> None:
+    """Raise `BuilderError` where a builder cannot make engines of `world` ranks."""
+    if builder == "tensorrt_llm" and world > 1:
+        raise BuilderError(
+            f"the TensorRT of TensorRT-LLM 1.2 has no exchanges between ranks, and the layout has {world}; use "
+            "builder=tensorrt"
+        )
+
+
 def _check_formats(targets: Sequence[str], formats: Iterable[str]) -> None:
     for target in targets:
         for name in formats:
@@ -199,8 +208,7 @@ class _Build:
     def __init__(self, builder: str, onnx_file: Path, world: int) -> None:
         self.trt = trt = load_module(builder)
         self.file = onnx_file
-        if builder == "tensorrt_llm" and world > 1:
-            raise BuilderError("the TensorRT of TensorRT-LLM 1.2 has no exchanges between ranks; use builder=tensorrt")
+        check_world(builder, world)
         if not onnx_file.is_file():
             raise BuilderError(f"there is no graph {onnx_file}; write it first with export/build.py builder=onnx")
         self.llm: Any = importlib.import_module("tensorrt_llm") if builder == "tensorrt_llm" else None
@@ -264,10 +272,8 @@ class _Build:
         dynamic = [self._add_shape(shapes, self.network.get_input(i), profile) for i in range(self.network.num_inputs)]
         if any(dynamic) and config.add_optimization_profile(shapes) < 0:
             raise BuilderError(f"TensorRT refuses the profile {dict(profile)} of {self.file}: {self._logged()}")
-        if targets and hasattr(config, "num_compute_capabilities"):
+        if targets and hasattr(config, "num_compute_capabilities"):  # else it builds for the GPU at hand
             self._set_targets(config, targets)
-        elif targets:
-            _check_gpu_at_hand(targets)
         return config if llm_config is None else llm_config
 
     def _add_shape(self, shapes: Any, tensor: Any, profile: Profile) -> bool:
@@ -324,9 +330,10 @@ def gpu_at_hand() -> tuple[str, ...]:
     return ("sm_{}{}".format(*torch.cuda.get_device_capability()),) if torch.cuda.is_available() else ()
 
 
-def _check_gpu_at_hand(targets: Sequence[str]) -> None:
-    found = gpu_at_hand()
-    if found and set(targets) != set(found):
+def check_gpu_at_hand(builder: str, targets: Sequence[str]) -> None:
+    """Raise `BuilderError` where an engine would be built for the GPU at hand, and that is not what is wanted."""
+    found = gpu_at_hand() if builder != "tensorrt_rtx" else ()
+    if found and targets and set(targets) != set(found):
         raise BuilderError(
             f"TensorRT builds for the GPU at hand, {found[0]}, but the target is {', '.join(targets)}; build on a "
             "machine with the target GPU, or leave out gpu="

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
+import psutil
 from onnx import ModelProto
 
 from export import quantize, triton_repository
-from export.builders import BUILDERS, check_target, gpu_at_hand, load_module
+from export.builders import BUILDERS, check_gpu_at_hand, check_target, check_world, gpu_at_hand, load_module
 from export.bundle import (
     CHECKPOINT,
     DTYPES,
@@ -45,7 +48,10 @@ QUANTIZATION = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class Built:
-    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, most bytes of a process so far."""
+    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, most bytes in memory so far.
+
+    An engine is built in a child: its peak counts together with what this process holds meanwhile.
+    """
 
     onnx_bytes: int
     engine_bytes: int
@@ -74,6 +80,7 @@ def build_bundle(
     if not targets and builder in ("tensorrt", "tensorrt_llm"):
         targets = gpu_at_hand()
     check_request(config, settings, builder, targets, prompts)
+    settings = replace(settings, graphs=tuple(graph for graph in GRAPHS if graph in settings.graphs))
     if team.size > settings.layout.world_size:
         raise BundleError(
             f"{team.size} processes for the {settings.layout.world_size} ranks of layout {settings.layout}; start one "
@@ -135,8 +142,7 @@ def check_request(
         raise BundleError(
             f"weights={settings.weights!r}; use inputs (bound to a loaded engine) or inline (inside of it)"
         )
-    unknown = [graph for graph in settings.graphs if graph not in GRAPHS]
-    if unknown or "encode" not in settings.graphs or "step" not in settings.graphs:
+    if sorted(settings.graphs) not in (["encode", "step"], sorted(GRAPHS)):
         raise BundleError(f"graphs={list(settings.graphs)}; use [encode,step] or [encode,step,loop]")
     if settings.steps is not None and settings.steps < 1:
         raise BundleError(f"steps={settings.steps}; give at least 1, or null to let each call say how many")
@@ -157,7 +163,9 @@ def check_request(
     if settings.quantization is not None:
         given = prompts if settings.weights != "none" else [[0]]
         quantize.check(settings.quantization, config, settings.layout, given)
+    check_world(builder, settings.layout.world_size)
     check_target(builder, targets, settings.dtype, settings.quantization)
+    check_gpu_at_hand(builder, targets)
     if builder != "onnx":
         load_module(builder)  # raises where it cannot be loaded: not after minutes of tracing
 
@@ -212,7 +220,7 @@ def _traced(graph: str, work: _Work, amax: dict[str, float]) -> ModelProto:
 
 def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, traced: float) -> Built:
     """Graph and engine of one rank; `traced` are the seconds spent before."""
-    start, settings, childs_peak = time.perf_counter(), work.settings, 0
+    start, settings, with_child = time.perf_counter(), work.settings, 0
     file, engine = (work.partial / settings.file(graph, rank, suffix) for suffix in ("onnx", "engine"))
     if places is None:
         shutil.copy(_common(work, graph), file)
@@ -223,10 +231,19 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, 
     elif work.builder != "onnx":
         work.progress(f"{graph}, rank {rank}: building the engine")
         world, profile = settings.layout.world_size, settings.profile(graph, work.config)
-        childs_peak = build_engine_apart(work.builder, file, engine, profile, world, work.targets)
+        held = _held_memory()
+        with_child = held + build_engine_apart(work.builder, file, engine, profile, world, work.targets)
     engine_bytes = engine.stat().st_size if work.builder != "onnx" else 0
     seconds = time.perf_counter() - start + traced
-    return Built(file.stat().st_size, engine_bytes, round(seconds, 2), max(_peak_memory(), childs_peak))
+    return Built(file.stat().st_size, engine_bytes, round(seconds, 2), max(_peak_memory(), with_child))
+
+
+def _held_memory() -> int:
+    """Bytes of this process, once what tracing has left is given back to the system."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps it otherwise
+        libc.malloc_trim(0)
+    return psutil.Process().memory_info().rss
 
 
 def _peak_memory() -> int:

@@ -1,16 +1,19 @@
 """How the entry points of `export/` start: Hydra composes and checks, results go to standard output, JSON last.
 
 Engines are built and run in one process, or in as many as a launcher (torchrun, srun) has started: nothing here starts
-any. A user's error is one paragraph on standard error and exit code 2.
+any. A user's error is one paragraph on standard error and exit code 2, a full disk one with exit code 1. SIGTERM ends
+the work as an exception does, with exit code 143, so that nothing half-written stays.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is 
 
 from omegaconf import DictConfig
 
+from export.team import TeamCrash
 from launch.cluster import Submission
 from launch.configuration import compose, frozen
 from launch.output import USER_ERROR, Results, paragraph, refuse
@@ -57,11 +61,28 @@ def start(work: Callable[[Any, Results], Mapping[str, Any]], schema: type, confi
 def _run(work: Callable[[Any, Results], Mapping[str, Any]], config: Any) -> None:
     results = Results(int(os.environ.get("RANK", 0)))
     try:
-        results.close(work(config, results))
-    except (ValueError, OSError) as error:  # a disk that is full is no defect of ours either
+        with _ended_by_sigterm():
+            results.close(work(config, results))
+    except (ValueError, OSError, TeamCrash) as error:
         if "HYDRA_FULL_ERROR" in os.environ:
             traceback.print_exc()
         paragraph(str(error))
-        raise SystemExit(USER_ERROR) from None
+        # a full disk may be free another day: who has started us may try again, as nobody does after a refusal
+        raise SystemExit(USER_ERROR if isinstance(error, ValueError) else 1) from None
     if results.exit_code:
         raise SystemExit(results.exit_code)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Slurm's pre-emption, scancel and timeout send SIGTERM, at which Python would leave without cleaning up."""
+
+    def leave(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,6 +5,7 @@ TensorRT-RTX builds without a GPU. Engines are never compared by their bytes: tw
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.builders import BuilderError, build_engine, check_target, inspect_network, load_module
-from export.engine_session import EngineSession, Slot, check_inputs, geometry
+from export.engine_process import build_engine_apart
+from export.engine_session import EngineSession, Slot, _deserialize, check_inputs, geometry
 from export.runner import EngineError
 
 FLOAT, HALF, BF16, FP8, INT64 = (
@@ -154,6 +156,22 @@ def test_input_whose_value_decides_a_shape_takes_the_profile_of_its_name(tmp_pat
     with pytest.raises(BuilderError, match="input sizes .*needs sizes for 'sizes'"):
         build_engine(RTX, file, tmp_path / "graph.engine", {})
     assert build_engine(RTX, file, tmp_path / "graph.engine", {"sizes": (4, 4, 4)}).bytes > 1000
+
+
+def test_files_of_the_working_directory_are_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    file = product(tmp_path / "graph.onnx")
+    for path in ("", os.pathsep, f"{tmp_path / 'nothing'}{os.pathsep}"):
+        monkeypatch.setenv("PYTHONPATH", path)
+        assert build_engine_apart(RTX, file, tmp_path / "graph.engine", BATCH) > 0
+
+
+def test_an_engine_file_is_mapped_not_read(tmp_path):
+    """TensorRT takes the mapping: without a GPU it comes as far as it does with bytes, to CUDA."""
+    build_engine(RTX, product(tmp_path / "graph.onnx"), tmp_path / "graph.engine", BATCH)
+    with pytest.raises(EngineError, match="cannot read .*graph.engine: .*CUDA driver"):
+        _deserialize(load_module(RTX), RTX, tmp_path / "graph.engine")
 
 
 # -- what cannot be built ----------------------------------------------------------------------------------------------

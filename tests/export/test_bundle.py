@@ -7,8 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from export import open_bundle
@@ -21,11 +23,15 @@ from export.run import RunConfig, run
 from export.runner import Limits
 from export.show import ShowConfig, show
 from nemo_diffgemma import DiffusionGemma, ParallelLayout, SamplerConfig
-from nemo_diffgemma.training.schema import SamplerGroup
+from nemo_diffgemma.training.schema import ModelGroup, ParallelGroup, SamplerGroup
 from tests.export import kit
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(batch=4, context=64, chunk=16)
 SAMPLER = SamplerConfig(max_denoising_steps=8, entropy_bound=5.0, confidence_threshold=0.0)
+
+SUDOKU = ModelGroup(architecture=yaml.safe_load((ROOT / "conf/model/sudoku.yaml").read_text())["architecture"])
+TWO = ParallelGroup(tensor=2)
 
 pytestmark = pytest.mark.usefixtures("single")
 
@@ -242,6 +248,7 @@ def test_weights_of_other_sizes_are_refused(copy):
     [
         (dict(builder="onnxx"), "builder='onnxx'; use one of onnx, tensorrt_rtx"),
         (dict(dtype="float8"), "dtype='float8'; use one of float32, float16, bfloat16"),
+        (dict(graphs=["encode", "step", "step"]), "use \\[encode,step\\] or \\[encode,step,loop\\]"),
         (dict(graphs=["step"]), "use \\[encode,step\\] or \\[encode,step,loop\\]"),
         (dict(steps=0), "steps=0; give at least 1"),
         (dict(max_batch_size=0), "max_batch=0; expected at least 1"),
@@ -250,14 +257,47 @@ def test_weights_of_other_sizes_are_refused(copy):
         (dict(quantization="int3"), "quantization='int3'; use one of fp8, int4, nvfp4"),
         (dict(quantization="fp8"), "give a few typical prompts to calibrate"),
         (dict(builder="tensorrt_rtx", gpu=load_gpu("h100")), "TensorRT-RTX has no sm_90: .* use builder=tensorrt on a"),
+        (
+            dict(checkpoint=None, model=SUDOKU, weights="inline"),
+            "inline puts a checkpoint's weights .* model= has none",
+        ),
+        (dict(builder="edge_llm", dtype="bfloat16", steps=16), "so dtype, steps would change nothing; leave out"),
+        (dict(builder="tensorrt_llm", parallel=TWO, graphs=["encode", "step"]), "no exchanges .* layout has 2; use"),
         (dict(builder="tensorrt"), "needs the package tensorrt, which cannot be imported"),
     ],
 )
 def test_bad_requests_leave_nothing(traces, tmp_path, given, says):
-    config = BuildConfig(checkpoint=str(traces), out=str(tmp_path / "out"), **{"max_context": 64, **given})
+    limits = {} if given.get("builder") == "edge_llm" else {"max_context": 64}
+    config = BuildConfig(out=str(tmp_path / "out"), **{"checkpoint": str(traces), **limits, **given})
     with pytest.raises(ValueError, match=says):
         build(config, Shown())
     assert not any(tmp_path.iterdir())
+
+
+def test_an_engine_for_another_gpu_than_the_one_at_hand_is_refused(traces, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.builders.gpu_at_hand", lambda: ("sm_80",))
+    with pytest.raises(ValueError, match="for the GPU at hand, sm_80, but the target is sm_90; build on a machine"):
+        build_bundle(traces, tmp_path / "out", Settings(limits=LIMITS), "tensorrt", ["sm_90"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_graphs_may_be_asked_for_in_any_order(traces, tmp_path):
+    """The loop is made of the step, so the step comes first."""
+    built = build_bundle(traces, tmp_path / "out", Settings(graphs=("loop", "step", "encode"), limits=LIMITS))
+    assert list(built) == ["encode.rank0", "step.rank0", "loop.rank0"]
+
+
+def test_memory_of_the_child_that_builds_counts_with_our_own(traces, tmp_path, monkeypatch):
+    def build_apart(builder, onnx_file, engine_file, *_):
+        engine_file.write_bytes(b"engine")
+        return 10**13
+
+    monkeypatch.setattr("export.building.build_engine_apart", build_apart)
+    monkeypatch.setattr("export.building.load_module", lambda builder: None)
+    settings = Settings(graphs=("encode", "step"), limits=LIMITS)
+    built = build_bundle(traces, tmp_path / "out", settings, "tensorrt_rtx")
+    held = psutil.Process().memory_info().rss
+    assert all(held / 2 < graph.peak_memory - 10**13 < 2 * held for graph in built.values())
 
 
 def test_layouts_that_engines_cannot_have_are_refused(traces, tmp_path):
