@@ -11,7 +11,7 @@ is opened later is compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from export.calibrate import SimulatedWeights
 from export.graph import Model, Weights
 from export.runner import Context, Engine
 from export.sessions import Tensors
+from export.team import of_first
 from export.tracing import STEP_OUTPUTS, past_names, present_names
 from export.weights import key_value_heads
 from nemo_diffgemma.diffusion.generate import Settled
@@ -31,6 +32,8 @@ from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel import device
+
+_COMPARED = ("canvas", "argmax", "entropy", "accepted", "soft")  # of a `Settled`
 
 
 @dataclass
@@ -128,9 +131,10 @@ def trajectory(network: DiffusionGemma, input_ids: Tensor, steps: int, seed: int
     for remaining in range(steps, 0, -1):
         with chosen_experts(network) as chosen:
             exact = network.sampling_step(canvas, cache, soft=soft, **_asked(sampler, noise, remaining, cache.first))
-        exact = _each(exact, _of_first)
+        if dist.get_world_size() > 1:  # a last bit that differs would send the others elsewhere
+            exact = exact._replace(cache=None, **of_first({name: getattr(exact, name) for name in _COMPARED}))
         canvas, soft = exact.canvas, exact.soft
-        settled.append(_each(exact, Tensor.cpu))
+        settled.append(exact._replace(cache=None, **{name: getattr(exact, name).cpu() for name in _COMPARED}))
         experts.append(tuple(map_TE.nonzero()[:, 1].view(len(map_TE), -1).cpu() for map_TE in chosen))
     past = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in cache.layers)
     return Trajectory(input_ids.cpu(), seed, sampler, cache.first, past, tuple(settled), tuple(experts))
@@ -185,19 +189,6 @@ def _asked(sampler: SamplerConfig, noise: KeyedNoise, remaining: int, first: tup
         "replacements": noise.replacements(0, remaining),
         "last": False,
     }
-
-
-def _each(step: Settled, change: Callable[[Tensor], Tensor]) -> Settled:
-    names = ("canvas", "argmax", "entropy", "accepted", "soft")
-    return step._replace(cache=None, **{name: change(getattr(step, name)) for name in names})
-
-
-def _of_first(tensor: Tensor) -> Tensor:
-    """The first process's: a last bit that differs would send the others elsewhere."""
-    if dist.get_world_size() > 1:
-        tensor = tensor.contiguous()
-        dist.broadcast(tensor, 0)
-    return tensor
 
 
 def _buffers(context: Context, layers: int) -> list[tuple[Tensor, ...]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from export.graph import empty_context
 from export.sessions import Session, Tensors
+from export.team import agree, of_first
 from export.tracing import past_names, present_names
 from nemo_diffgemma.config import SLIDING, ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
@@ -24,6 +25,8 @@ from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.model.segments import left_padding
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
+# outputs of a step that decide what comes next: the first rank's, as engines built apart may differ in the last bit
+_DECIDING = ("next_canvas", "argmax", "entropy", "accepted", "accepted_count")
 LOOP_STEPS = 256  # most of a loop whose number of steps is an input
 
 
@@ -76,6 +79,7 @@ class Engine:
         self.loop_steps = loop_steps
         self._sessions = sessions
         self.ranks = tuple(ranks)
+        self._alone = len(self.ranks) == layout.world_size  # no other process runs ranks of this engine
         self._ranks = [{"rank": torch.tensor(rank)} for rank in ranks]
 
     @property
@@ -152,7 +156,8 @@ class Engine:
 
     def _denoise(self, graph: str, context: Context, inputs: Tensors) -> dict[str, Tensor]:
         ranked = [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)]
-        return self._sessions[graph].run({**inputs, **context.inputs()}, ranked)[0]
+        found = self._sessions[graph].run({**inputs, **context.inputs()}, ranked)[0]
+        return found if self._alone else {**found, **of_first({name: found[name] for name in _DECIDING})}
 
     def _append(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
         past = {}
@@ -198,8 +203,8 @@ class Engine:
         )
 
     def agree(self, flag: bool) -> bool:
-        """Ranks of an engine see the same numbers: nothing has to be agreed."""
-        return flag
+        """Whether `flag` holds in every process that runs ranks of this engine."""
+        return flag if self._alone else agree(flag, self.device)
 
     def _extended(self, cache: Context | None, context: Tensor | None, first: tuple[int, ...]) -> Context:
         if context is None:

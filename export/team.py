@@ -8,13 +8,14 @@ with team.together():                 # ends for all as soon as it fails for one
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _PATIENCE = timedelta(hours=12)  # one process traces while the others wait
 
@@ -38,6 +39,14 @@ def agree(flag: bool, device: torch.device) -> bool:
     vote = torch.tensor(int(flag), device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MIN)
     return bool(vote)
+
+
+def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first process's tensors, in one exchange: float64 holds float32 numbers, flags and token ids exactly."""
+    packed = torch.cat([tensor.flatten().double() for tensor in tensors.values()])
+    dist.broadcast(packed, 0)
+    parts = packed.split([tensor.numel() for tensor in tensors.values()])
+    return {name: p.view(t.shape).to(t.dtype) for (name, t), p in zip(tensors.items(), parts, strict=True)}
 
 
 class Team:
