@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from export.runner import LOOP_STEPS, Limits
 from export.team import ALONE, Team
-from export.weights import Weight, WeightsError
+from export.weights import Weight, WeightsError, engine_weights
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
@@ -100,13 +99,20 @@ class Bundle:
     def assets(self) -> Path:
         return self.path / CHECKPOINT
 
-    def weight_inputs(self, rank: int) -> frozenset[str]:
-        """Names of all weight inputs, those of quantised experts included."""
-        file = self.path / QUANTIZED.format(rank=rank)
-        packed: set[str] = set()
-        if file.is_file():
-            with safe_open(str(file), framework="pt") as stored:
-                packed = set(stored.keys())
+    @property
+    def weight_inputs(self) -> frozenset[str]:
+        """Names of all weight inputs, of any rank, those of quantised experts included (nvfp4: and its constants)."""
+        settings = self.settings
+        if settings.quantization is None:
+            return frozenset(self.weights)
+        from export.quantize import is_quantized, packed_inputs
+
+        packed = [
+            name
+            for matrix, weight in engine_weights(self.config, settings.layout).items()
+            if is_quantized(matrix)
+            for name in packed_inputs(matrix, weight.shape, settings.quantization, settings.torch_dtype)
+        ]
         return frozenset({*self.weights, *packed})
 
     def load_weights(self, rank: int) -> Iterator[tuple[str, Tensor]]:
@@ -287,9 +293,9 @@ def _versions() -> dict[str, str]:
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    """Size, and for all but tensors a checksum."""
+    """Size, and a checksum of what a build writes itself: not of the checkpoint's tensors."""
     found: dict[str, Any] = {"bytes": file.stat().st_size}
-    if file.suffix in _HASHED:
+    if file.suffix in _HASHED or file.match(QUANTIZED.format(rank="*")):
         with file.open("rb") as stream:
             found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
@@ -340,7 +346,8 @@ def read_bundle(path: str | Path) -> Bundle:
 def verify_checksums(bundle: Bundle) -> None:
     """Compare every recorded checksum. Raises `BundleError` naming the first file that differs."""
     for name, expected in bundle.info["files"].items():
-        if _fingerprint(bundle.path / name) != expected:
+        found = _fingerprint(bundle.path / name)
+        if any(found.get(key) != value for key, value in expected.items()):
             raise BundleError(
                 f"{bundle.path / name} is not what was built: its checksum differs; copy the bundle again"
             )

@@ -9,6 +9,7 @@ Counted from the ONNX as built, for given sizes of its dynamic axes:
   a product of two dequantised operands in their stored type.
 - Bytes: every input (weights, context, canvas) read once and every output written once. A loop reads what lies outside
   of it once an iteration; of a table that is only looked up, the rows looked up count.
+- `encode` takes the first chunk, before which there is no context: a later one reads its context too.
 - Collectives: the bytes that each rank sends, each sum once (a sum inside of the switch; a ring of n ranks sends
   2 (n - 1) / n times as much).
 
@@ -169,7 +170,7 @@ class RooflineConfig:
 
     bundle: str = "???"
     batch: int = 1
-    context: int | None = None  # tokens before the canvas, or the chunk that is encoded; null: 1024, or what fits
+    context: int | None = None  # tokens before the canvas, of which encode takes the first chunk; null: 1024 or less
     tokens_per_forward: float | None = None  # tokens that a row gains by a step; null: all steps are run
 
 
@@ -183,16 +184,18 @@ def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
     settings = bundle.settings
     context = min(1024, settings.limits.context) if config.context is None else config.context
     sizes = _sizes(config, bundle, context)
+    # a buffer of no context has one column, as engines have no empty axes
+    first = {**sizes, "context_columns": 1, "window_columns": 1}
     costs = {}
     for graph in settings.graphs:
         model: ModelProto = onnx.load(bundle.path / settings.file(graph, 0), load_external_data=False)
-        costs[graph] = count(model, sizes, bundle.weight_inputs(0))
+        costs[graph] = count(model, first if graph == "encode" else sizes, bundle.weight_inputs)
     if "loop" in costs:
         costs["loop"] = costs["loop"].divided(sizes["steps"])
     gain = config.tokens_per_forward or bundle.config.canvas_length / sizes["steps"]
     gpus = [load_gpu(name) for name in gpu_names()]
     results.show(f"{config.bundle}, one rank: batch {config.batch}, context {context}, {settings.dtype}")
-    results.show(f"encode takes {sizes['chunk']} tokens; a step gains {gain:.4g} tokens a row\n")
+    results.show(f"encode takes a first chunk of {sizes['chunk']} tokens; a step gains {gain:.4g} tokens a row\n")
     for graph, cost in costs.items():
         flops = ", ".join(f"{n / 1e9:.4g} GFLOP {dtype}" for dtype, n in cost.flops_by_dtype.items())
         sent = f", {cost.collective_bytes / 1e6:.4g} MB over links" if cost.collective_bytes else ""

@@ -35,13 +35,12 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
     bundle = read_bundle(config.bundle)
     settings = bundle.settings
     graphs: dict[str, Any] = {}
-    rows = []
+    rows, names = [], bundle.weight_inputs
     for graph in settings.graphs:
         for rank in range(settings.layout.world_size):
             file = bundle.path / settings.file(graph, rank)
             engine = bundle.path / settings.file(graph, rank, "engine")
             model = onnx.load(file, load_external_data=False)
-            names = bundle.weight_inputs(rank)
             operators = Counter(node.op_type for node in _nodes(model.graph))
             weights = sum(value.name in names for value in model.graph.input)
             found = {
@@ -67,7 +66,7 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
     results.show(", ".join(f"{name} {version}" for name, version in bundle.info["versions"].items()))
     return {
         "graphs": graphs,
-        "weights": len(bundle.weight_inputs(0)),
+        "weights": len(names),
         "builder": bundle.info["builder"],
         "versions": bundle.info["versions"],
     }

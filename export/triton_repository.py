@@ -9,7 +9,7 @@ To keep it elsewhere, copy `triton/` and set the parameter `bundle` in config.pb
 Python must be one in which this project and the provider's package are installed (see "Creating Custom Execution
 Environments" in the documentation of the backend). One process serves one rank: bundles of several ranks do not load.
 Not run in Triton itself: the tests drive model.py through a double of the backend's module, and parse config.pbtxt with
-Triton's own schema.
+Triton's own schema where tritonclient is installed (make venv does not install it).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from export.bundle import read_weights
 from export.loop import to_loop
 from export.runner import Engine, Limits
 from export.sessions import OnnxSession
-from export.tracing import trace
+from export.tracing import past_names, trace
 from export.weights import engine_weights
 from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout
 from tests.parity.generations import DAMP, SUBLAYERS
@@ -38,6 +38,19 @@ def graph(
 def calm(checkpoint: Callable[..., Path], size: str = "base") -> Path:
     """A checkpoint whose tokens rounding does not change (see tests/parity/generations.py)."""
     return checkpoint(size, damp=DAMP, sublayers=SUBLAYERS)
+
+
+def own_inputs(graph: str, config: ModelConfig, layout: ParallelLayout = SINGLE) -> set[str]:
+    """What a graph takes besides weights."""
+    layers = range(config.num_hidden_layers)
+    # `encode` ends with the keys and values of the last layer, whose context nobody reads
+    past = {name for layer in (layers[:-1] if graph == "encode" else layers) for name in past_names(layer)}
+    tokens = {
+        "encode": {"input_ids"},
+        "step": {"canvas", "soft", "temperature", "entropy_bound", "uniforms", "replacements"},
+        "loop": {"canvas", "soft", "temperatures", "entropy_bound", "uniforms", "replacements"},
+    }[graph]
+    return past | tokens | {"first", "past_length"} | ({"rank"} if layout.world_size > 1 else set())
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from export.builders import build_engine, inspect_network
 from export.bundle import Settings
 from export.loop import to_loop
 from export.qdq import quantize_graph
+from export.quantize import is_quantized, packed_inputs
 from export.runner import Limits
 from export.tracing import trace
 from export.weights import engine_weights
@@ -44,7 +45,7 @@ def test_every_graph_builds_in_every_precision(graph, dtype, tmp_path):
     network = built(model, graph, tmp_path)
     weights = engine_weights(kit.config("base"), SINGLE)
     bound = {name: tensor for name, tensor in network.inputs.items() if name in weights}
-    assert len(bound) > 40
+    assert set(network.inputs) - set(weights) == kit.own_inputs(graph, kit.config("base"))
     for name, tensor in bound.items():
         assert (tensor.dtype, tensor.shape) == (DTYPES[dtype], weights[name].shape)
     axes = {axis for tensor in network.inputs.values() for axis in tensor.axes if axis}
@@ -71,10 +72,11 @@ def test_rank_graphs_build_with_an_exchange_for_every_sum(graph, tmp_path):
     network = built(kit.graph(graph, size, layout), graph, tmp_path, world=4, size=size)
     layers = kit.config(size).num_hidden_layers
     # embedding; attention and feed-forward of each layer, of which the last encoded one ends with its keys and values;
-    # self-conditioning, chunk masses, ids, signal
-    expected = 1 + 2 * (layers - 1) if graph == "encode" else 1 + 2 * layers + 4
+    # self-conditioning, chunk masses, the drawn chunk, ids, signal
+    expected = 1 + 2 * (layers - 1) if graph == "encode" else 1 + 2 * layers + 5
     assert network.collectives == (4,) * expected
-    assert "rank" in network.inputs
+    weights = engine_weights(kit.config(size), layout)
+    assert set(network.inputs) - set(weights) == kit.own_inputs(graph, kit.config(size), layout)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,12 @@ def test_quantised_rank_graphs_build(two_ranks, scheme, tmp_path):
     onnx.save(model, file)
     profile = Settings(limits=LIMITS).profile("step", config)
     report = build_engine("tensorrt_rtx", file, tmp_path / "step.engine", profile, world=2, targets=["sm_120"])
+    names = [
+        name
+        for key, weight in engine_weights(config, layout).items()
+        for name in (packed_inputs(key, weight.shape, scheme, torch.bfloat16) if is_quantized(key) else (key,))
+    ]
+    assert set(report.network.inputs) - set(names) == kit.own_inputs("step", config, layout)
     packed = {"fp8": "FP8", "int4": "INT4", "nvfp4": "FP4"}[scheme]
     experts = [t for name, t in report.network.inputs.items() if name.endswith(("gate_up_proj", "experts.down_proj"))]
     assert [tensor.dtype for tensor in experts] == [packed] * 2 * config.num_hidden_layers
