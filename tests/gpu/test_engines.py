@@ -3,7 +3,8 @@
     make test-gpu        # prints latencies too: a row of benchmarks/engine.py for each precision and batch
 
 Bundles of a tiny random checkpoint are built here, with TensorRT where it is installed, else with TensorRT-RTX (not on
-H100, H200 or B200, for which it has no kernels). What ONNX Runtime gives is kept in an .npz file for the session.
+H100, H200 or B200, for which it has no kernels). A GPU for which neither can build fails the tests: install TensorRT as
+export/README.md says. What ONNX Runtime gives is kept in an .npz file for the session.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ SAMPLER = dict(max_denoising_steps=STEPS, entropy_bound=5.0, t_min=0.4, t_max=0.
 # -- run by the ranks, which see the GPUs ------------------------------------------------------------------------------
 
 
+def target_here() -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
 def builder_here() -> str:
     """The TensorRT that can build for this GPU, or why there is none."""
     from export.builders import BuilderError, check_target, load_module
 
-    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     reasons = []
     for builder in ("tensorrt", "tensorrt_rtx"):
         try:
             load_module(builder)
-            check_target(builder, [target], "bfloat16")
+            check_target(builder, [target_here()], "bfloat16")
             return builder
         except BuilderError as error:
             reasons.append(str(error))
@@ -126,6 +130,14 @@ def error_of_long_prompt(path: Path, provider: str) -> str:
     return "no error"
 
 
+def verdict(path: Path, provider: str, **settings: Any) -> dict[str, Any]:
+    """What export/check.py finds, every rank having the whole PyTorch model."""
+    from export.check import CheckConfig, check
+    from tests.export.test_bundle import Shown
+
+    return check(CheckConfig(str(path), provider=provider, rows=2, canvases=1, **settings), Shown())  # type: ignore[arg-type]
+
+
 def _open(path: Path, provider: str) -> Any:
     from export import open_bundle
     from export.bundle import read_bundle
@@ -133,7 +145,7 @@ def _open(path: Path, provider: str) -> Any:
 
     if provider == "traced":
         return torch_engine(read_bundle(path))[0]
-    return open_bundle(path, provider, int(os.environ.get("LOCAL_RANK", 0)))
+    return open_bundle(path, provider)
 
 
 # -- fixtures ----------------------------------------------------------------------------------------------------------
@@ -156,9 +168,26 @@ def ranks() -> Iterator[Callable[[int], Any]]:
 @pytest.fixture(scope="session")
 def provider(ranks) -> str:
     found = ranks(1).run("tests.gpu.test_engines:builder_here")[0]
-    if found.startswith("none"):
-        pytest.skip(found)
+    if found.startswith("none"):  # skipping would be a green run that has tested nothing
+        pytest.fail(f"no TensorRT can build for the GPU of this machine: {found.removeprefix('none: ')}")
     return found
+
+
+@pytest.fixture(scope="session")
+def quantised(ranks, provider) -> Callable[[str], dict[str, Any]]:
+    """`quantised("nvfp4")` -> settings of a bundle; skips where the GPU lacks the format."""
+    from export.builders import BuilderError, check_target
+
+    target = ranks(1).run("tests.gpu.test_engines:target_here")[0]
+
+    def get(scheme: str) -> dict[str, Any]:
+        try:
+            check_target(provider, [target], "bfloat16", scheme)
+        except BuilderError as error:
+            pytest.skip(str(error))
+        return {"model": "sudoku", "quantization": scheme}
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -288,15 +317,26 @@ def test_weights_inside_of_the_engine_give_the_tokens_of_onnx_runtime(ranks, bun
     assert torch.equal(ours, tokens(bundle("float32"), "onnxruntime", 8))
 
 
-@pytest.mark.parametrize("scheme", ["int4", "fp8"])
-def test_quantised_experts_are_no_less_exact_than_simulated_ones(ranks, bundle, provider, scheme):
+@pytest.mark.parametrize("scheme", ["int4", "fp8", "nvfp4"])
+def test_quantised_experts_are_no_less_exact_than_simulated_ones(ranks, bundle, provider, quantised, scheme):
     """Distance to float32: the engine's at most 1.5 times that of the same quantisation simulated in PyTorch."""
-    path = bundle("bfloat16", model="sudoku", quantization=scheme)
+    path = bundle("bfloat16", **quantised(scheme))
     truth = numbers(bundle("float32", model="sudoku"), "onnxruntime", 8)
     ours = ranks(1).run("tests.gpu.test_engines:numbers", path=path, provider=provider, length=8)[0]
     theirs = numbers(path, "traced", 8)
     for name in ("past_key_values", "entropy", "next_soft"):
         assert distance(ours, truth, name) < 1.5 * distance(theirs, truth, name)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_check_agrees_on_the_gpu(ranks, bundle, provider, world):
+    """The command of the guide, in every process of the engines."""
+    if world > 1 and provider == "tensorrt_rtx":
+        pytest.skip("TensorRT-RTX runs engines of one rank only")
+    path = bundle("bfloat16", world, layout={"tensor": world} if world > 1 else None)
+    given = dict(reference_dtype="bfloat16", routing=False)
+    for found in ranks(world).run("tests.gpu.test_engines:verdict", path=path, provider=provider, **given):
+        assert (found["verdict"], found["computed_by"]) == ("agrees", provider)
 
 
 MEASURED = [
@@ -306,13 +346,15 @@ MEASURED = [
         for rows in (1, 4)
         for steps in (4, STEPS)
     ),
-    *(("bfloat16", {"model": "sudoku", "quantization": scheme}, 4, STEPS) for scheme in ("int4", "fp8")),
+    *(("bfloat16", {"quantization": scheme}, 4, STEPS) for scheme in ("int4", "fp8", "nvfp4")),
     ("bfloat16", {"weights": "inline"}, 4, STEPS),
 ]
 
 
 @pytest.mark.parametrize(("dtype", "settings", "rows", "steps"), MEASURED, ids=str)
-def test_latency_can_be_measured(bundle, provider, dtype, settings, rows, steps):
+def test_latency_can_be_measured(bundle, provider, quantised, dtype, settings, rows, steps):
+    if "quantization" in settings:
+        settings = quantised(settings["quantization"])
     command = [sys.executable, "benchmarks/engine.py", str(bundle(dtype, **settings)), "--provider", provider]
     command += ["--batch", str(rows), "--context", "32", "--steps", str(steps)]
     visible = {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS or "0"}
