@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--provider", default="onnxruntime", help="or tensorrt_rtx, tensorrt, tensorrt_llm")
-    parser.add_argument("--device", type=int, default=None, help="default: LOCAL_RANK")
+    parser.add_argument("--device", type=int, default=None, help="default: that of LOCAL_RANK, or the only one")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=512, help="tokens before the canvas")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps of a canvas")

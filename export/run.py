@@ -32,7 +32,7 @@ class RunConfig:
 
     bundle: str = "???"
     provider: str = "onnxruntime"  # tensorrt_rtx, tensorrt, tensorrt_llm
-    device: int | None = None  # CUDA device of this process; null: LOCAL_RANK
+    device: int | None = None  # CUDA device of this process; null: LOCAL_RANK's, or the only one
     prompt: str | None = None
     prompt_ids: list[int] | None = None
     chat: bool = True  # wrap the prompt in the tokenizer's chat template, where it has one
