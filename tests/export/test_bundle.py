@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -216,6 +217,18 @@ def test_the_pytorch_model_is_gone_when_the_engine_is_opened(bundle, monkeypatch
     assert found["verdict"] == "agrees" and found["differences"]["encode"] > 1e-3  # it was in bfloat16
 
 
+def checked(path: Path) -> tuple[dict, int]:
+    """Run by the ranks of a pool."""
+    shown = Shown()
+    return check(CheckConfig(str(path), steps=2, rows=1, routing=False), shown), shown.exit_code
+
+
+def test_processes_that_check_together_give_one_verdict(bundle, pool):
+    """As under torchrun: each has the whole PyTorch model, and follows the first one's."""
+    first, second = pool(2).run("tests.export.test_bundle:checked", path=bundle)
+    assert first == second and first[0]["verdict"] == "agrees"
+
+
 def test_an_engine_that_gives_no_numbers_differs(bundle, monkeypatch):
     """Also where shares decide: its arg-max may still be right."""
 
@@ -263,12 +276,12 @@ def test_a_check_that_cannot_be_made_is_refused_before_anything_is_loaded(bundle
         check(CheckConfig(str(bundle), **given), Shown())
 
 
-def test_ranks_that_only_gpus_compute_are_sent_there(tmp_path):
-    layout = ParallelLayout(tensor=2, expert=2)
-    settings = Settings("bfloat16", layout, ("encode", "step"), weights="none", limits=LIMITS)
-    build_bundle(kit.config("base"), tmp_path / "two", settings)
+def test_ranks_that_only_gpus_compute_are_sent_there(bundle, monkeypatch):
+    single = read_bundle(bundle)
+    settings = replace(single.settings, dtype="bfloat16", layout=ParallelLayout(tensor=2, expert=2))
+    monkeypatch.setattr("export.bundle.read_bundle", lambda path: replace(single, settings=settings))
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 .* provider=tensorrt .*build a float32 bundle"):
-        check(CheckConfig(str(tmp_path / "two")), Shown())
+        check(CheckConfig(str(bundle)), Shown())
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

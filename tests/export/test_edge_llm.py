@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from export.build import BuildConfig, build
 from export.bundle import BundleError
 from export.edge_llm import EdgeLlmError, write_checkpoint
 from export.weights import WeightsError
 from nemo_diffgemma import DiffusionGemma
 from nemo_diffgemma.data import build_tokenizer
+from tests.export.test_bundle import Shown
 
 VERSION = "0.11.0"
 
@@ -89,6 +91,16 @@ def test_tensors_are_links_and_still_the_model(source: Path, tmp_path: Path, sin
     for file in source.glob("*.safetensors"):
         assert os.path.samefile(file, tmp_path / "edge" / file.name)
     DiffusionGemma.from_huggingface(tmp_path / "edge")  # raises where a tensor is missing
+
+
+def test_the_command_writes_what_the_function_does(source: Path, tmp_path: Path) -> None:
+    write_checkpoint(source, tmp_path / "edge")
+    config = BuildConfig(checkpoint=str(source), out=str(tmp_path / "built"), builder="edge_llm")
+    assert build(config, Shown()) == {"bundle": config.out, "graphs": {}}  # type: ignore[arg-type]
+    expected, found = (
+        {file.name: file.read_bytes() for file in place.iterdir()} for place in (tmp_path / "edge", tmp_path / "built")
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

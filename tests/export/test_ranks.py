@@ -6,16 +6,19 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from export import graph
-from export.bundle import read_weights
+from export.bundle import BundleError, read_weights
 from export.checking import trajectory
+from export.engine_process import _one_gpu
 from export.engine_session import EngineSession
 from export.graph import Model, Weights, empty_context
 from export.runner import Engine
+from export.team import Team, own_device
 from export.weights import engine_weights
 from nemo_diffgemma import ParallelLayout
 from tests.export import kit
@@ -114,6 +117,17 @@ def replica(path: Path) -> tuple[Tensor, Tensor]:
     return steps[-1].canvas, steps[-1].soft
 
 
+def told(error: str) -> tuple[str, bool, str]:
+    """What a part of the work that fails with `error` on rank 1 raises here, and whether it is a user's mistake."""
+    try:
+        with Team.of_processes().together():
+            if dist.get_rank() == 1:
+                raise {"refusal": BundleError("give another"), "crash": OSError("disk full")}[error]
+    except Exception as found:
+        return type(found).__name__, isinstance(found, ValueError), str(found)
+    return "nothing", False, ""
+
+
 # -- claims ------------------------------------------------------------------------------------------------------------
 
 
@@ -155,3 +169,28 @@ def test_replicas_of_the_pytorch_model_follow_the_first(pool, checkpoint):
         "tests.export.test_ranks:replica", path=kit.calm(checkpoint)
     )
     assert torch.equal(canvas, other_canvas) and torch.equal(soft, other_soft)
+
+
+def test_only_a_refusal_of_another_process_is_a_users_mistake(pool):
+    assert pool(2).run("tests.export.test_ranks:told", error="refusal") == [
+        ("TeamError", True, "process 1 stopped: BundleError: give another"),
+        ("BundleError", True, "give another"),
+    ]
+    assert pool(2).run("tests.export.test_ranks:told", error="crash") == [
+        ("TeamCrash", False, "process 1 stopped: OSError: disk full"),
+        ("OSError", False, "disk full"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "own", "childs"),
+    [(8, None, 3, "3"), (8, "7,6,5,4,3,2,1,0", 3, "4"), (1, None, 0, "0"), (1, "5", 0, "5"), (0, "", 0, None)],
+)
+def test_a_process_and_its_child_use_one_gpu(monkeypatch, gpus, visible, own, childs):
+    """The fourth process of a node, which sees all GPUs of it, or the one that its launcher gave it."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert (own_device(), _one_gpu().get("CUDA_VISIBLE_DEVICES")) == (own, childs)
