@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tarfile
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -160,25 +159,14 @@ def _released_format(checkpoint: Path, folder: Path, layout: ParallelLayout, tea
     from nemo_diffgemma.parallel import ParallelLayout, initialize
 
     if format_of(checkpoint) == "nemo":
-        if team.first:
-            _unpack(checkpoint, folder)
+        if team.first:  # `unpack` would do it on every node, under TMPDIR: the bundle's links are made from here
+            nemo_archive.extract(checkpoint, folder)
         return folder / nemo_archive.WEIGHTS
     initialize(layout if team.size % layout.world_size == 0 else ParallelLayout())
     from launch.checkpoints import contents
 
     load_network(checkpoint, DTYPES[contents(str(checkpoint)).dtype]).save_huggingface(folder / "checkpoint")
     return folder / "checkpoint"
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Once, not on every node under TMPDIR as `nemo_archive.unpack` does: the bundle's links are made from here."""
-    from nemo_diffgemma.checkpoint import nemo_archive
-    from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
-
-    try:
-        nemo_archive._extract(archive, folder)
-    except tarfile.TarError as error:
-        raise CheckpointError(f"{archive} cannot be unpacked ({error}); is it a complete .nemo archive?") from None
 
 
 def _prompts(file: str, source: Any) -> list[list[int]]:

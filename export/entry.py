@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from export.team import TeamCrash
 from launch.cluster import Submission
-from launch.configuration import compose, frozen
+from launch.configuration import compose, frozen, is_multirun
 from launch.output import USER_ERROR, Results, paragraph, refuse
 from launch.processes import started_by_others
 from nemo_diffgemma.training.schema import validate
@@ -48,7 +48,7 @@ def start(work: Callable[[Any, Results], Mapping[str, Any]], schema: type, confi
         try:
             config: Any = validate(composed, schema)
             if submission.takes(config):
-                submission.add(config)
+                submission.add(config, sweep=is_multirun())
                 return
         except ValueError as error:
             refuse(error)

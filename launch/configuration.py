@@ -20,7 +20,9 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -91,6 +93,11 @@ def compose(schema: type, config_name: str, documentation: str, work: Callable[[
         refuse(_explain(error, schema))
     finally:
         restore()
+
+
+def is_multirun() -> bool:
+    """Whether this job is one of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def freeze(config: Any) -> str:

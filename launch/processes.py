@@ -28,11 +28,10 @@ from typing import Any
 os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is first imported
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from launch.cluster import Submission
-from launch.configuration import FROZEN, compose, freeze, frozen
+from launch.configuration import FROZEN, compose, freeze, frozen, is_multirun
 from launch.output import USER_ERROR, Results, paragraph, refuse
 from nemo_diffgemma.training.schema import ConfigurationError, ParallelGroup, validate
 from nemo_diffgemma.training.threads import threads_of_process
@@ -64,14 +63,14 @@ def launch(work: Work, schema: type, config_name: str) -> None:
         try:
             config = validate(composed, schema)
             if submission.takes(config):
-                submission.add(config, sweep=_is_multirun())
+                submission.add(config, sweep=is_multirun())
                 return
             processes = processes_of(config.parallel)
         except ValueError as error:
             refuse(error)
         others = started_by_others()
         _fix_run_directory(config)
-        if others or (processes == 1 and not _is_multirun()):
+        if others or (processes == 1 and not is_multirun()):
             _run(work, config)
         else:
             _become_torchrun(config, processes)
@@ -88,10 +87,6 @@ def processes_of(parallel: ParallelGroup) -> int:
     if parallel.replicas < 1:
         raise ConfigurationError(f"parallel.replicas={parallel.replicas}; expected at least 1")
     return parallel.layout().world_size * parallel.replicas
-
-
-def _is_multirun() -> bool:
-    return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def started_by_others() -> bool:
@@ -165,7 +160,7 @@ def _fix_run_directory(config: Any) -> None:
     """Name the run after this moment, once, where it has no name, and make its directory, which no other run gets."""
     if not hasattr(config, "exp_manager") or config.exp_manager.version is not None:
         return
-    job = f"-{HydraConfig.get().job.num}" if _is_multirun() else ""
+    job = f"-{HydraConfig.get().job.num}" if is_multirun() else ""
     moment = f"{datetime.now():%Y-%m-%d_%H-%M-%S}{job}"
     config.exp_manager.version = moment
     for again in count(2):

@@ -83,12 +83,9 @@ def unpack(path: str | Path) -> Path:
         try:
             directory = tempfile.mkdtemp(prefix="nemo_diffgemma-")
             atexit.register(shutil.rmtree, directory, ignore_errors=True)
-            _extract(source, Path(directory))
-        except (OSError, tarfile.TarError) as found:
-            error = CheckpointError(
-                f"{source} cannot be unpacked ({found}); is it a complete .nemo archive, and is "
-                "there room for it under TMPDIR?"
-            )
+            extract(source, Path(directory))
+        except OSError as found:
+            error = CheckpointError(f"TMPDIR cannot be written ({found}); {source} is unpacked there")
         except CheckpointError as found:
             error = found
     agree_error(error)
@@ -100,18 +97,25 @@ def unpack(path: str | Path) -> Path:
     return Path(next(place for host, place in places if host == socket.gethostname() and place is not None))
 
 
-def _extract(source: Path, directory: Path) -> None:
-    with tarfile.open(source, "r:*") as archive:
-        members = archive.getmembers()
-        for member in members:
-            _check(member, source)
-        names = {member.name for member in members}
-        if not {CONFIG, f"{WEIGHTS}/config.json"} <= names:
-            raise CheckpointError(
-                f"{source} has no {CONFIG} and {WEIGHTS}/config.json, so it is an archive of another model class; "
-                "give one that DiffusionGemmaModel.save_to wrote"
-            )
-        archive.extractall(directory, members=members, filter="data")
+def extract(source: Path, directory: Path) -> None:
+    """The two members of an archive into `directory`. Raises `CheckpointError`."""
+    try:
+        with tarfile.open(source, "r:*") as archive:
+            members = archive.getmembers()
+            for member in members:
+                _check(member, source)
+            names = {member.name for member in members}
+            if not {CONFIG, f"{WEIGHTS}/config.json"} <= names:
+                raise CheckpointError(
+                    f"{source} has no {CONFIG} and {WEIGHTS}/config.json, so it is an archive of another model class; "
+                    "give one that DiffusionGemmaModel.save_to wrote"
+                )
+            archive.extractall(directory, members=members, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise CheckpointError(
+            f"{source} cannot be unpacked ({error}); is it a complete .nemo archive, and is there room for it in "
+            f"{directory.parent}?"
+        ) from None
 
 
 def _check(member: tarfile.TarInfo, source: Path) -> None:

@@ -184,6 +184,14 @@ def test_a_sweep_goes_on_without_its_table(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["job"] == "17"
 
 
+def test_a_sweep_of_exports_is_one_array_too(tmp_path):
+    command = [sys.executable, str(ROOT / "export" / "build.py"), "model=tiny", "cluster=dgx_h100", "dry_run=true"]
+    command += ["--multirun", f"out={tmp_path}/a,{tmp_path}/b"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --array=0-1\n" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
