@@ -6,7 +6,6 @@ import ctypes
 import gc
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,15 @@ import psutil
 from onnx import ModelProto
 
 from export import quantize, triton_repository
-from export.builders import BUILDERS, check_gpu_at_hand, check_target, check_world, gpu_at_hand, load_module
+from export.builders import (
+    BUILDERS,
+    check_gpu_at_hand,
+    check_target,
+    check_world,
+    gpu_at_hand,
+    load_module,
+    peak_memory,
+)
 from export.bundle import (
     CHECKPOINT,
     DTYPES,
@@ -235,7 +242,7 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, 
         with_child = held + build_engine_apart(work.builder, file, engine, profile, world, work.targets)
     engine_bytes = engine.stat().st_size if work.builder != "onnx" else 0
     seconds = time.perf_counter() - start + traced
-    return Built(file.stat().st_size, engine_bytes, round(seconds, 2), max(_peak_memory(), with_child))
+    return Built(file.stat().st_size, engine_bytes, round(seconds, 2), max(peak_memory(), with_child))
 
 
 def _held_memory() -> int:
@@ -244,10 +251,6 @@ def _held_memory() -> int:
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps it otherwise
         libc.malloc_trim(0)
     return psutil.Process().memory_info().rss
-
-
-def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

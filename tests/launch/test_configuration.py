@@ -140,7 +140,7 @@ def test_a_prompt_is_taken_as_it_is(text):
 
 
 def test_two_runs_that_start_in_the_same_second_have_two_directories(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_is_multirun", lambda: False)
+    monkeypatch.setattr(processes, "is_multirun", lambda: False)
     monkeypatch.delenv("RANK", raising=False)
     directories = set()
     for _ in range(3):
