@@ -79,10 +79,17 @@ def _ended_by_sigterm() -> Iterator[None]:
 
     def leave(signum: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the cleaning up
-        raise SystemExit(128 + signum)
+        if isinstance(sys.exception(), SystemExit):
+            return  # which has begun
+        # again soon: where this interrupts a callback of a weak reference, the exception goes no further
+        signal.signal(signal.SIGALRM, leave)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        raise SystemExit(128 + signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
+        if signal.getsignal(signal.SIGALRM) is leave:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, before)

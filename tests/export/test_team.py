@@ -166,6 +166,29 @@ def test_a_build_that_is_ended_leaves_nothing_behind(checkpoint, tmp_path, stage
         assert list(out.parent.iterdir()) == []
 
 
+SWALLOWED = """
+import os, signal, time, weakref
+from export.entry import _ended_by_sigterm
+class Anything: pass
+with _ended_by_sigterm():
+    try:
+        anything = Anything()
+        reference = weakref.ref(anything, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        del anything
+        time.sleep(30)
+    finally:
+        time.sleep(0.5)
+        print("cleaned up")
+"""
+
+
+def test_sigterm_is_not_lost_in_a_callback_that_swallows_exceptions():
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], cwd=Path(SCRIPT).parents[1], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (143, "cleaned up\n"), done.stderr
+
+
 def is_building(process: psutil.Process) -> bool:
     """Whether it has come as far as to load TensorRT."""
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 
 from launch.allocation import fit, seconds_of
 from launch.cluster import VERBS, render
@@ -23,9 +24,13 @@ SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 
 
 def configured(*overrides: str) -> TrainConfig:
-    register(TrainConfig, "config")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return validate(compose("config", list(overrides)), TrainConfig)
+    store = ConfigStore.instance().repo.copy()
+    try:
+        register(TrainConfig, "config")
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return validate(compose("config", list(overrides)), TrainConfig)
+    finally:
+        ConfigStore.instance().repo = store
 
 
 def train(*arguments: str, path: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -89,7 +89,8 @@ def test_loading_in_bfloat16_keeps_frequencies_in_float32(single, checkpoint):
 def test_bfloat16_is_no_less_exact_than_transformers(single, reference, checkpoint, size):
     """Distance of either to float32 over 36 rows: ours at most 1.5 times theirs; and the same tokens are the best.
 
-    Single logits may differ more: a router that is rounded otherwise chooses another expert.
+    Single logits may differ more: a router that is rounded otherwise chooses another expert. Which ones is chance, and
+    another processor's: shares of best tokens are compared to within three standard errors of their difference.
     """
     from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
@@ -107,4 +108,5 @@ def test_bfloat16_is_no_less_exact_than_transformers(single, reference, checkpoi
     their_error, our_error = (x.sub(truth).square().mean().sqrt() for x in (of_theirs, of_ours))
     assert our_error < 1.5 * their_error
     agreement = [(x.argmax(-1) == truth.argmax(-1)).float().mean() for x in (of_theirs, of_ours)]
-    assert agreement[1] > agreement[0] - 0.05
+    error = (2 * agreement[0] * (1 - agreement[0]) / truth.argmax(-1).numel()).sqrt()
+    assert agreement[1] > agreement[0] - 3 * error
