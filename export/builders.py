@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 BUILDERS = ("onnx", "tensorrt_rtx", "tensorrt", "tensorrt_llm", "edge_llm")
+_FOR_GPU_AT_HAND = ("tensorrt", "tensorrt_llm")
 
 Profile = Mapping[str, tuple[int, int, int]]
 
@@ -331,16 +332,18 @@ class _Build:
         return plan
 
 
-def gpu_at_hand() -> tuple[str, ...]:
-    """The target of this machine's GPU, for which TensorRT (not TensorRT-RTX) builds; none where there is no GPU."""
+def gpu_at_hand(builder: str) -> tuple[str, ...]:
+    """The target of this machine's GPU where `builder` builds for no other; none without a GPU."""
     import torch
 
-    return ("sm_{}{}".format(*torch.cuda.get_device_capability()),) if torch.cuda.is_available() else ()
+    if builder not in _FOR_GPU_AT_HAND or not torch.cuda.is_available():
+        return ()
+    return ("sm_{}{}".format(*torch.cuda.get_device_capability()),)
 
 
 def check_gpu_at_hand(builder: str, targets: Sequence[str]) -> None:
     """Raise `BuilderError` where an engine would be built for the GPU at hand, and that is not what is wanted."""
-    found = gpu_at_hand() if builder != "tensorrt_rtx" else ()
+    found = gpu_at_hand(builder)
     if found and targets and set(targets) != set(found):
         raise BuilderError(
             f"TensorRT builds for the GPU at hand, {found[0]}, but the target is {', '.join(targets)}; build on a "

@@ -84,8 +84,7 @@ def build_bundle(
     before anything is written; nothing half-written stays.
     """
     config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig.from_pretrained(checkpoint)
-    if not targets and builder in ("tensorrt", "tensorrt_llm"):
-        targets = gpu_at_hand()
+    targets = targets or gpu_at_hand(builder)
     check_request(config, settings, builder, targets, prompts)
     settings = replace(settings, graphs=tuple(graph for graph in GRAPHS if graph in settings.graphs))
     if team.size > settings.layout.world_size:

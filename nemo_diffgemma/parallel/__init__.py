@@ -48,7 +48,6 @@ def _import_megatron() -> None:
     import torch
 
     if torch.cuda.is_available():
-        import_module("megatron.core")
         return
     with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda decorated: decorated)):
         import_module("megatron.core")

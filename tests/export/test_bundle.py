@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from export import open_bundle
 from export.build import BuildConfig, build
+from export.builders import BuilderError, check_gpu_at_hand
 from export.building import build_bundle
 from export.bundle import BUILD_INFO, Settings, read_bundle, verify_checksums
 from export.check import CheckConfig, check
@@ -287,10 +288,23 @@ def test_bad_requests_leave_nothing(traces, tmp_path, given, says):
 
 
 def test_an_engine_for_another_gpu_than_the_one_at_hand_is_refused(traces, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.builders.gpu_at_hand", lambda: ("sm_80",))
+    _have_gpu(monkeypatch, (8, 0))
     with pytest.raises(ValueError, match="for the GPU at hand, sm_80, but the target is sm_90; build on a machine"):
         build_bundle(traces, tmp_path / "out", Settings(limits=LIMITS), "tensorrt", ["sm_90"])
     assert not any(tmp_path.iterdir())
+
+
+def test_graphs_without_engines_are_for_any_gpu_whichever_is_at_hand(monkeypatch):
+    _have_gpu(monkeypatch, (8, 0))
+    check_gpu_at_hand("onnx", ["sm_90"])
+    check_gpu_at_hand("tensorrt_rtx", ["sm_120"])
+    with pytest.raises(BuilderError, match="for the GPU at hand, sm_80"):
+        check_gpu_at_hand("tensorrt", ["sm_90"])
+
+
+def _have_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
 
 
 def test_graphs_may_be_asked_for_in_any_order(traces, tmp_path):
