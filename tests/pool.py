@@ -75,6 +75,7 @@ class Pool:
 
     def run(self, reference: str, /, timeout: float = 180, **arguments: Any) -> list[Any]:
         """Results of all ranks; raises with every rank's traceback, or kills the pool when a rank hangs."""
+        self._send(signal.SIGCONT)
         for connection in self._connections:
             connection.send((reference, arguments))
         results = []
@@ -87,12 +88,20 @@ class Pool:
             except EOFError:
                 self.kill()
                 raise RuntimeError(f"{reference}: rank {rank} died") from None
+        # idle they are stopped: the threads of gloo look for work all the time, with several pools half a core of it
+        self._send(signal.SIGSTOP)
         errors = [f"rank {rank}:\n{value}" for rank, (kind, value) in enumerate(results) if kind == "error"]
         if errors:
             raise AssertionError("\n".join(errors))
         return [value for _, value in results]
 
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
     def close(self) -> None:
+        self._send(signal.SIGCONT)
         for connection, process in zip(self._connections, self._processes, strict=True):
             if process.is_alive():
                 connection.send(None)

@@ -130,4 +130,8 @@ class MixtureOfExperts(MoELayer):
         x, weights = self.preprocess(expert_input_TH[:, None], weights, chosen)
         x, weights = self.dispatch(x, weights)
         x, _ = self.routed_experts_compute(x, weights)
-        return self.postprocess(self.combine(x), None).squeeze(1)
+        x = self.combine(x)
+        # Megatron keeps them, and with them the graph: a cycle (graph, gradient hooks of DDP, model) unseen by Python's
+        # collector, in which models and their process groups outlive their use
+        self.token_dispatcher.probs = None
+        return self.postprocess(x, None).squeeze(1)

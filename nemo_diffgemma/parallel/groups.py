@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import socket
@@ -57,6 +58,7 @@ def _destroy_groups() -> None:
         if group in dist.distributed_c10d._world.pg_map:  # a few it does destroy
             dist.destroy_process_group(group)
     _groups.clear()
+    gc.collect()  # models that nobody uses any more hold groups of theirs, in cycles
 
 
 def _start_world(timeout: timedelta) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -251,3 +252,9 @@ def error_of(case: str, **arguments: Any) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def threads(layout: dict[str, int]) -> int:
+    """Threads of this process once its groups are those of `layout`."""
+    initialize(ParallelLayout(**layout))
+    return len(os.listdir("/proc/self/task"))
