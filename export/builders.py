@@ -76,11 +76,10 @@ class NetworkReport:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """An engine on disk: its bytes, seconds to parse and build, peak memory of this process so far in bytes."""
+    """An engine on disk: its bytes, seconds to parse and build."""
 
     bytes: int
     seconds: float
-    peak_memory: int
     network: NetworkReport
 
 
@@ -170,7 +169,6 @@ def build_engine(
     onnx_file: Path,
     engine_file: Path,
     profile: Profile,
-    *,
     world: int = 1,
     targets: Sequence[str] = (),
 ) -> EngineReport:
@@ -200,7 +198,7 @@ def build_engine(
             partial.unlink(missing_ok=True)
         raise
     seconds = round(time.perf_counter() - start, 2)
-    return EngineReport(engine_file.stat().st_size, seconds, peak_memory(), _report(build))
+    return EngineReport(engine_file.stat().st_size, seconds, _report(build))
 
 
 def peak_memory() -> int:

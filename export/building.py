@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import shutil
@@ -17,8 +15,10 @@ import psutil
 from onnx import ModelProto
 
 from export import quantize, triton_repository
+from export.apart import call_apart
 from export.builders import (
     BUILDERS,
+    build_engine,
     check_gpu_at_hand,
     check_target,
     check_world,
@@ -38,7 +38,6 @@ from export.bundle import (
     writing,
 )
 from export.calibrate import calibrate
-from export.engine_process import build_engine_apart
 from export.graph import Model, Weights
 from export.inline import Place, inline, store
 from export.loop import to_loop
@@ -57,7 +56,8 @@ QUANTIZATION = "hf_quant_config.json"
 class Built:
     """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, most bytes in memory so far.
 
-    An engine is built in a child: its peak counts together with what this process holds meanwhile.
+    Where engines are built, tracing and building have a process each: its peak counts together with what this process
+    holds meanwhile.
     """
 
     onnx_bytes: int
@@ -187,28 +187,39 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
             places = {rank: store(weights, rank, settings.torch_dtype, work.partial) for rank in work.ranks}
     # with weights as inputs the graphs of all ranks are one, and so are the engines
     mine = work.ranks if inlined else range(settings.layout.world_size) if team.first else ()
+    seconds, memory = dict.fromkeys(settings.graphs, 0.0), 0
+    with team.together():
+        if team.first:
+            work.progress(f"tracing {', '.join(settings.graphs)}")
+            seconds, memory = _call(work, trace_graphs, work.config, settings, amax, work.partial)
     built: dict[str, Built] = {}
     for graph in settings.graphs:
-        start = time.perf_counter()
-        with team.together():
-            if team.first:
-                work.progress(f"{graph}: tracing")
-                onnx.save(_traced(graph, work, amax), _common(work, graph))
-        seconds = time.perf_counter() - start
         with team.together():
             for rank in mine:
-                built[f"{graph}.rank{rank}"] = _build(work, graph, rank, places.get(rank), seconds)
-                seconds = 0.0
+                one = _build(work, graph, rank, places.get(rank))
+                traced = seconds.pop(graph, 0.0)  # once for all ranks
+                built[f"{graph}.rank{rank}"] = replace(
+                    one, seconds=round(one.seconds + traced, 2), peak_memory=max(one.peak_memory, memory)
+                )
     if team.first:
         for graph in settings.graphs:
-            _common(work, graph).unlink()
+            _common(work.partial, graph).unlink()
     found = {name: one for part in team.gather(built) for name, one in part.items()}
     return {name: found[name] for name in sorted(found, key=lambda name: _order(settings, name))}
 
 
-def _common(work: _Work, graph: str) -> Path:
+def _call[T](work: _Work, function: Callable[..., T], *arguments: object) -> tuple[T, int]:
+    """The function's result, most bytes in memory meanwhile; apart where memory is wanted for engines."""
+    if work.builder == "onnx":
+        return function(*arguments), peak_memory()
+    held = psutil.Process().memory_info().rss
+    result, childs = call_apart(function, *arguments)
+    return result, held + childs
+
+
+def _common(folder: Path, graph: str) -> Path:
     """The graph of all ranks, while the bundle is built."""
-    return work.partial / f".{graph}.onnx"
+    return folder / f".{graph}.onnx"
 
 
 def _order(settings: Settings, name: str) -> tuple[int, int]:
@@ -216,40 +227,39 @@ def _order(settings: Settings, name: str) -> tuple[int, int]:
     return settings.graphs.index(graph), int(rank)
 
 
-def _traced(graph: str, work: _Work, amax: dict[str, float]) -> ModelProto:
-    settings = work.settings
+def trace_graphs(config: ModelConfig, settings: Settings, amax: dict[str, float], folder: Path) -> dict[str, float]:
+    """Write the graphs of all ranks -> seconds of each."""
+    seconds = {}
+    for graph in settings.graphs:
+        start = time.perf_counter()
+        onnx.save(_traced(graph, config, settings, amax, folder), _common(folder, graph))
+        seconds[graph] = time.perf_counter() - start
+    return seconds
+
+
+def _traced(graph: str, config: ModelConfig, settings: Settings, amax: dict[str, float], folder: Path) -> ModelProto:
     if graph == "loop":
-        return to_loop(onnx.load(_common(work, "step")), settings.steps)
-    model = trace(graph, work.config, settings.layout, settings.torch_dtype)
+        return to_loop(onnx.load(_common(folder, "step")), settings.steps)
+    model = trace(graph, config, settings.layout, settings.torch_dtype)
     return model if settings.quantization is None else quantize_graph(model, settings.quantization, amax)
 
 
-def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, traced: float) -> Built:
-    """Graph and engine of one rank; `traced` are the seconds spent before."""
-    start, settings, with_child = time.perf_counter(), work.settings, 0
+def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None) -> Built:
+    """Graph and engine of one rank."""
+    start, settings, memory = time.perf_counter(), work.settings, peak_memory()
     file, engine = (work.partial / settings.file(graph, rank, suffix) for suffix in ("onnx", "engine"))
     if places is None:
-        shutil.copy(_common(work, graph), file)
+        shutil.copy(_common(work.partial, graph), file)
     else:
-        onnx.save(inline(onnx.load(_common(work, graph)), places), file)
+        onnx.save(inline(onnx.load(_common(work.partial, graph)), places), file)
     if work.builder != "onnx" and places is None and rank > 0:
         link(engine.with_name(settings.file(graph, 0, "engine")), engine)
     elif work.builder != "onnx":
         work.progress(f"{graph}, rank {rank}: building the engine")
         world, profile = settings.layout.world_size, settings.profile(graph, work.config)
-        held = _held_memory()
-        with_child = held + build_engine_apart(work.builder, file, engine, profile, world, work.targets)
+        _, memory = _call(work, build_engine, work.builder, file, engine, profile, world, work.targets)
     engine_bytes = engine.stat().st_size if work.builder != "onnx" else 0
-    seconds = time.perf_counter() - start + traced
-    return Built(file.stat().st_size, engine_bytes, round(seconds, 2), max(peak_memory(), with_child))
-
-
-def _held_memory() -> int:
-    """Bytes of this process, once what tracing has left is given back to the system."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps it otherwise
-        libc.malloc_trim(0)
-    return psutil.Process().memory_info().rss
+    return Built(file.stat().st_size, engine_bytes, time.perf_counter() - start, memory)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from export.apart import call_apart
 from export.builders import BuilderError, build_engine, check_target, inspect_network, load_module
-from export.engine_process import build_engine_apart
 from export.engine_session import EngineSession, Slot, _deserialize, check_inputs, geometry
 from export.runner import EngineError
 
@@ -164,7 +164,8 @@ def test_files_of_the_working_directory_are_not_imported(tmp_path, monkeypatch):
     file = product(tmp_path / "graph.onnx")
     for path in ("", os.pathsep, f"{tmp_path / 'nothing'}{os.pathsep}"):
         monkeypatch.setenv("PYTHONPATH", path)
-        assert build_engine_apart(RTX, file, tmp_path / "graph.engine", BATCH) > 0
+        report, peak = call_apart(build_engine, RTX, file, tmp_path / "graph.engine", BATCH)
+        assert report.bytes > 1000 and peak > 10**8
 
 
 def test_an_engine_file_is_mapped_not_read(tmp_path):

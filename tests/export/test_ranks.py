@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from export import graph
+from export.apart import _one_gpu
 from export.bundle import BundleError, read_weights
 from export.checking import trajectory
-from export.engine_process import _one_gpu
 from export.engine_session import EngineSession
 from export.graph import Model, Weights, empty_context
 from export.runner import Engine

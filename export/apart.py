@@ -1,0 +1,79 @@
+"""Calls a function in a process of its own, which gives all of its memory back at its end.
+
+A process that builds an engine needs no torch, and what tracing leaves in memory nobody else needs. Run as
+`python -m export.apart`, it reads the pickled function and its arguments, and answers with the pickled result. It ends
+with whoever has started it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from export.builders import BuilderError, peak_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call_apart[T](function: Callable[..., T], /, *arguments: object) -> tuple[T, int]:
+    """`function(*arguments)` in a child, on this process's own GPU -> its result, the child's peak memory in bytes.
+
+    Raises the function's `ValueError` or `OSError`; any other end of the child is a `BuilderError` with its code.
+    """
+    done = subprocess.run(  # kills the child where it is left by an exception, SystemExit of a signal too
+        [sys.executable, "-P", "-m", "export.apart"],
+        input=pickle.dumps((function, arguments)),
+        stdout=subprocess.PIPE,
+        env={**os.environ, **_one_gpu(), "PYTHONPATH": _search_path()},
+    )
+    if done.returncode:
+        raise BuilderError(f"the process of {function.__name__} ended with code {done.returncode}; see above")
+    result, peak = pickle.loads(done.stdout)
+    if isinstance(result, ValueError | OSError):
+        raise result
+    return result, peak
+
+
+def _search_path() -> str:
+    """This repository first. An empty part would be the working directory, which `-P` keeps out."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(ROOT), *filter(None, given)])
+
+
+def _one_gpu() -> dict[str, str]:
+    """Of several processes on a machine, each builds on a GPU of its own."""
+    from export.team import own_device  # imports torch, for which the child may have no use
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "LOCAL_RANK" not in os.environ or visible == "":
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": str(own_device()) if visible is None else visible.split(",")[own_device()]}
+
+
+def _end_with_parent() -> None:
+    """Have the kernel (Linux) kill this process when its parent ends, even one that could not say so any more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    _end_with_parent()
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is not the answer
+    function, arguments = pickle.load(sys.stdin.buffer)
+    try:
+        result = function(*arguments)
+    except (ValueError, OSError) as error:
+        result = error
+    with answer:
+        pickle.dump((result, peak_memory()), answer)
+
+
+if __name__ == "__main__":
+    main()
