@@ -18,7 +18,7 @@ import pytest
 from tests.slurm.cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 16
+STEPS, EVERY = 16, 4  # of a run; between its checkpoints
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 SECONDS = 300  # from the submission to the end, a restart included: importing NeMo costs ten seconds a rank
 
@@ -50,12 +50,19 @@ class Job:
         self.wait_for(lambda: self.cluster.job(self.number)["JobState"] in ENDED, "the end")
         assert self.cluster.job(self.number)["JobState"] == state, self.known()
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_steps(self, restarts: int = 0) -> None:
+        """Until a start of this job has made two steps, counted from where it began."""
+        began: list[int] = []
+
         def reached() -> bool:
             assert self.cluster.job(self.number)["JobState"] not in ENDED, self.known()
-            return len(self.lines()) >= step
+            status = self.status()
+            if (status.get("state"), status.get("restarts")) != ("running", restarts):
+                return False
+            began[:] = began or [status["step"]]
+            return len(self.lines()) >= began[0] + 2
 
-        self.wait_for(reached, f"step {step}")
+        self.wait_for(reached, f"steps after {restarts} restarts")
 
     def wait_for_restart(self, restarts: int = 1) -> None:
         """Until Slurm has put the job back into its queue."""
@@ -83,7 +90,8 @@ class Job:
         (self.run / "aside").rename(metrics)
 
     def status(self) -> dict[str, Any]:
-        return json.loads((self.run / "status.json").read_text())
+        file = self.run / "status.json"
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def lines(self, run: Path | None = None) -> list[dict[str, Any]]:
         file = (run or self.run) / "metrics.jsonl"
@@ -144,7 +152,7 @@ class Jobs:
         self.count += 1
         return self.run(
             "launch/train.py", "parallel=tp2_ep2", "data.global_batch_size=8",
-            f"trainer.max_steps={steps}", "trainer.checkpoint_every=4", "optim.warmup_steps=2",
+            f"trainer.max_steps={steps}", f"trainer.checkpoint_every={EVERY}", "optim.warmup_steps=2",
             "trainer.progress=false", "exp_manager.tensorboard=false", f"exp_manager.exp_dir={self.directory}",
             f"exp_manager.name=run{self.count}", "exp_manager.version=one", *overrides,
         )  # fmt: skip
