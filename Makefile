@@ -2,6 +2,8 @@
 # ARGS is handed on: make test ARGS="tests/model -k rotary", make demo ARGS="trainer.max_steps=20".
 
 PYTHON_IN_VENV := .venv/bin/python
+# Two processes for two cores and some 10 GB; ARGS="-n 0" for one, as --pdb wants it.
+IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo export-demo test test-slurm test-all test-gpu lint format clean
@@ -19,7 +21,7 @@ export-demo: venv ## Export the model of the demo: build engines, compare with P
 	$(PYTHON_IN_VENV) export/demo.py $(ARGS)
 
 test: venv ## Run the tests, without the slow ones
-	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" --ignore=tests/slurm $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" --ignore=tests/slurm $(IN_PARALLEL) $(ARGS)
 
 test-slurm: venv ## Run training jobs on a real Slurm, started here (installed too, as root on Debian or Ubuntu)
 	$(PYTHON_IN_VENV) -m pytest -q tests/slurm $(ARGS)

@@ -56,14 +56,14 @@ def _one_gpu() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": str(own_device()) if visible is None else visible.split(",")[own_device()]}
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have the kernel (Linux) kill this process when its parent ends, even one that could not say so any more."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    _end_with_parent()
+    end_with_parent()
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is not the answer
     function, arguments = pickle.load(sys.stdin.buffer)

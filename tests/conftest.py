@@ -29,6 +29,24 @@ VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For pytest-xdist: what shares the pools of ranks, traced graphs or the fixtures of a module has one process."""
+    if not hasattr(config, "workerinput"):
+        return
+
+    def group(item: Any) -> str:
+        module = item.module.__name__
+        if {"pool", "gpu_pool"} & set(item.fixturenames):
+            return "ranks"
+        return "export" if module.startswith("tests.export") else module
+
+    long = ("export", "ranks", "tests.training", "tests.launch", "")  # first, so that none is left for the end
+    items.sort(key=lambda item: next(place for place, name in enumerate(long) if group(item).startswith(name)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], Pool]]:
     """`pool(world)` -> the session's pool of that many gloo ranks; one that died is started again."""

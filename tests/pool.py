@@ -17,6 +17,8 @@ import traceback
 from datetime import timedelta
 from typing import Any
 
+from export.apart import end_with_parent
+
 
 def _work(rank: int, world: int, port: int, connection: Any, gpus: str, hidden_modules: tuple[str, ...]) -> None:
     os.environ.update(
@@ -29,6 +31,7 @@ def _work(rank: int, world: int, port: int, connection: Any, gpus: str, hidden_m
         CUDA_VISIBLE_DEVICES=gpus,
     )
     faulthandler.register(signal.SIGUSR1)
+    end_with_parent()  # stopped, they would not see it go
     for name in hidden_modules:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it now fails as if it were not installed
     import torch

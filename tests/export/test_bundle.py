@@ -53,15 +53,6 @@ class Shown:
 
 
 @pytest.fixture(scope="module")
-def traces(checkpoint):
-    """Graphs come from the session's traces: the same functions, traced once."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr("export.building.trace", lambda graph, config, layout, dtype: kit.graph(graph, "base", layout, dtype))
-    yield kit.calm(checkpoint)
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
 def bundle(traces, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "base"
     build_bundle(traces, out, Settings(steps=8, limits=LIMITS))

@@ -60,15 +60,14 @@ def arguments(checkpoint: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_two_processes_build_what_one_does(checkpoint, tmp_path):
-    source = kit.calm(checkpoint)
-    both = start(2, lambda rank: {}, *arguments(source, tmp_path / "both"))
+def test_two_processes_build_what_one_does(traces, tmp_path):
+    both = start(2, lambda rank: {}, *arguments(traces, tmp_path / "both"))
     assert [done.returncode for done in both] == [0, 0], both[0].stderr + both[1].stderr
     assert both[1].stdout == ""
     told = json.loads(both[0].stdout.splitlines()[-1])
     assert list(told["graphs"]) == ["encode.rank0", "encode.rank1", "step.rank0", "step.rank1"]
     config = BuildConfig(
-        checkpoint=str(source), out=str(tmp_path / "one"), weights="inline", graphs=["encode", "step"],
+        checkpoint=str(traces), out=str(tmp_path / "one"), weights="inline", graphs=["encode", "step"],
         parallel=ParallelGroup(**LAYOUT), max_context=64, max_chunk=16,
     )  # fmt: skip
     build(config, Shown())
@@ -113,16 +112,15 @@ def test_more_processes_than_ranks_are_refused(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["nemo", "sharded"])
-def test_a_checkpoint_of_another_format_gives_the_same_bundle(checkpoint, tmp_path, format, monkeypatch):
-    source = kit.calm(checkpoint)
+def test_a_checkpoint_of_another_format_gives_the_same_bundle(traces, tmp_path, format, monkeypatch):
     given = tmp_path / ("model.nemo" if format == "nemo" else "sharded")
-    save_network(load_network(source), str(given), format)
+    save_network(load_network(traces), str(given), format)
     unpacked = []
     extract = tarfile.TarFile.extractall
     monkeypatch.setattr(
         tarfile.TarFile, "extractall", lambda self, path, **k: unpacked.append(path) or extract(self, path, **k)
     )
-    for place, name in ((source, "expected"), (given, "found")):
+    for place, name in ((traces, "expected"), (given, "found")):
         config = BuildConfig(checkpoint=str(place), out=str(tmp_path / name), graphs=["encode", "step"], max_context=64)
         build(config, Shown())
     for file in ("encode.rank0.onnx", "step.rank0.onnx"):

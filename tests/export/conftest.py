@@ -1,0 +1,16 @@
+"""What tests of several modules here begin with."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.export import kit
+
+
+@pytest.fixture(scope="module")
+def traces(checkpoint):
+    """Graphs come from the session's traces: the same functions, traced once."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("export.building.trace", lambda graph, config, layout, dtype: kit.graph(graph, "base", layout, dtype))
+    yield kit.calm(checkpoint)
+    patch.undo()
