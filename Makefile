@@ -1,9 +1,9 @@
 # Every target that needs .venv brings it up to date first; where it is, that takes milliseconds.
-# ARGS is handed on: make test ARGS="tests/model -k rotary", make demo ARGS="trainer.max_steps=20".
+# ARGS is handed on: make test ARGS="tests/data -k sudoku", make demo ARGS="trainer.max_steps=20".
 
 PYTHON_IN_VENV := .venv/bin/python
 # Two processes for two cores and some 10 GB; ARGS="-n 0" for one, as --pdb wants it.
-IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+IN_PARALLEL := -n 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo export-demo test test-slurm test-all test-gpu lint format clean
