@@ -13,18 +13,23 @@ import pickle
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from export.builders import BuilderError, peak_memory
+from export.builders import peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class ChildCrash(RuntimeError):
+    """A child died, and no user's mistake is to blame: a defect, or too little memory."""
 
 
 def call_apart[T](function: Callable[..., T], /, *arguments: object) -> tuple[T, int]:
     """`function(*arguments)` in a child, on this process's own GPU -> its result, the child's peak memory in bytes.
 
-    Raises the function's `ValueError` or `OSError`; any other end of the child is a `BuilderError` with its code.
+    Raises the function's `ValueError` or `OSError`; any other end of the child is a `ChildCrash`.
     """
     done = subprocess.run(  # kills the child where it is left by an exception, SystemExit of a signal too
         [sys.executable, "-P", "-m", "export.apart"],
@@ -33,7 +38,7 @@ def call_apart[T](function: Callable[..., T], /, *arguments: object) -> tuple[T,
         env={**os.environ, **_one_gpu(), "PYTHONPATH": _search_path()},
     )
     if done.returncode:
-        raise BuilderError(f"the process of {function.__name__} ended with code {done.returncode}; see above")
+        raise ChildCrash(f"the process of {function.__name__} ended with code {done.returncode}; see above")
     result, peak = pickle.loads(done.stdout)
     if isinstance(result, ValueError | OSError):
         raise result
@@ -70,6 +75,7 @@ def main() -> None:
     try:
         result = function(*arguments)
     except (ValueError, OSError) as error:
+        error.add_note(traceback.format_exc())
         result = error
     with answer:
         pickle.dump((result, peak_memory()), answer)

@@ -213,8 +213,8 @@ def _call[T](work: _Work, function: Callable[..., T], *arguments: object) -> tup
     if work.builder == "onnx":
         return function(*arguments), peak_memory()
     held = psutil.Process().memory_info().rss
-    result, childs = call_apart(function, *arguments)
-    return result, held + childs
+    result, most = call_apart(function, *arguments)
+    return result, max(held + most, peak_memory())
 
 
 def _common(folder: Path, graph: str) -> Path:
@@ -246,7 +246,7 @@ def _traced(graph: str, config: ModelConfig, settings: Settings, amax: dict[str,
 
 def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None) -> Built:
     """Graph and engine of one rank."""
-    start, settings, memory = time.perf_counter(), work.settings, peak_memory()
+    start, settings, memory = time.perf_counter(), work.settings, 0
     file, engine = (work.partial / settings.file(graph, rank, suffix) for suffix in ("onnx", "engine"))
     if places is None:
         shutil.copy(_common(work.partial, graph), file)
@@ -259,7 +259,7 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None) 
         world, profile = settings.layout.world_size, settings.profile(graph, work.config)
         _, memory = _call(work, build_engine, work.builder, file, engine, profile, world, work.targets)
     engine_bytes = engine.stat().st_size if work.builder != "onnx" else 0
-    return Built(file.stat().st_size, engine_bytes, time.perf_counter() - start, memory)
+    return Built(file.stat().st_size, engine_bytes, time.perf_counter() - start, max(memory, peak_memory()))
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

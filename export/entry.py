@@ -21,6 +21,7 @@ os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is 
 
 from omegaconf import DictConfig
 
+from export.apart import ChildCrash
 from export.team import TeamCrash
 from launch.cluster import Submission
 from launch.configuration import compose, frozen, is_multirun
@@ -63,7 +64,7 @@ def _run(work: Callable[[Any, Results], Mapping[str, Any]], config: Any) -> None
     try:
         with _ended_by_sigterm():
             results.close(work(config, results))
-    except (ValueError, OSError, TeamCrash) as error:
+    except (ValueError, OSError, ChildCrash, TeamCrash) as error:
         if "HYDRA_FULL_ERROR" in os.environ:
             traceback.print_exc()
         paragraph(str(error))
