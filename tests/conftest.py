@@ -29,22 +29,44 @@ VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+# Of pytest-xdist's processes one has all tests of a group: they share the pools of ranks, or traced graphs.
+GROUPS = {
+    "export": ("tests/export/",),
+    "ranks": (
+        "tests/checkpoint/",
+        "tests/distributed/",
+        "tests/parallel/",
+        "tests/training/test_archive",
+        "tests/training/test_run",
+        "tests/parity/test_joint",
+    ),
+    "gpu": ("tests/gpu/",),
+    "starts": ("tests/training/", "tests/launch/"),
+}
+
+
+def group_of(nodeid: str) -> str:
+    """Its name; other tests are grouped by their files."""
+    return next((name for name, paths in GROUPS.items() if nodeid.startswith(paths)), nodeid.split("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    # its own groups, --dist=loadgroup, go into Item._nodeid, which pytest 9.2 does not read
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For pytest-xdist: what shares the pools of ranks, traced graphs or the fixtures of a module has one process."""
-    if not hasattr(config, "workerinput"):
-        return
-
-    def group(item: Any) -> str:
-        module = item.module.__name__
-        if {"pool", "gpu_pool"} & set(item.fixturenames):
-            return "ranks"
-        return "export" if module.startswith("tests.export") else module
-
-    long = ("export", "ranks", "tests.training", "tests.launch", "")  # first, so that none is left for the end
-    items.sort(key=lambda item: next(place for place, name in enumerate(long) if group(item).startswith(name)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    """The long groups first, so that none is left for the end."""
+    if hasattr(config, "workerinput"):  # pytest-xdist's
+        order = [*GROUPS, *dict.fromkeys(group_of(item.nodeid) for item in items)]
+        items.sort(key=lambda item: order.index(group_of(item.nodeid)))
 
 
 @pytest.fixture(scope="session")

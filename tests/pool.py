@@ -5,10 +5,12 @@ pool(2).run("tests.distributed.cases:logits", path=..., layout=dict(tensor=2))  
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -18,6 +20,15 @@ from datetime import timedelta
 from typing import Any
 
 from export.apart import end_with_parent
+
+
+def free_port() -> int:
+    """Nobody listens there, nor does a connection get it before a rank listens: the kernel deals out higher ones."""
+    while True:
+        port = random.randrange(18_100, 19_900)  # below: slurm/testcluster; above: jobs
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _work(rank: int, world: int, port: int, connection: Any, gpus: str, hidden_modules: tuple[str, ...]) -> None:
@@ -58,9 +69,7 @@ class Pool:
     """
 
     def __init__(self, world: int, gpus: str = "", hidden_modules: tuple[str, ...] = ()) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         context = multiprocessing.get_context("spawn")
         self._connections, self._processes = [], []
         for rank in range(world):
@@ -136,7 +145,9 @@ class Pools:
 
     def get(self, world: int, **settings: Any) -> Pool:
         key = (world, *sorted(settings.items()))
-        if key not in self._pools or not self._pools[key].alive:
+        if key in self._pools and not self._pools[key].alive:
+            self._pools.pop(key).kill()  # the others may be stopped
+        if key not in self._pools:
             self._pools[key] = Pool(world, **settings)
         return self._pools[key]
 

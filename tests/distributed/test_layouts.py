@@ -110,13 +110,12 @@ def test_loss_and_gradients(pool, reference, checkpoint, one_process, size, layo
 
 def test_a_trained_model_does_not_keep_its_process_groups(pool, checkpoint):
     """Each group has threads, which look for work as long as it lives."""
-    axes, other = dict(tensor=2), dict(expert=2)
     path, asked = checkpoint("base", **objectives.WEIGHTS["base"]), objectives.asked("base", "two_canvases")
     counts = []
-    for _ in range(3):
-        pool(2).run("tests.distributed.cases:gradients", path=path, layout=axes, **asked)
-        counts.append(pool(2).run("tests.distributed.cases:threads", layout=other)[0])
-    assert counts[1] == counts[2] < 200
+    for _ in range(3):  # the first time also starts threads that stay
+        pool(2).run("tests.distributed.cases:gradients", path=path, layout=dict(tensor=2), **asked)
+        counts.append(pool(2).run("tests.distributed.cases:threads", layout=dict(expert=2)))
+    assert counts[0] == counts[1] == counts[2]
 
 
 @pytest.fixture(scope="module")

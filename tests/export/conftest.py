@@ -11,6 +11,11 @@ from tests.export import kit
 def traces(checkpoint):
     """Graphs come from the session's traces: the same functions, traced once."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("export.building.trace", lambda graph, config, layout, dtype: kit.graph(graph, "base", layout, dtype))
+
+    def trace(graph, config, layout, dtype):
+        assert config == kit.config("base")
+        return kit.graph(graph, "base", layout, dtype)
+
+    patch.setattr("export.building.trace", trace)
     yield kit.calm(checkpoint)
     patch.undo()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -25,6 +24,7 @@ from nemo_diffgemma.checkpoint.open import load_network, save_network
 from nemo_diffgemma.training.schema import ParallelGroup
 from tests.export import kit
 from tests.export.test_bundle import Shown
+from tests.pool import free_port
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "export" / "build.py")
 LAYOUT = dict(tensor=2, expert=2)
@@ -35,9 +35,7 @@ pytestmark = pytest.mark.usefixtures("single")
 def start(
     world: int, environment: Callable[[int], dict[str, str]], *arguments: str
 ) -> list[subprocess.CompletedProcess]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(world):
         slurm = dict(SLURM_STEP_NUM_TASKS=str(world), SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_JOB_ID="1")
@@ -138,30 +136,47 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "sent"), [("tracing", signal.SIGTERM), ("building", signal.SIGTERM), ("building", signal.SIGKILL)]
+    ("stage", "sent"),
+    [
+        ("tracing", signal.SIGTERM),
+        ("tracing apart", signal.SIGTERM),
+        ("tracing apart", signal.SIGKILL),
+        ("building", signal.SIGTERM),
+    ],
 )
 def test_a_build_that_is_ended_leaves_nothing_behind(checkpoint, tmp_path, stage, sent):
     """As Slurm ends it at a pre-emption: no half-written bundle, and no child that goes on building."""
-    if stage == "building":
+    if stage != "tracing":
         pytest.importorskip("tensorrt_rtx")
     out = tmp_path / "out" / "bundle"
     command = [sys.executable, SCRIPT, f"checkpoint={kit.calm(checkpoint)}", f"out={out}", "max_context=64"]
-    command += ["builder=tensorrt_rtx"] * (stage == "building")
+    command += ["builder=tensorrt_rtx"] * (stage != "tracing")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    builders: list[psutil.Process] = []
+    children: list[psutil.Process] = []
     until = time.monotonic() + 240
-    while not (builders if stage == "building" else list(out.parent.glob(".bundle.partial-*/checkpoint"))):
+    while not (list(out.parent.glob(".bundle.partial-*/checkpoint")) if stage == "tracing" else children):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
-        builders = [child for child in psutil.Process(process.pid).children() if is_building(child)]
-    for child in builders:
+        children = [child for child in psutil.Process(process.pid).children() if has_loaded(child, LOADED[stage])]
+    for child in children:
         child.suspend()  # so that it is not its own end that is seen below
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
-    assert psutil.wait_procs(builders, timeout=10)[1] == []
+    assert psutil.wait_procs(children, timeout=10)[1] == []
     if sent == signal.SIGTERM:  # else there was no time for more
         assert process.returncode == 128 + signal.SIGTERM, errors
         assert list(out.parent.iterdir()) == []
+
+
+# the library by which a child is known
+LOADED = {"tracing": "", "tracing apart": "libtorch_cpu", "building": "libtensorrt"}
+
+
+def has_loaded(process: psutil.Process, library: str) -> bool:
+    try:
+        return any(library in file.path for file in process.memory_maps())
+    except psutil.Error:
+        return False
 
 
 SWALLOWED = """
@@ -185,11 +200,3 @@ def test_sigterm_is_not_lost_in_a_callback_that_swallows_exceptions():
         [sys.executable, "-c", SWALLOWED], cwd=Path(SCRIPT).parents[1], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (143, "cleaned up\n"), done.stderr
-
-
-def is_building(process: psutil.Process) -> bool:
-    """Whether it has come as far as to load TensorRT."""
-    try:
-        return any("tensorrt" in file.path for file in process.memory_maps())
-    except psutil.Error:
-        return False

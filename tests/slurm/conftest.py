@@ -18,7 +18,7 @@ import pytest
 from tests.slurm.cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, EVERY = 16, 4  # of a run; between its checkpoints
+STEPS, EVERY = 36, 4  # of a run; between its checkpoints
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 SECONDS = 300  # from the submission to the end, a restart included: importing NeMo costs ten seconds a rank
 
@@ -50,8 +50,8 @@ class Job:
         self.wait_for(lambda: self.cluster.job(self.number)["JobState"] in ENDED, "the end")
         assert self.cluster.job(self.number)["JobState"] == state, self.known()
 
-    def wait_for_steps(self, restarts: int = 0) -> None:
-        """Until a start of this job has made two steps, counted from where it began."""
+    def wait_for_checkpoint(self, restarts: int = 0) -> int:
+        """Until a start of this job is beyond a checkpoint of its own -> about where it began."""
         began: list[int] = []
 
         def reached() -> bool:
@@ -60,9 +60,10 @@ class Job:
             if (status.get("state"), status.get("restarts")) != ("running", restarts):
                 return False
             began[:] = began or [status["step"]]
-            return len(self.lines()) >= began[0] + 2
+            return len(self.lines()) > began[0] + EVERY
 
-        self.wait_for(reached, f"steps after {restarts} restarts")
+        self.wait_for(reached, f"a checkpoint after {restarts} restarts")
+        return began[0]
 
     def wait_for_restart(self, restarts: int = 1) -> None:
         """Until Slurm has put the job back into its queue."""

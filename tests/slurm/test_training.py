@@ -22,17 +22,16 @@ def undisturbed(jobs: Jobs) -> Job:
     return job
 
 
-def check_resumed(job: Job, undisturbed: Job, restarts: int) -> None:
-    """Wait for the end of a job that was disturbed."""
+def check_resumed(job: Job, undisturbed: Job, restarts: int, saved: int = 0) -> None:
+    """Wait for the end of a job that was disturbed `restarts` times, and saved when asked to stop `saved` times."""
     job.wait()
     assert job.losses() == undisturbed.losses(), job.known()
     status = job.status()
     assert (status["state"], status["step"], status["restarts"]) == ("finished", STEPS, restarts)
     check_nothing_left(job)
     *interrupted, last = job.saved()
-    assert last == STEPS
-    periodic = set(range(EVERY, STEPS + 1, EVERY))
-    assert set(job.checkpoints()) == periodic | set(interrupted)
+    assert len(interrupted) == saved and all(step < STEPS for step in interrupted) and last == STEPS
+    assert set(job.checkpoints()) == {*range(EVERY, STEPS + 1, EVERY), *interrupted}
 
 
 def check_nothing_left(job: Job) -> None:
@@ -50,16 +49,16 @@ def test_an_undisturbed_job_leaves_logs_a_heartbeat_and_no_process(undisturbed):
 
 def test_a_killed_rank_then_a_hang_then_a_requeue_by_an_administrator(jobs, undisturbed):
     job = jobs.submit("trainer.hang_minutes=0.5")
-    job.wait_for_steps()
+    job.wait_for_checkpoint()
     os.kill(job.rank(3), signal.SIGKILL)
-    job.wait_for_steps(restarts=1)
+    assert job.wait_for_checkpoint(restarts=1) >= EVERY
+    assert "ended with code 137; restart 1 of at most 3" in job.out()
     with job.blocked():
         job.wait_for_restart(2)
-    job.wait_for_steps(restarts=2)
-    assert job.saved() == []  # so far it went back to periodic checkpoints
+    assert job.wait_for_checkpoint(restarts=2) >= 2 * EVERY
+    assert f"made no step in time, stacks are in {job.run}/slurm/rank-*.log; restart 2 of at most 3" in job.out()
     job.cluster.scontrol("requeue", job.number)
-    check_resumed(job, undisturbed, restarts=3)
-    assert len(job.saved()) == 2
+    check_resumed(job, undisturbed, restarts=3, saved=1)
     dumps = [(job.run / "slurm" / f"rank-{rank}.log").read_text() for rank in range(4)]
     assert "callbacks.py" in dumps[0] and "in _append" in dumps[0]
     for dump in dumps:
@@ -68,11 +67,11 @@ def test_a_killed_rank_then_a_hang_then_a_requeue_by_an_administrator(jobs, undi
 
 def test_a_lost_node_then_a_time_limit_without_time_to_save_then_preemption(jobs, undisturbed):
     job = jobs.submit()
-    job.wait_for_steps()
+    job.wait_for_checkpoint()
     lost = job.nodes()[-1]
     job.cluster.scontrol("update", f"NodeName={lost}", "State=DOWN", "Reason=test")
     try:
-        job.wait_for_steps(restarts=1)
+        assert job.wait_for_checkpoint(restarts=1) >= EVERY
         assert lost not in job.nodes()
     finally:
         job.cluster.scontrol("update", f"NodeName={lost}", "State=RESUME")
@@ -80,13 +79,11 @@ def test_a_lost_node_then_a_time_limit_without_time_to_save_then_preemption(jobs
         job.limit(-1)
         job.wait_for_restart(2)
     job.limit(10)
-    job.wait_for_steps(restarts=2)
+    assert job.wait_for_checkpoint(restarts=2) >= 2 * EVERY
     assert "not done, and not stopped either, at the time limit; restart 2 of at most 3" in job.out()
-    assert job.saved() == []
     options = ["--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     other = job.cluster.call("sbatch", "--parsable", *options)
-    check_resumed(job, undisturbed, restarts=3)
-    assert len(job.saved()) == 2
+    check_resumed(job, undisturbed, restarts=3, saved=1)
     assert job.cluster.job(other)["JobState"] == "COMPLETED"
 
 
@@ -94,23 +91,22 @@ def test_a_node_that_fails_its_check_is_left_out_then_the_warning_before_the_tim
     for node in ("n1", "n3"):
         (tmp_path / node).mkdir()
     job = jobs.submit(f"cluster.preflight.scratch={tmp_path}/%N")
-    job.wait_for_steps(restarts=1)
+    job.wait_for_checkpoint(restarts=1)
     assert job.nodes() == ["n1", "n3"]
     assert "pre-flight check: n2 broken" in job.out()
     os.kill(job.rank(3), signal.SIGSTOP)  # until the warning: else the run would be done before Slurm looks
     job.limit(1)
     job.wait_for_restart(2)
     job.limit(10)
-    check_resumed(job, undisturbed, restarts=2)
+    check_resumed(job, undisturbed, restarts=2, saved=1)
     assert "stopped by a signal, after saving; restart 2 of at most 3" in job.out()
-    assert len(job.saved()) == 2
     assert job.nodes() == ["n1", "n3"]
 
 
 def test_no_more_restarts_than_configured(jobs):
     job = jobs.submit("cluster.max_restarts=1", steps=100_000)
     for restarts in (0, 1):
-        job.wait_for_steps(restarts)
+        job.wait_for_checkpoint(restarts)
         os.kill(job.rank(1), signal.SIGKILL)
     job.wait("FAILED")
     assert "1 restarts are the limit (cluster.max_restarts): giving up" in job.out()
