@@ -31,7 +31,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Of pytest-xdist's processes one has all tests of a group: they share the pools of ranks, or traced graphs.
 GROUPS = {
-    "export": ("tests/export/",),
+    "traces": tuple(
+        f"tests/export/test_{name}" for name in ("bundle", "engines", "graphs", "ranks", "roofline", "team", "triton")
+    ),
     "ranks": (
         "tests/checkpoint/",
         "tests/distributed/",
