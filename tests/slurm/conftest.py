@@ -18,7 +18,7 @@ import pytest
 from tests.slurm.cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, EVERY = 36, 4  # of a run; between its checkpoints
+STEPS, EVERY = 24, 2  # of a run; between its checkpoints
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 SECONDS = 300  # from the submission to the end, a restart included: importing NeMo costs ten seconds a rank
 

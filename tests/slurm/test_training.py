@@ -75,15 +75,17 @@ def test_a_lost_node_then_a_time_limit_without_time_to_save_then_preemption(jobs
         assert lost not in job.nodes()
     finally:
         job.cluster.scontrol("update", f"NodeName={lost}", "State=RESUME")
+    at_loss = len(job.saved())  # Slurm ends the ranks with SIGTERM, and here those of the lost node are there to save
     with job.blocked():
         job.limit(-1)
         job.wait_for_restart(2)
     job.limit(10)
     assert job.wait_for_checkpoint(restarts=2) >= 2 * EVERY
     assert "not done, and not stopped either, at the time limit; restart 2 of at most 3" in job.out()
+    assert len(job.saved()) == at_loss
     options = ["--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     other = job.cluster.call("sbatch", "--parsable", *options)
-    check_resumed(job, undisturbed, restarts=3, saved=1)
+    check_resumed(job, undisturbed, restarts=3, saved=at_loss + 1)
     assert job.cluster.job(other)["JobState"] == "COMPLETED"
 
 
