@@ -196,11 +196,8 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
     for graph in settings.graphs:
         with team.together():
             for rank in mine:
-                one = _build(work, graph, rank, places.get(rank))
                 traced = seconds.pop(graph, 0.0)  # once for all ranks
-                built[f"{graph}.rank{rank}"] = replace(
-                    one, seconds=round(one.seconds + traced, 2), peak_memory=max(one.peak_memory, memory)
-                )
+                built[f"{graph}.rank{rank}"] = _build(work, graph, rank, places.get(rank), traced, memory)
     if team.first:
         for graph in settings.graphs:
             _common(work.partial, graph).unlink()
@@ -244,9 +241,9 @@ def _traced(graph: str, config: ModelConfig, settings: Settings, amax: dict[str,
     return model if settings.quantization is None else quantize_graph(model, settings.quantization, amax)
 
 
-def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None) -> Built:
-    """Graph and engine of one rank."""
-    start, settings, memory = time.perf_counter(), work.settings, 0
+def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, traced: float, memory: int) -> Built:
+    """Graph and engine of one rank; tracing took `traced` seconds and `memory` bytes."""
+    start, settings = time.perf_counter(), work.settings
     file, engine = (work.partial / settings.file(graph, rank, suffix) for suffix in ("onnx", "engine"))
     if places is None:
         shutil.copy(_common(work.partial, graph), file)
@@ -257,9 +254,11 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None) 
     elif work.builder != "onnx":
         work.progress(f"{graph}, rank {rank}: building the engine")
         world, profile = settings.layout.world_size, settings.profile(graph, work.config)
-        _, memory = _call(work, build_engine, work.builder, file, engine, profile, world, work.targets)
+        _, most = _call(work, build_engine, work.builder, file, engine, profile, world, work.targets)
+        memory = max(memory, most)
     engine_bytes = engine.stat().st_size if work.builder != "onnx" else 0
-    return Built(file.stat().st_size, engine_bytes, time.perf_counter() - start, max(memory, peak_memory()))
+    seconds = round(time.perf_counter() - start + traced, 2)
+    return Built(file.stat().st_size, engine_bytes, seconds, max(memory, peak_memory()))
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

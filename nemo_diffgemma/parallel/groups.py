@@ -36,7 +36,9 @@ def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta 
     layout.check_world(dist.get_world_size())
     if _layout == layout and parallel_state.model_parallel_is_initialized():
         return
-    _destroy_groups()
+    if _layout is not None:
+        _destroy_groups()
+        gc.collect()  # models that nobody uses any more hold groups of theirs, in cycles
     before = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -58,7 +60,6 @@ def _destroy_groups() -> None:
         if group in dist.distributed_c10d._world.pg_map:  # a few it does destroy
             dist.destroy_process_group(group)
     _groups.clear()
-    gc.collect()  # models that nobody uses any more hold groups of theirs, in cycles
 
 
 def _start_world(timeout: timedelta) -> None:

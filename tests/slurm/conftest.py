@@ -65,7 +65,7 @@ class Job:
         self.wait_for(reached, f"a checkpoint after {restarts} restarts")
         return began[0]
 
-    def wait_for_restart(self, restarts: int = 1) -> None:
+    def wait_for_restart(self, restarts: int) -> None:
         """Until Slurm has put the job back into its queue."""
 
         def is_back() -> bool:

@@ -22,7 +22,7 @@ def undisturbed(jobs: Jobs) -> Job:
     return job
 
 
-def check_resumed(job: Job, undisturbed: Job, restarts: int, saved: int = 0) -> None:
+def check_resumed(job: Job, undisturbed: Job, restarts: int, saved: int) -> None:
     """Wait for the end of a job that was disturbed `restarts` times, and saved when asked to stop `saved` times."""
     job.wait()
     assert job.losses() == undisturbed.losses(), job.known()
