@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +12,9 @@ from pathlib import Path
 import pytest
 
 from launch.preflight import BROKEN_NODE, Report, pairs, skews, verdict
+from tests.pool import free_port
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "launch" / "preflight.py")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def fly(
