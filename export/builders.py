@@ -12,6 +12,7 @@ Two builds of one graph differ in their bytes: compare what `inspect_network` te
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -33,10 +34,10 @@ Profile = Mapping[str, tuple[int, int, int]]
 
 _INSTALL = {
     "tensorrt_rtx": "`pip install tensorrt-rtx-cu13==1.7.1.116`",
-    "tensorrt": "`pip install tensorrt-cu13` from NVIDIA's own package index (PyPI has only a stub that downloads from "
-    "there), or NVIDIA's TensorRT container from NGC",
-    "tensorrt_llm": "`pip install tensorrt-llm==1.2.1` from NVIDIA's own package index, in an environment of its own "
-    "(1.0 to 1.2.1; 1.3 has no engine backend any more), or use builder=tensorrt",
+    "tensorrt": "`pip install --extra-index-url INDEX 'tensorrt-cu13>=10.16'` with the address of NVIDIA's own package "
+    "index, which its installation guide names (PyPI has only a stub), or use NVIDIA's TensorRT container from NGC",
+    "tensorrt_llm": "`pip install --extra-index-url INDEX tensorrt-llm==1.2.1` with the address of NVIDIA's index, in "
+    "an environment of its own (1.0 to 1.2.1; 1.3 has no engine backend any more), or use builder=tensorrt",
 }
 
 # Least compute capability of a format: the hardware tables of TensorRT-RTX's and TensorRT's support matrices (BF16 from
@@ -61,7 +62,6 @@ class TensorReport:
     dtype: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    is_shape: bool
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,12 @@ class NetworkReport:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """An engine on disk: its bytes, seconds to parse and build."""
+    """An engine on disk: its bytes, seconds to parse and build, (least, optimal, most) shape of every dynamic input."""
 
     bytes: int
     seconds: float
     network: NetworkReport
+    profile: Mapping[str, tuple[tuple[int, ...], ...]]
 
 
 # -- what can be built -------------------------------------------------------------------------------------------------
@@ -174,15 +175,14 @@ def build_engine(
 ) -> EngineReport:
     """Build the engine of one rank of `world` and write it, whole or not at all.
 
-    `profile` has (least, optimal, most) for every dynamic axis by its name in the ONNX, and for inputs whose value
-    TensorRT must know (shape tensors) by the name of the input. Weights may lie in files beside the graph. Raises
-    `BuilderError`.
+    `profile` has (least, optimal, most) for every dynamic axis by its name in the ONNX. Weights may lie in files beside
+    the graph. Raises `BuilderError`.
     """
     start = time.perf_counter()
     build = _Build(builder, onnx_file, world)
     check_target(builder, targets, "float32")
     _check_formats(targets, sorted(_FORMATS[name] for name in build.dtypes() & set(_FORMATS)))
-    config = build.configure(profile, targets)
+    config, shapes = build.configure(profile, world, targets)
     plan = build.run(config)
     partial = None
     try:
@@ -198,7 +198,7 @@ def build_engine(
             partial.unlink(missing_ok=True)
         raise
     seconds = round(time.perf_counter() - start, 2)
-    return EngineReport(engine_file.stat().st_size, seconds, _report(build))
+    return EngineReport(engine_file.stat().st_size, seconds, _report(build), shapes)
 
 
 def peak_memory() -> int:
@@ -270,24 +270,31 @@ class _Build:
         outputs = {layer.get_output(i).dtype.name for layer in self.layers() for i in range(layer.num_outputs)}
         return outputs | {tensor.dtype.name for tensor in map(self.network.get_input, range(self.network.num_inputs))}
 
-    def configure(self, profile: Profile, targets: Sequence[str]) -> Any:
-        """TensorRT's configuration: the optimisation profile, and for TensorRT-RTX the targets."""
+    def configure(
+        self, profile: Profile, world: int, targets: Sequence[str]
+    ) -> tuple[Any, dict[str, tuple[tuple[int, ...], ...]]]:
+        """TensorRT's configuration (for TensorRT-RTX with targets), and what its optimisation profile holds."""
         llm_config = self.wrapper.create_builder_config("float32") if self.llm is not None else None
         config = self.builder.create_builder_config() if llm_config is None else llm_config.trt_builder_config
         shapes = self.builder.create_optimization_profile()
         config.clear_flag(self.trt.BuilderFlag.TF32)  # float32 is float32: TF32 would cost three digits
-        dynamic = [self._add_shape(shapes, self.network.get_input(i), profile) for i in range(self.network.num_inputs)]
-        if any(dynamic) and config.add_optimization_profile(shapes) < 0:
+        exchanges = getattr(self.trt.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16", None)  # TensorRT 11 needs no asking
+        if world > 1 and exchanges is not None:
+            config.set_preview_feature(exchanges, True)
+        inputs = map(self.network.get_input, range(self.network.num_inputs))
+        dynamic = [tensor.name for tensor in inputs if self._add_shape(shapes, tensor, profile)]
+        if dynamic and config.add_optimization_profile(shapes) < 0:
             raise BuilderError(f"TensorRT refuses the profile {dict(profile)} of {self.file}: {self._logged()}")
         if targets and hasattr(config, "num_compute_capabilities"):  # else it builds for the GPU at hand
             self._set_targets(config, targets)
-        return config if llm_config is None else llm_config
+        held = {name: tuple(tuple(shape) for shape in shapes.get_shape(name)) for name in dynamic}
+        return config if llm_config is None else llm_config, held
 
     def _add_shape(self, shapes: Any, tensor: Any, profile: Profile) -> bool:
         """Whether the profile has to say something about an input."""
         name, shape = tensor.name, tuple(tensor.shape)
         axes = [tensor.get_dimension_name(axis) or "" if size < 0 else None for axis, size in enumerate(shape)]
-        for wanted in (*axes, name if tensor.is_shape_tensor else None):
+        for wanted in axes:
             if wanted is not None and wanted not in profile:
                 raise BuilderError(
                     f"input {name} {list(shape)} of {self.file} needs sizes for {wanted or 'an unnamed axis'!r}; the "
@@ -297,15 +304,12 @@ class _Build:
                 raise BuilderError(
                     f"profile of {wanted}: {profile[wanted]}; expected (least, optimal, most), ascending"
                 )
-        if tensor.is_shape_tensor:
-            length = shape[0] if shape else 1
-            shapes.set_shape_input(name, *([value] * length for value in profile[name]))
-        elif any(axes):
+        if any(axes):
             shapes.set_shape(
                 name,
                 *(tuple(profile[a][i] if a else size for a, size in zip(axes, shape, strict=True)) for i in range(3)),
             )
-        return tensor.is_shape_tensor or any(axes)
+        return any(axes)
 
     def _set_targets(self, config: Any, targets: Sequence[str]) -> None:
         known = self.trt.ComputeCapability.__members__
@@ -321,8 +325,10 @@ class _Build:
     def run(self, config: Any) -> Any:
         """The serialised engine."""
         self.log.messages.clear()
+        plan = None
         if self.llm is not None:
-            plan = self.wrapper.build_engine(self.wrapped, config)
+            with contextlib.suppress(AssertionError):  # how it says that there is none
+                plan = self.wrapper.build_engine(self.wrapped, config)
         else:
             plan = self.builder.build_serialized_network(self.network, config)
         if plan is None:
@@ -354,7 +360,7 @@ def _report(build: _Build) -> NetworkReport:
 
     def describe(tensor: Any) -> TensorReport:
         axes = tuple((size < 0 and tensor.get_dimension_name(axis)) or "" for axis, size in enumerate(tensor.shape))
-        return TensorReport(tensor.dtype.name, tuple(tensor.shape), axes, tensor.is_shape_tensor)
+        return TensorReport(tensor.dtype.name, tuple(tensor.shape), axes)
 
     inputs, outputs = (
         map(network.get_input, range(network.num_inputs)),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import onnx
 import psutil
-from onnx import ModelProto
 
 from export import quantize, triton_repository
 from export.apart import call_apart
@@ -32,19 +31,17 @@ from export.bundle import (
     QUANTIZED,
     BundleError,
     Settings,
-    check_tensors,
-    read_weights,
     write_descriptions,
     writing,
 )
 from export.calibrate import calibrate
 from export.graph import Model, Weights
-from export.inline import Place, inline, store
+from export.inline import Place, inline, places_in, store
 from export.loop import to_loop
 from export.qdq import quantize_graph
 from export.team import ALONE, Team
 from export.tracing import trace
-from export.weights import Weight, check_layout, engine_weights
+from export.weights import Weight, check_layout, check_tensors, engine_weights, read_weights
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -104,8 +101,9 @@ def build_bundle(
         built = _build_graphs(work, weights, amax)
         with team.together():
             if team.first:
-                triton_repository.write(partial, builder)
-                write_descriptions(partial, config, settings, weights, builder, targets)
+                if settings.layout.world_size == 1 and settings.weights != "none":
+                    triton_repository.write(partial, builder)
+                write_descriptions(partial, config, settings, builder, targets)
     return built
 
 
@@ -132,7 +130,8 @@ def _prepare(checkpoint: Path | ModelConfig, config: ModelConfig, weights: dict[
         assets.mkdir()
         (assets / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
     else:
-        _link(checkpoint, assets)
+        assets.mkdir()
+        link_checkpoint(checkpoint, assets)
         check_tensors(assets, weights)
 
 
@@ -184,25 +183,32 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
     places: dict[int, dict[str, Place]] = {}
     with team.together():
         if inlined:
-            places = {rank: store(weights, rank, settings.torch_dtype, work.partial) for rank in work.ranks}
+            places = {rank: _places(work, weights, rank) for rank in work.ranks}
     # with weights as inputs the graphs of all ranks are one, and so are the engines
     mine = work.ranks if inlined else range(settings.layout.world_size) if team.first else ()
-    seconds, memory = dict.fromkeys(settings.graphs, 0.0), 0
-    with team.together():
-        if team.first:
-            work.progress(f"tracing {', '.join(settings.graphs)}")
-            seconds, memory = _call(work, trace_graphs, work.config, settings, amax, work.partial)
     built: dict[str, Built] = {}
     for graph in settings.graphs:
+        start, memory = time.perf_counter(), 0
+        with team.together():
+            if team.first:
+                work.progress(f"tracing {graph}")
+                _, memory = _call(work, trace_graph, graph, work.config, settings, amax, work.partial)
         with team.together():
             for rank in mine:
-                traced = seconds.pop(graph, 0.0)  # once for all ranks
-                built[f"{graph}.rank{rank}"] = _build(work, graph, rank, places.get(rank), traced, memory)
+                built[f"{graph}.rank{rank}"] = _build(work, graph, rank, places.get(rank), start, memory)
+                start = time.perf_counter()  # it was traced once for all ranks
     if team.first:
         for graph in settings.graphs:
             _common(work.partial, graph).unlink()
     found = {name: one for part in team.gather(built) for name, one in part.items()}
     return {name: found[name] for name in sorted(found, key=lambda name: _order(settings, name))}
+
+
+def _places(work: _Work, weights: dict[str, Weight], rank: int) -> dict[str, Place]:
+    """Where every weight of a rank lies, quantised ones too."""
+    places = store(weights, rank, work.settings.torch_dtype, work.partial)
+    packed = work.partial / QUANTIZED.format(rank=rank)
+    return places | (places_in(packed, work.partial) if packed.exists() else {})
 
 
 def _call[T](work: _Work, function: Callable[..., T], *arguments: object) -> tuple[T, int]:
@@ -224,26 +230,20 @@ def _order(settings: Settings, name: str) -> tuple[int, int]:
     return settings.graphs.index(graph), int(rank)
 
 
-def trace_graphs(config: ModelConfig, settings: Settings, amax: dict[str, float], folder: Path) -> dict[str, float]:
-    """Write the graphs of all ranks -> seconds of each."""
-    seconds = {}
-    for graph in settings.graphs:
-        start = time.perf_counter()
-        onnx.save(_traced(graph, config, settings, amax, folder), _common(folder, graph))
-        seconds[graph] = time.perf_counter() - start
-    return seconds
-
-
-def _traced(graph: str, config: ModelConfig, settings: Settings, amax: dict[str, float], folder: Path) -> ModelProto:
+def trace_graph(graph: str, config: ModelConfig, settings: Settings, amax: dict[str, float], folder: Path) -> None:
+    """Write the graph of all ranks; the loop is made of the step."""
     if graph == "loop":
-        return to_loop(onnx.load(_common(folder, "step")), settings.steps)
-    model = trace(graph, config, settings.layout, settings.torch_dtype)
-    return model if settings.quantization is None else quantize_graph(model, settings.quantization, amax)
+        model = to_loop(onnx.load(_common(folder, "step")), settings.steps)
+    else:
+        model = trace(graph, config, settings.layout, settings.torch_dtype)
+        if settings.quantization is not None:
+            model = quantize_graph(model, settings.quantization, amax)
+    onnx.save(model, _common(folder, graph))
 
 
-def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, traced: float, memory: int) -> Built:
-    """Graph and engine of one rank; tracing took `traced` seconds and `memory` bytes."""
-    start, settings = time.perf_counter(), work.settings
+def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, start: float, memory: int) -> Built:
+    """Graph and engine of one rank; work on them began at `start`, and tracing took `memory` bytes."""
+    settings = work.settings
     file, engine = (work.partial / settings.file(graph, rank, suffix) for suffix in ("onnx", "engine"))
     if places is None:
         shutil.copy(_common(work.partial, graph), file)
@@ -257,16 +257,15 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, 
         _, most = _call(work, build_engine, work.builder, file, engine, profile, world, work.targets)
         memory = max(memory, most)
     engine_bytes = engine.stat().st_size if work.builder != "onnx" else 0
-    seconds = round(time.perf_counter() - start + traced, 2)
+    seconds = round(time.perf_counter() - start, 2)
     return Built(file.stat().st_size, engine_bytes, seconds, max(memory, peak_memory()))
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def _link(checkpoint: Path, target: Path) -> None:
+def link_checkpoint(checkpoint: Path, target: Path) -> None:
     """The files of a released-format directory without another copy of the tensors, where the disk allows it."""
-    target.mkdir()
     for file in sorted(checkpoint.iterdir()):
         if not file.is_file() or file.name.startswith(".") or file.name == QUANTIZATION:
             continue  # whether experts are quantised is this bundle's own affair
@@ -294,7 +293,7 @@ def _quantize(
     amax: dict[str, float] = {}
     with work.team.together():
         if work.team.first:
-            (assets / QUANTIZATION).write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
+            (work.partial / QUANTIZATION).write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
             if scheme in quantize.QUANTIZE_ACTIVATIONS and work.settings.weights != "none":
                 work.progress("calibrating the activations")
                 single = ParallelLayout()

@@ -4,6 +4,7 @@
     {encode,step,loop}.rank{r}.onnx, .engine
     weights.json          which part of which tensor every weight input is
     profiles.json         sizes that the engines take
+    hf_quant_config.json  how experts are quantised, where they are
     build_info.json       versions, targets, checksums; written last, so a bundle without it is half-built
     checkpoint/           the released-format directory: tensors, tokenizer, template, generation settings
     triton/               a model repository for Triton
@@ -25,17 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
+from export.quantize import ALGORITHMS, is_quantized, load_quantized, packed_inputs
 from export.runner import LOOP_STEPS, Limits
 from export.team import ALONE, Team
-from export.weights import Weight, WeightsError, engine_weights
-from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
+from export.weights import Weight, WeightsError, engine_weights, read_weights
+from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINT, TRITON = "checkpoint", "triton"
 CONFIG, WEIGHTS, PROFILES, BUILD_INFO = "config.json", "weights.json", "profiles.json", "build_info.json"
 QUANTIZED = "quantized.rank{rank}.safetensors"
@@ -87,12 +90,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A complete bundle on disk."""
+    """A complete bundle on disk.
+
+    `weights` are the inputs that come from the checkpoint, `packed` those that quantised matrices have become (nvfp4:
+    and constants of its graphs).
+    """
 
     path: Path
     config: ModelConfig
     settings: Settings
     weights: Mapping[str, Weight]
+    packed: frozenset[str]
     info: Mapping[str, Any]
 
     @property
@@ -101,71 +109,30 @@ class Bundle:
 
     @property
     def weight_inputs(self) -> frozenset[str]:
-        """Names of all weight inputs, of any rank, those of quantised experts included (nvfp4: and its constants)."""
-        settings = self.settings
-        if settings.quantization is None:
-            return frozenset(self.weights)
-        from export.quantize import is_quantized, packed_inputs
+        """Names of all weights, of any rank, that a graph may have as inputs."""
+        return self.packed.union(self.weights)
 
-        packed = [
-            name
-            for matrix, weight in engine_weights(self.config, settings.layout).items()
-            if is_quantized(matrix)
-            for name in packed_inputs(matrix, weight.shape, settings.quantization, settings.torch_dtype)
-        ]
-        return frozenset({*self.weights, *packed})
+    def load_weights(self, rank: int, packed: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """The weight inputs of a rank, one after the other; inline ones are in the graphs. Raises `WeightsError`.
 
-    def load_weights(self, rank: int) -> Iterator[tuple[str, Tensor]]:
-        """The weight inputs of a rank, one after the other; inline ones are in the graphs. Raises `WeightsError`."""
+        `packed=False` leaves out those that quantised matrices have become.
+        """
         if self.settings.weights == "none":
             raise WeightsError(
                 f"{self.path} was built without weights, to see that its engines can be built; build it again with "
                 "checkpoint=<directory>"
             )
-        return self.stored_weights(rank, only_packed=self.settings.weights == "inline")
+        return iter(()) if self.settings.weights == "inline" else self.stored_weights(rank, packed)
 
-    def stored_weights(self, rank: int, only_packed: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def stored_weights(self, rank: int, packed: bool = True) -> Iterator[tuple[str, Tensor]]:
         """All weights of a rank as the graphs take them, wherever they are when an engine runs."""
-        if not only_packed:
-            yield from read_weights(self.assets, self.weights, rank, self.settings.torch_dtype)
-        if self.settings.quantization is not None:
-            from export.quantize import load_quantized
+        yield from read_weights(self.assets, self.weights, rank, self.settings.torch_dtype)
+        if packed and self.settings.quantization is not None:
+            yield from load_quantized(self.quantized(rank), self.settings.quantization)
 
-            yield from load_quantized(self.path / QUANTIZED.format(rank=rank), self.settings.quantization).items()
-
-
-def read_weights(
-    checkpoint: Path, weights: Mapping[str, Weight], rank: int, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Inputs of a rank from a released-format directory. Raises `WeightsError` where the two do not fit."""
-    try:
-        with TensorFiles(checkpoint) as files:
-            for name, weight in weights.items():
-                yield name, weight.of_rank(stored_slice(files, weight), rank).to(dtype)
-    except CheckpointError as error:
-        raise WeightsError(str(error)) from None
-
-
-def stored_slice(files: Any, weight: Weight) -> Any:
-    """The tensor on disk of a weight, lazily. Raises `WeightsError` where its shape is another."""
-    stored = files.slice(weight.key)
-    shape, expected = tuple(stored.get_shape()), weight.stored
-    if shape != expected:
-        raise WeightsError(
-            f"tensor {weight.key} in {files.directory} has shape {list(shape)}, but the engines were built for "
-            f"{list(expected)}; build the engines from this checkpoint"
-        )
-    return stored
-
-
-def check_tensors(checkpoint: Path, weights: Mapping[str, Weight]) -> None:
-    """Raise `WeightsError` unless every tensor is there and has the right shape; reads headers only."""
-    try:
-        with TensorFiles(checkpoint) as files:
-            for weight in weights.values():
-                stored_slice(files, weight)
-    except CheckpointError as error:
-        raise WeightsError(str(error)) from None
+    def quantized(self, rank: int) -> Path:
+        """The file of a rank's quantised matrices."""
+        return self.path / QUANTIZED.format(rank=rank)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -208,17 +175,12 @@ def write_descriptions(
     directory: Path,
     config: ModelConfig,
     settings: Settings,
-    weights: Mapping[str, Weight],
     builder: str,
     targets: Sequence[str],
 ) -> None:
     """Everything but graphs, engines and checkpoint; last of all build_info.json, with checksums of the rest."""
     _write(directory / CONFIG, _describe(config, settings, SamplerConfig.of_checkpoint(directory / CHECKPOINT, config)))
-    files = _files(directory / CHECKPOINT)
-    described = {name: {"file": files.get(w.key), **dataclasses.asdict(w)} for name, w in weights.items()}
-    # a quantised matrix lies under its input's own name, packed and sliced, in the file of its rank
-    packed = {"file": QUANTIZED} if settings.quantization is not None else None
-    _write(directory / WEIGHTS, {"checkpoint": described, "quantized": packed})
+    _write(directory / WEIGHTS, _describe_weights(directory / CHECKPOINT, config, settings))
     _write(directory / PROFILES, {graph: settings.profile(graph, config) for graph in settings.graphs})
     _write(
         directory / BUILD_INFO,
@@ -236,10 +198,27 @@ def write_descriptions(
     )
 
 
-def _files(checkpoint: Path) -> dict[str, str]:
-    """The file of each tensor, by name; none where there are no weights."""
+def _describe_weights(checkpoint: Path, config: ModelConfig, settings: Settings) -> dict[str, Any]:
+    """For every weight: file, key, slice of each rank and transform. Without weights files are null.
+
+    A quantised matrix lies packed, as the `inputs` that it has become, in the file of its rank, under their own names;
+    its slice and transform are those of what was quantised.
+    """
+    described: dict[str, Any] = {"checkpoint": {}, "quantized": {}}
     with TensorFiles(checkpoint) as files:
-        return {name: file.name for name, file in files.files.items()}
+        for name, weight in engine_weights(config, settings.layout).items():
+            file = files.files.get(weight.key)
+            entry = {"file": file and file.name, **dataclasses.asdict(weight)}
+            if settings.quantization is None or not is_quantized(name):
+                described["checkpoint"][name] = entry
+                continue
+            packed = packed_inputs(name, weight.shape, settings.quantization, settings.torch_dtype)
+            inputs = {
+                key: {"dtype": TensorProto.DataType.Name(spec.onnx_type), "shape": spec.shape}
+                for key, spec in packed.items()
+            }
+            described["quantized"][name] = {**entry, "file": QUANTIZED, "inputs": inputs}
+    return described
 
 
 def _describe(config: ModelConfig, settings: Settings, sampler: SamplerConfig) -> dict[str, Any]:
@@ -258,7 +237,7 @@ def _describe(config: ModelConfig, settings: Settings, sampler: SamplerConfig) -
                 "moe_tp_size": layout.expert_tensor,
                 "moe_ep_size": layout.expert,
             },
-            "quantization": {"quant_algo": settings.quantization, "kv_cache_quant_algo": None},
+            "quantization": {"quant_algo": ALGORITHMS.get(settings.quantization or ""), "kv_cache_quant_algo": None},
         },
         "build_config": {
             "max_batch_size": limits.batch,
@@ -337,10 +316,11 @@ def read_bundle(path: str | Path) -> Bundle:
                 "again"
             )
     described = json.loads((place / CONFIG).read_text())
-    weights = {
-        name: Weight.from_json(entry) for name, entry in json.loads((place / WEIGHTS).read_text())["checkpoint"].items()
-    }
-    return Bundle(place, ModelConfig.from_pretrained(place / CHECKPOINT), _settings_of(described), weights, info)
+    held = json.loads((place / WEIGHTS).read_text())
+    weights = {name: Weight.from_json(entry) for name, entry in held["checkpoint"].items()}
+    packed = frozenset(name for entry in held["quantized"].values() for name in entry["inputs"])
+    config = ModelConfig.from_pretrained(place / CHECKPOINT)
+    return Bundle(place, config, _settings_of(described), weights, packed, info)
 
 
 def verify_checksums(bundle: Bundle) -> None:
@@ -355,13 +335,13 @@ def verify_checksums(bundle: Bundle) -> None:
 
 def _settings_of(described: Mapping[str, Any]) -> Settings:
     pretrained, build = described["pretrained_config"], described["build_config"]
-    mapping = pretrained["mapping"]
+    mapping, algorithm = pretrained["mapping"], pretrained["quantization"]["quant_algo"]
     return Settings(
         dtype=pretrained["dtype"],
         layout=ParallelLayout(mapping["tp_size"], mapping["moe_ep_size"], mapping["moe_tp_size"]),
         graphs=tuple(build["graphs"]),
         steps=described["diffusion_config"]["steps"],
         weights=build["weights"],
-        quantization=pretrained["quantization"]["quant_algo"],
+        quantization=next((scheme for scheme, name in ALGORITHMS.items() if name == algorithm), None),
         limits=Limits(build["max_batch_size"], build["max_seq_len"], build["max_input_len"]),
     )

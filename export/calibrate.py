@@ -1,16 +1,15 @@
-"""Ranges of the experts' activations, and what quantisation changes: measured by running the traceable functions.
+"""Ranges of the experts' activations, measured by running the traceable functions, and what quantisation makes of them.
 
     amax = calibrate(model, Weights(tensors), prompts)                     # token ids
     quantized = {k: v for name in amax for k, v in quantize_weight(name, tensors[name], "fp8", amax[name]).items()}
-    agreement(model, Weights(tensors), SimulatedWeights({**tensors, **quantized}, "fp8"), prompts)
+    model.step(SimulatedWeights({**tensors, **quantized}, "fp8"), ...)     # as an engine with FP8 experts computes it
 
 Memory: one unsharded model in the dtype of the engine; `SimulatedWeights` makes one dequantised matrix at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,56 +63,18 @@ def calibrate(
     The range is the maximum seen, no percentile: a clipped expert is worse than a coarser one, and the schemes have
     exponents. Several steps, because a canvas of noise and one almost finished look different to the router.
     """
-    _check_prompts(prompts)
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise QuantizationError(
+            f"got {len(prompts)} prompts, some or all empty; give a few typical ones, each with at least one token id"
+        )
     recorder = _Recorder(weights)
     for row, prompt in enumerate(prompts):
-        for _ in _trajectory(model, recorder, prompt, steps, (seed, row)):
-            pass
+        _denoise(model, recorder, prompt, steps, (seed, row))
     return {name: float(calibrator.compute_amax()) for name, calibrator in recorder.calibrators.items()}
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How often two models decide alike, 0 to 1: `argmax` over canvas positions of all steps, `router` by layer.
-
-    `router` counts shared experts among the chosen ones; `entropy` is the mean absolute difference in nats.
-    """
-
-    argmax: float
-    router: tuple[float, ...]
-    entropy: float
-
-
-@torch.inference_mode()
-def agreement(
-    model: Model, weights: Weights, other: Weights, prompts: Sequence[Sequence[int]], steps: int = 8, seed: int = 0
-) -> Agreement:
-    """Compare `other` with `weights` step by step on the trajectories of `weights`, each with its own context.
-
-    Both see the same canvas and the same soft embedding at every step, so one early difference isn't counted twice.
-    """
-    _check_prompts(prompts)
-    same, gaps = [], []
-    shared: list[list[Tensor]] = [[] for _ in range(model.config.num_hidden_layers)]
-    for row, prompt in enumerate(prompts):
-        past = _encode(model, other, prompt)
-        for inputs, outputs, chosen in _trajectory(model, weights, prompt, steps, (seed, row)):
-            _, _, argmax, entropy, _, _ = model.step(other, **{**inputs, "past": past})
-            same.append(argmax == outputs[2])
-            gaps.append((entropy - outputs[3]).abs())
-            for layer, (one, two) in enumerate(zip(chosen, model.routed, strict=True)):
-                shared[layer].append((one[:, :, None] == two[:, None, :]).any(-1).float())
-    return Agreement(
-        argmax=float(torch.stack(same).float().mean()),
-        router=tuple(float(torch.stack(layer).mean()) for layer in shared),
-        entropy=float(torch.stack(gaps).mean()),
-    )
-
-
-def _trajectory(
-    model: Model, weights: Weights, prompt: Sequence[int], steps: int, key: tuple[int, int]
-) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...], list[Tensor]]]:
-    """Denoise one canvas after a prompt: inputs, outputs and chosen experts of each step."""
+def _denoise(model: Model, weights: Weights, prompt: Sequence[int], steps: int, key: tuple[int, int]) -> None:
+    """Run one canvas after a prompt."""
     config = model.config
     sampler = SamplerConfig(max_denoising_steps=steps)
     noise = KeyedNoise([key[0]], [key[1]], config.canvas_length, config.vocab_size)
@@ -121,21 +82,19 @@ def _trajectory(
     soft = torch.zeros(1, config.canvas_length, config.hidden_size, dtype=model.dtype)
     past = _encode(model, weights, prompt)
     for remaining in range(steps, 0, -1):
-        inputs: dict[str, Any] = {
-            "canvas": canvas,
-            "soft": soft,
-            "first": torch.zeros(1, dtype=torch.int64),
-            "past_length": torch.tensor(len(prompt)),
-            "rank": torch.tensor(0),
-            "temperature": torch.tensor(sampler.temperature(remaining)),
-            "entropy_bound": torch.tensor(sampler.entropy_bound),
-            "uniforms": noise.uniforms(0, remaining),
-            "replacements": noise.replacements(0, remaining),
-            "past": past,
-        }
-        outputs = model.step(weights, **inputs)
-        yield inputs, outputs, list(model.routed)
-        canvas, soft = outputs[0], outputs[1]
+        canvas, soft, *_ = model.step(
+            weights,
+            canvas=canvas,
+            soft=soft,
+            first=torch.zeros(1, dtype=torch.int64),
+            past_length=torch.tensor(len(prompt)),
+            rank=torch.tensor(0),
+            temperature=torch.tensor(sampler.temperature(remaining)),
+            entropy_bound=torch.tensor(sampler.entropy_bound),
+            uniforms=noise.uniforms(0, remaining),
+            replacements=noise.replacements(0, remaining),
+            past=past,
+        )
 
 
 def _encode(model: Model, weights: Weights, prompt: Sequence[int]) -> list[KeyValue]:
@@ -143,10 +102,3 @@ def _encode(model: Model, weights: Weights, prompt: Sequence[int]) -> list[KeyVa
     empty = empty_context(model.config, model.layout, 1, model.dtype)
     start = torch.zeros(1, dtype=torch.int64), torch.tensor(0), torch.tensor(0)
     return model.encode(weights, torch.tensor([list(prompt)]), *start, empty)
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise QuantizationError(
-            f"got {len(prompts)} prompts, some or all empty; give a few typical ones, each with at least one token id"
-        )

@@ -124,7 +124,7 @@ def _reference(
     sequences: dict[int, Tensor] = {}
     for length in lengths:
         ids = torch.randint(network.model.vocab_size, (batch, length), generator=generator)
-        exact[length] = trajectory(network, ids, sampler.max_denoising_steps, config.seed)
+        exact[length] = trajectory(network, ids, sampler, config.seed)
         new = config.canvases * network.model.canvas_length
         sequences[length] = network.generate(ids, max_new_tokens=new, sampler=sampler, seed=config.seed).sequences.cpu()
     del network

@@ -117,18 +117,17 @@ def check_one_rank(bundle: Bundle) -> None:
 
 
 @torch.no_grad()
-def trajectory(network: DiffusionGemma, input_ids: Tensor, steps: int, seed: int) -> Trajectory:
-    """Run the PyTorch model for one canvas of `steps` steps. Replicas in several processes all follow the first."""
+def trajectory(network: DiffusionGemma, input_ids: Tensor, sampler: SamplerConfig, seed: int) -> Trajectory:
+    """All steps of the PyTorch model for one canvas. Replicas in several processes all follow the first."""
     from launch.verify import chosen_experts
 
     rows, config = input_ids.shape[0], network.model
     noise = KeyedNoise.for_rows(seed, rows, config.canvas_length, config.vocab_size, device())
-    sampler = SamplerConfig(max_denoising_steps=steps)
     cache = network.encode(input_ids)
     canvas, soft = noise.initial(0), None
     settled: list[Settled] = []
     experts: list[tuple[Tensor, ...]] = []
-    for remaining in range(steps, 0, -1):
+    for remaining in range(sampler.max_denoising_steps, 0, -1):
         with chosen_experts(network) as chosen:
             exact = network.sampling_step(canvas, cache, soft=soft, **_asked(sampler, noise, remaining, cache.first))
         if dist.get_world_size() > 1:  # a last bit that differs would send the others elsewhere

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from export.building import link
-from export.bundle import check_tensors, writing
-from export.weights import engine_weights
+from export.building import link_checkpoint
+from export.bundle import writing
+from export.weights import check_tensors, engine_weights
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
@@ -56,9 +56,7 @@ def write_checkpoint(source: Path, target: Path) -> None:
         )
     check_tensors(source, engine_weights(config, ParallelLayout()))
     with writing(target) as partial:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.startswith(".") and file.name not in (CONFIG, GENERATION):
-                link(file, partial / file.name)
+        link_checkpoint(source, partial)
         _write(partial / CONFIG, _configuration(source, config))
         _write(partial / GENERATION, _generation(source, config))
         if not _has_template(source):

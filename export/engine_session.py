@@ -215,7 +215,8 @@ class EngineSession:
             self._captured.popitem(last=False)  # its memory first
         apart = self._attempt(self._apart, inputs)
         ready = self._all(apart is not None)
-        graph = self._attempt(self._recorded, apart[0]) if ready and apart else None
+        launched = ready and apart is not None and self._launched_before(apart[0])
+        graph = self._attempt(self._recorded, apart[0]) if launched and apart else None
         if self._all(graph is not None) and apart and graph:
             self._captured[key] = _Captured(graph, *apart)
         else:
@@ -238,15 +239,25 @@ class EngineSession:
         buffers = {name: tensor.to(self._device, copy=True).contiguous() for name, tensor in inputs.items()}
         return context, buffers, self._prepare(context, buffers)
 
+    def _launched_before(self, context: Any) -> bool:
+        """One call, so that nothing is allocated or copied to the device while capturing.
+
+        Where it has exchanges an error is raised, as in any call: the others wait for this rank, and only the end of
+        its process ends that.
+        """
+        return self._warm_up(context) if self._world > 1 else bool(self._attempt(self._warm_up, context))
+
+    def _warm_up(self, context: Any) -> bool:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._launch(context)
+        self._stream.synchronize()
+        return True
+
     def _recorded(self, context: Any) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), self._stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._launch(context)  # once before, so that nothing is allocated or copied to the device while capturing
-            stream.synchronize()
-            with torch.cuda.graph(graph, stream=stream):
-                self._launch(context)
-        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            self._launch(context)
         return graph
 
     def _new_context(self) -> Any:

@@ -15,7 +15,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from export.bundle import QUANTIZED, Bundle, BundleError, read_bundle
+from export.bundle import Bundle, BundleError, read_bundle
 from export.engine_session import EngineSession, cuda_device
 from export.inline import inline, places_in
 from export.runner import Engine
@@ -81,8 +81,7 @@ def check_provider(bundle: Bundle, provider: str, device: int | None = None) -> 
 
 
 def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
-    held = [bundle.load_weights(rank) for rank in ranks]
-    weights = [{name: tensor for name, tensor in of_rank if name in bundle.weights} for of_rank in held]
+    weights = [dict(bundle.load_weights(rank, packed=False)) for rank in ranks]
     return {
         graph: OnnxSession([_graph(bundle, graph, rank) for rank in ranks], weights, bundle.path)
         for graph in bundle.settings.graphs
@@ -91,10 +90,10 @@ def _onnx_sessions(bundle: Bundle, ranks: Sequence[int]) -> dict[str, Session]:
 
 def _graph(bundle: Bundle, graph: str, rank: int) -> onnx.ModelProto:
     model = onnx.load(bundle.path / bundle.settings.file(graph, rank), load_external_data=False)
-    if bundle.settings.quantization is None:
+    if not bundle.packed:
         return model
     # ONNX Runtime takes packed types as constants only
-    return inline(model, places_in(bundle.path / QUANTIZED.format(rank=rank), bundle.path))
+    return inline(model, places_in(bundle.quantized(rank), bundle.path))
 
 
 def _own_rank(bundle: Bundle) -> int:

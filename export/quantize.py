@@ -29,7 +29,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -40,11 +40,13 @@ from onnx import TensorProto
 from safetensors import safe_open
 from torch import Tensor
 
-from export.weights import EXPERTS, Weight, engine_weights
+from export.weights import EXPERTS, Weight, engine_weights, stored_slice
+from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 SCHEMES = ("fp8", "int4", "nvfp4")
+ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ", "nvfp4": "NVFP4"}  # Model Optimizer's names; any INT4 in blocks is AWQ
 QUANTIZE_ACTIVATIONS = ("fp8", "nvfp4")
 BLOCK = {"int4": 64, "nvfp4": 16}  # along the contraction axis
 FP8_MAX, INT4_MAX, FP4_MAX = 448.0, 7.0, 6.0  # INT4's -8 is never used: symmetric, as in Model Optimizer
@@ -265,9 +267,6 @@ def write_quantized(
     amax: Mapping[str, float],
 ) -> None:
     """The quantised matrices of a rank as a safetensors file, one matrix in memory at a time."""
-    from export.bundle import stored_slice
-    from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
-
     chosen = {name: weight for name, weight in weights.items() if is_quantized(name)}
     header: dict[str, Any] = {"__metadata__": {"scheme": scheme}}
     end = 0
@@ -285,30 +284,28 @@ def write_quantized(
                 stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def load_quantized(file: Path, scheme: str) -> dict[str, Tensor]:
-    """What `write_quantized` wrote. Raises `QuantizationError` for a file of another scheme."""
+def load_quantized(file: Path, scheme: str) -> Iterator[tuple[str, Tensor]]:
+    """What `write_quantized` wrote, tensor by tensor. Raises `QuantizationError` for a file of another scheme."""
     with safe_open(str(file), framework="pt") as stored:
         written = (stored.metadata() or {}).get("scheme")
         if written != scheme:
             raise QuantizationError(
                 f"{file} holds {written} weights, but {scheme} was asked for; build the bundle again"
             )
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+        for name in stored.keys():  # noqa: SIM118 (no mapping)
+            yield name, stored.get_tensor(name)
 
 
 def hf_quant_config(scheme: str) -> dict[str, Any]:
-    """`hf_quant_config.json` in Model Optimizer's form; its name for any INT4 in blocks is W4A16_AWQ."""
-    algorithms: dict[str, dict[str, Any]] = {
-        "fp8": {"quant_algo": "FP8"},
-        "int4": {"quant_algo": "W4A16_AWQ", "has_zero_point": False, "pre_quant_scale": False},
-        "nvfp4": {"quant_algo": "NVFP4"},
-    }
+    """`hf_quant_config.json` in Model Optimizer's form."""
+    plain = {"has_zero_point": False, "pre_quant_scale": False} if scheme == "int4" else {}
     producer, package = ("nemo_diffgemma", "nemo_diffgemma") if scheme == "int4" else ("modelopt", "nvidia-modelopt")
     block = {"group_size": BLOCK[scheme]} if scheme in BLOCK else {}
     return {
         "producer": {"name": producer, "version": metadata.version(package)},
         "quantization": {
-            **algorithms[scheme],
+            "quant_algo": ALGORITHMS[scheme],
+            **plain,
             **block,
             "kv_cache_quant_algo": None,
             "exclude_modules": [

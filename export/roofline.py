@@ -65,14 +65,11 @@ class Gpu:
     bandwidth_gb_s: float
     tflops: dict[str, float | None]
     links: Links
-    builder: str  # that makes engines for it
     source: str  # document of the figures
 
     def __post_init__(self) -> None:
         if set(self.tflops) != set(PEAKS):
             raise ConfigurationError(f"tflops has {', '.join(self.tflops)}; expected {', '.join(PEAKS)} (null: none)")
-        if self.builder not in ("tensorrt", "tensorrt_rtx"):
-            raise ConfigurationError(f"builder={self.builder!r}; expected tensorrt or tensorrt_rtx")
         if self.links.pcie_generation not in _PCIE_GB_S:
             raise ConfigurationError(f"links.pcie_generation={self.links.pcie_generation}; expected 4, 5 or 6")
         numbers = [self.memory_gb, self.bandwidth_gb_s, *(peak for peak in self.tflops.values() if peak is not None)]

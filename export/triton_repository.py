@@ -1,4 +1,4 @@
-"""A model repository for Triton's Python backend, written into every bundle.
+"""A model repository for Triton's Python backend, written into every bundle of one rank.
 
     triton/diffusion_gemma/config.pbtxt      inputs, outputs, where the bundle and this project's code are
     triton/diffusion_gemma/1/model.py        `export/triton_model.py`
@@ -7,7 +7,7 @@
 
 To keep it elsewhere, copy `triton/` and set the parameter `bundle` in config.pbtxt to the path of the bundle. Triton's
 Python must be one in which this project and the provider's package are installed (see "Creating Custom Execution
-Environments" in the documentation of the backend). One process serves one rank: bundles of several ranks do not load.
+Environments" in the documentation of the backend). One process serves one rank, so bundles of several have none.
 Not run in Triton itself: the tests drive model.py through a double of the backend's module, and parse config.pbtxt with
 Triton's own schema where tritonclient is installed (make venv does not install it).
 """

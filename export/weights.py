@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
 from nemo_diffgemma.config import GLOBAL, ModelConfig
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
@@ -194,3 +196,40 @@ def _plain(key: str, view: tuple[int, ...], spans: list[tuple[Span, ...]]) -> We
 
 def _part(size: int, parts: int, index: int) -> Span:
     return size // parts * index, size // parts * (index + 1)
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def read_weights(
+    checkpoint: Path, weights: Mapping[str, Weight], rank: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Inputs of a rank from a released-format directory, one after the other. Raises `WeightsError`."""
+    try:
+        with TensorFiles(checkpoint) as files:
+            for name, weight in weights.items():
+                yield name, weight.of_rank(stored_slice(files, weight), rank).to(dtype)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from None
+
+
+def stored_slice(files: Any, weight: Weight) -> Any:
+    """The tensor on disk of a weight, lazily. Raises `WeightsError` where its shape is another."""
+    stored = files.slice(weight.key)
+    shape, expected = tuple(stored.get_shape()), weight.stored
+    if shape != expected:
+        raise WeightsError(
+            f"tensor {weight.key} in {files.directory} has shape {list(shape)}, but the engines were built for "
+            f"{list(expected)}; build the engines from this checkpoint"
+        )
+    return stored
+
+
+def check_tensors(checkpoint: Path, weights: Mapping[str, Weight]) -> None:
+    """Raise `WeightsError` unless every tensor is there and has the right shape; reads headers only."""
+    try:
+        with TensorFiles(checkpoint) as files:
+            for weight in weights.values():
+                stored_slice(files, weight)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from None

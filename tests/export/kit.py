@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from onnx import ModelProto
 
-from export.bundle import read_weights
 from export.loop import to_loop
 from export.runner import Engine, Limits
 from export.sessions import OnnxSession
 from export.tracing import past_names, trace
-from export.weights import engine_weights
+from export.weights import engine_weights, read_weights
 from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout
 from tests.parity.generations import DAMP, SUBLAYERS
 from tests.reference import tiny_config

@@ -147,17 +147,6 @@ def test_exchange_between_ranks_knows_how_many_there_are(tmp_path):
         inspect_network(RTX, file)
 
 
-def test_input_whose_value_decides_a_shape_takes_the_profile_of_its_name(tmp_path):
-    nodes = [helper.make_node("Expand", ["x", "sizes"], ["y"])]
-    file = save(
-        tmp_path / "graph.onnx", nodes, [("x", FLOAT, [1, 4]), ("sizes", INT64, [2])], [("y", FLOAT, ["a", "b"])]
-    )
-    assert inspect_network(RTX, file).inputs["sizes"].is_shape
-    with pytest.raises(BuilderError, match="input sizes .*needs sizes for 'sizes'"):
-        build_engine(RTX, file, tmp_path / "graph.engine", {})
-    assert build_engine(RTX, file, tmp_path / "graph.engine", {"sizes": (4, 4, 4)}).bytes > 1000
-
-
 def test_files_of_the_working_directory_are_not_imported(tmp_path, monkeypatch):
     (tmp_path / "json.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path)

@@ -307,7 +307,7 @@ def test_graphs_may_be_asked_for_in_any_order(traces, tmp_path):
 @pytest.mark.parametrize(("tracing", "building"), [(1, 2), (2, 1)])
 def test_memory_of_the_children_counts_with_our_own(traces, tmp_path, monkeypatch, tracing, building):
     def call(function, *arguments):
-        if function.__name__ == "trace_graphs":
+        if function.__name__ == "trace_graph":
             return function(*arguments), tracing * 10**13
         arguments[2].write_bytes(b"engine")
         return None, building * 10**13

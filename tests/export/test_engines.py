@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import onnx
 import pytest
 import torch
 
-from export.builders import build_engine, inspect_network
+from export.builders import EngineReport, build_engine, inspect_network
 from export.bundle import Settings
 from export.loop import to_loop
 from export.qdq import quantize_graph
@@ -23,6 +25,8 @@ pytest.importorskip(
 )
 
 SINGLE, FOUR = ParallelLayout(), ParallelLayout(tensor=4, expert=2, expert_tensor=2)
+TWO = ParallelLayout(tensor=2, expert=2)
+BLOCKS = ModelConfig.from_huggingface(tiny_config("base", hidden_size=64, moe_intermediate_size=32).to_dict())
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
 LIMITS = Limits(batch=4, context=256, chunk=64)
 
@@ -35,7 +39,21 @@ def built(model: onnx.ModelProto, graph: str, tmp_path, world: int = 1, size: st
     report = build_engine("tensorrt_rtx", file, engine, profile, world=world, targets=["sm_120"])
     assert report.bytes == engine.stat().st_size > 100_000
     assert report.network == inspect_network("tensorrt_rtx", file, world)
+    assert_profile(report, profile)
     return report.network
+
+
+def assert_profile(report: EngineReport, profile) -> None:
+    """TensorRT has the sizes of every dynamic axis."""
+    inputs = report.network.inputs
+    assert set(report.profile) == {name for name, tensor in inputs.items() if any(tensor.axes)}
+    for name, shapes in report.profile.items():
+        tensor = inputs[name]
+        for index, shape in enumerate(shapes):
+            sizes = (
+                profile[axis][index] if axis else size for axis, size in zip(tensor.axes, tensor.shape, strict=True)
+            )
+            assert shape == tuple(sizes), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,27 +99,29 @@ def test_rank_graphs_build_with_an_exchange_for_every_sum(graph, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    """A step of two ranks whose experts divide into blocks of 64, with its sizes."""
-    config = ModelConfig.from_huggingface(tiny_config("base", hidden_size=64, moe_intermediate_size=32).to_dict())
-    layout = ParallelLayout(tensor=2, expert=2)
-    return config, layout, trace("step", config, layout, torch.bfloat16)
+    """`two_ranks(graph)` -> bfloat16 graph of two ranks whose experts divide into blocks of 64."""
+    return functools.cache(lambda graph: trace(graph, BLOCKS, TWO, torch.bfloat16))
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "int4", "nvfp4"])
-def test_quantised_rank_graphs_build(two_ranks, scheme, tmp_path):
-    config, layout, traced = two_ranks
-    model = quantize_graph(traced, scheme, dict.fromkeys(engine_weights(config, layout), 1.0))
-    file = tmp_path / "step.onnx"
+@pytest.mark.parametrize("graph", ["encode", "step"])
+@pytest.mark.parametrize("scheme", [None, "fp8", "int4", "nvfp4"])
+def test_rank_graphs_build_in_bfloat16_and_quantised(two_ranks, scheme, graph, tmp_path):
+    """What export/README.md recommends for several GPUs."""
+    model, weights = two_ranks(graph), engine_weights(BLOCKS, TWO)
+    if scheme is not None:
+        model = quantize_graph(model, scheme, dict.fromkeys(weights, 1.0))
+    file = tmp_path / f"{graph}.onnx"
     onnx.save(model, file)
-    profile = Settings(limits=LIMITS).profile("step", config)
-    report = build_engine("tensorrt_rtx", file, tmp_path / "step.engine", profile, world=2, targets=["sm_120"])
-    names = [
-        name
-        for key, weight in engine_weights(config, layout).items()
-        for name in (packed_inputs(key, weight.shape, scheme, torch.bfloat16) if is_quantized(key) else (key,))
-    ]
-    assert set(report.network.inputs) - set(names) == kit.own_inputs("step", config, layout)
-    packed = {"fp8": "FP8", "int4": "INT4", "nvfp4": "FP4"}[scheme]
-    experts = [t for name, t in report.network.inputs.items() if name.endswith(("gate_up_proj", "experts.down_proj"))]
-    assert [tensor.dtype for tensor in experts] == [packed] * 2 * config.num_hidden_layers
+    profile = Settings(limits=LIMITS).profile(graph, BLOCKS)
+    report = build_engine("tensorrt_rtx", file, tmp_path / "rank.engine", profile, world=2, targets=["sm_120"])
+    assert_profile(report, profile)
+    names = set(weights)
+    if scheme is not None:
+        for matrix in filter(is_quantized, weights):
+            names |= set(packed_inputs(matrix, weights[matrix].shape, scheme, torch.bfloat16))
+    inputs = report.network.inputs
+    assert set(inputs) - names == kit.own_inputs(graph, BLOCKS, TWO)
+    packed = {None: "BF16", "fp8": "FP8", "int4": "INT4", "nvfp4": "FP4"}[scheme]
+    layers = BLOCKS.num_hidden_layers - (graph == "encode")  # which ends with the last keys and values
+    assert [tensor.dtype for name, tensor in inputs.items() if is_quantized(name)] == [packed] * 2 * layers
     assert set(report.network.collectives) == {2}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,6 +28,10 @@ pytestmark = pytest.mark.usefixtures("single")
 
 def prompts(rows: int, length: int, vocabulary: int = 64) -> torch.Tensor:
     return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def sampler(steps: int, **settings) -> SamplerConfig:
+    return SamplerConfig(max_denoising_steps=steps, entropy_bound=5.0, **settings)
 
 
 def assert_lockstep(found) -> None:
@@ -53,7 +59,17 @@ def engines(checkpoint):
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_every_step_of_48_equals_pytorch(checkpoint, engines, context, rows):
     network = kit.network(kit.calm(checkpoint))
-    assert_lockstep(in_lockstep(engines(), trajectory(network, prompts(rows, context), steps=48, seed=rows)))
+    assert_lockstep(in_lockstep(engines(), trajectory(network, prompts(rows, context), sampler(48), seed=rows)))
+
+
+def test_48_steps_on_the_host_give_the_tokens_of_pytorch(checkpoint, engines):
+    network = kit.network(kit.calm(checkpoint))
+    given = dict(max_new_tokens=12, sampler=sampler(48), seed=2)
+    for rows, context in itertools.product((1, 3), CONTEXTS):
+        ids = prompts(rows, context)
+        ours, theirs = network.generate(ids, **given), engines().generate(ids, **given)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert torch.equal(ours.forwards, theirs.forwards)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -63,32 +79,36 @@ def test_the_sum_of_the_ranks_equals_pytorch(checkpoint, name):
     engine, network = kit.engine(path, size, layout), kit.network(path)
     for context in CONTEXTS:
         ids = prompts(2, context, network.model.vocab_size)
-        assert_lockstep(in_lockstep(engine, trajectory(network, ids, steps=12, seed=context)))
-        sampler = SamplerConfig(max_denoising_steps=12, entropy_bound=5.0)
-        given = dict(max_new_tokens=12, sampler=sampler, seed=1)
+        assert_lockstep(in_lockstep(engine, trajectory(network, ids, sampler(12), seed=context)))
+        given = dict(max_new_tokens=12, sampler=sampler(12), seed=1)
         ours, theirs = network.generate(ids, **given), engine.generate(ids, **given)
         assert torch.equal(ours.sequences, theirs.sequences)
 
 
 @pytest.mark.parametrize("steps", [8, 48])
 @pytest.mark.parametrize("loop", ["fixed", None])
-def test_the_loop_gives_the_tokens_of_pytorch(checkpoint, engines, loop, steps):
+def test_the_loop_gives_the_tokens_and_numbers_of_pytorch(checkpoint, engines, loop, steps, monkeypatch):
     engine, network = engines(steps if loop == "fixed" else None), kit.network(kit.calm(checkpoint))
-    sampler = SamplerConfig(
-        max_denoising_steps=steps, confidence_threshold=0.0, entropy_bound=5.0, eos_token_id=(1, 50)
-    )
-    for rows, context in ((1, 5), (3, WINDOW), (3, 3 * WINDOW + 2)):
-        given = dict(max_new_tokens=12, sampler=sampler, seed=3)
-        ours = network.generate(prompts(rows, context), **given)
-        runs = []
-        session = engine._sessions["loop"]
-        plain = session.run
-        session.run = lambda *given, plain=plain, runs=runs: runs.append(1) or plain(*given)
-        theirs = engine.generate(prompts(rows, context), **given)
-        session.run = plain
-        assert runs  # it was the loop that ran
+    settings = sampler(steps, confidence_threshold=0.0, eos_token_id=(1, 50))
+    given = dict(max_new_tokens=12, sampler=settings, seed=3)
+    canvases, session = [], engine._sessions["loop"]
+
+    def run(*inputs, plain=session.run):
+        canvases.append(plain(*inputs)[0])
+        return canvases[-1:]
+
+    monkeypatch.setattr(session, "run", run)
+    for rows, context in itertools.product((1, 3), CONTEXTS):
+        ids = prompts(rows, context)
+        ours, theirs = network.generate(ids, **given), engine.generate(ids, **given)
         assert torch.equal(ours.sequences, theirs.sequences)
         assert torch.equal(ours.forwards, theirs.forwards)
+        exact, found = trajectory(network, ids, settings, seed=3).steps, canvases[0]
+        canvases.clear()
+        assert torch.equal(found["next_canvas"], exact[-1].canvas)
+        assert (found["next_soft"] - exact[-1].soft.view_as(found["next_soft"])).abs().max() < 1e-5
+        assert (found["entropy"] - torch.stack([step.entropy for step in exact])).abs().max() < TOLERANCE
+        assert torch.equal(found["accepted_count"], torch.stack([step.accepted.sum(-1) for step in exact]))
 
 
 def test_left_padding_and_stopping_are_those_of_pytorch(checkpoint, engines):
@@ -128,7 +148,7 @@ def test_what_lies_in_a_buffer_before_the_context_is_not_seen(checkpoint, engine
 def test_float16_agrees_with_float32(checkpoint):
     path = kit.calm(checkpoint)
     engine, network = kit.engine(path, dtype=torch.float16), kit.network(path)
-    found = in_lockstep(engine, trajectory(network, prompts(3, 11), steps=12, seed=0))
+    found = in_lockstep(engine, trajectory(network, prompts(3, 11), sampler(12), seed=0))
     assert sum(found.argmax) / len(found.argmax) > 0.95
     assert found.soft < 0.05
 

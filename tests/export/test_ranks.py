@@ -13,14 +13,14 @@ from torch import Tensor
 
 from export import graph
 from export.apart import _one_gpu
-from export.bundle import BundleError, read_weights
+from export.bundle import BundleError
 from export.checking import trajectory
 from export.engine_session import EngineSession
 from export.graph import Model, Weights, empty_context
-from export.runner import Engine
+from export.runner import Engine, EngineError
 from export.team import Team, own_device
-from export.weights import engine_weights
-from nemo_diffgemma import ParallelLayout
+from export.weights import engine_weights, read_weights
+from nemo_diffgemma import ParallelLayout, SamplerConfig
 from tests.export import kit
 
 TWO = ParallelLayout(tensor=2)
@@ -99,7 +99,8 @@ def captured(fails: str) -> tuple[list[str], int, bool]:
         return result
 
     session._apart = lambda inputs: step("buffers", (None, {}, {}))  # type: ignore[method-assign]
-    session._recorded = lambda context: step("exchanges", "graph")  # type: ignore[method-assign]
+    session._warm_up = lambda context: step("exchanges", True)  # type: ignore[method-assign]
+    session._recorded = lambda context: step("graph", "graph")  # type: ignore[method-assign]
     session._capture((), {})
     return done, len(session._captured), session._capturable
 
@@ -110,7 +111,7 @@ def replica(path: Path) -> tuple[Tensor, Tensor]:
     if dist.get_rank() == 1:
         network.embed_tokens.weight.data.mul_(1.5)
     try:
-        steps = trajectory(network, torch.ones(2, 5, dtype=torch.long), steps=4, seed=0).steps
+        steps = trajectory(network, torch.ones(2, 5, dtype=torch.long), SamplerConfig(max_denoising_steps=4), 0).steps
     finally:
         if dist.get_rank() == 1:
             network.embed_tokens.weight.data.div_(1.5)
@@ -154,14 +155,25 @@ def test_what_decides_a_loop_is_the_first_ranks(pool):
 def test_all_ranks_capture_a_cuda_graph_or_none(pool):
     """A rank that has no buffers would not take part in the exchanges of the warm-up."""
     assert pool(2).run("tests.export.test_ranks:captured", fails="nothing") == [
-        (["buffers", "exchanges"], 1, True),
-        (["buffers", "exchanges"], 1, True),
+        (["buffers", "exchanges", "graph"], 1, True),
+        (["buffers", "exchanges", "graph"], 1, True),
     ]
     assert pool(2).run("tests.export.test_ranks:captured", fails="buffers") == [(["buffers"], 0, False), ([], 0, False)]
-    assert pool(2).run("tests.export.test_ranks:captured", fails="exchanges") == [
+    assert pool(2).run("tests.export.test_ranks:captured", fails="graph") == [
+        (["buffers", "exchanges", "graph"], 0, False),
         (["buffers", "exchanges"], 0, False),
-        (["buffers"], 0, False),
     ]
+
+
+def test_a_rank_that_cannot_launch_its_exchanges_does_not_go_on_alone(monkeypatch):
+    """The others are in an exchange with it, not in the vote on what it has found out."""
+    session = EngineSession.__new__(EngineSession)
+    monkeypatch.setattr(session, "_warm_up", lambda context: (_ for _ in ()).throw(EngineError("could not run")))
+    session._world = 2
+    with pytest.raises(EngineError, match="could not run"):
+        session._launched_before(None)
+    session._world = 1
+    assert not session._launched_before(None)
 
 
 def test_replicas_of_the_pytorch_model_follow_the_first(pool, checkpoint):

@@ -180,7 +180,6 @@ GPU = Gpu(
     bandwidth_gb_s=100,
     tflops=dict(float32=1.0, tf32=8.0, bfloat16=10.0, float16=10.0, fp8=20.0, nvfp4=None, int8=20.0),
     links=Links(nvlink_gb_s=50, pcie_generation=5),
-    builder="tensorrt",
     source="none",
 )
 
@@ -213,7 +212,6 @@ def test_every_gpu_file_is_valid() -> None:
     assert gpu_names() == ["b200", "dgx_spark", "gb200", "h100", "h200", "rtx_5090", "rtx_pro_6000"]
     for gpu in map(load_gpu, gpu_names()):
         assert gpu.source
-        assert gpu.builder == ("tensorrt_rtx" if gpu.compute_capability.startswith("sm_12") else "tensorrt")
         # narrower types are never slower
         peaks = [gpu.tflops[dtype] for dtype in ("tf32", "bfloat16", "fp8", "nvfp4")]
         known = [peak for peak in peaks if peak is not None]
