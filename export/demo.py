@@ -48,8 +48,8 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16"},
-    "fp8": {"dtype": "bfloat16", "quantization": "fp8"},
-    "int4": {"dtype": "bfloat16", "quantization": "int4"},
+    "fp8": {"dtype": "float16", "quantization": "fp8"},  # float16: ONNX Runtime computes it
+    "int4": {"dtype": "float16", "quantization": "int4"},
     "nvfp4": {"dtype": "bfloat16", "quantization": "nvfp4"},
     "tp2_ep2": {"dtype": "float32", "layout": {"tensor": 2, "expert": 2}},
 }

@@ -5,9 +5,12 @@ TensorRT-RTX builds without a GPU. Engines are never compared by their bytes: tw
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -260,7 +263,7 @@ WITH_BUILDER = "__version__ = '{}'\nclass Builder: pass\n"
 @pytest.mark.parametrize(
     ("builder", "packages", "message"),
     [
-        ("tensorrt", {"tensorrt": ""}, "stub.*pip install tensorrt-cu13"),
+        ("tensorrt", {"tensorrt": ""}, "stub.*pip install .*INDEX .tensorrt-cu13>=10.16"),
         ("tensorrt", {"tensorrt": "raise RuntimeError('run the real installer')"}, "real installer.*tensorrt-cu13"),
         ("tensorrt", {"tensorrt": WITH_BUILDER.format("10.15.1.29")}, "10.15.1.29 is installed; 10.16"),
         ("tensorrt", {"tensorrt": "import no_such_library"}, "needs the package tensorrt.*no_such_library"),
@@ -306,6 +309,46 @@ def installed(tmp_path, monkeypatch, packages: dict[str, str]) -> None:
     for name, source in packages.items():
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
+
+
+class LlmBuilder:
+    """What `export.builders` uses of tensorrt_llm 1.2.1's Builder, with its signatures, around TensorRT-RTX."""
+
+    def __init__(self) -> None:
+        trt = importlib.import_module("tensorrt")
+        self._trt_builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+
+    @property
+    def trt_builder(self) -> Any:
+        return self._trt_builder
+
+    def create_network(self) -> SimpleNamespace:
+        return SimpleNamespace(trt_network=self.trt_builder.create_network(0))
+
+    def create_builder_config(self, precision: str, strongly_typed: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(trt_builder_config=self.trt_builder.create_builder_config())
+
+    def build_engine(self, network: Any, builder_config: Any) -> Any:
+        assert builder_config.trt_builder_config.num_optimization_profiles  # else it makes one, of tensors of its own
+        config = builder_config.trt_builder_config
+        engine = self.trt_builder.build_serialized_network(network.trt_network, config)
+        assert engine is not None, "Engine building failed, please check the error log."
+        return engine
+
+
+def test_the_builder_of_tensorrt_llm_carries_the_same_network(tmp_path, monkeypatch):
+    """A double of its package: what is ours of that path runs, and TensorRT-LLM's own part does not."""
+    llm = ModuleType("tensorrt_llm")
+    llm.__version__, llm.builder = "1.2.1", SimpleNamespace(Builder=LlmBuilder)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", importlib.import_module(RTX))
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", llm)
+    file = product(tmp_path / "graph.onnx")
+    report = build_engine("tensorrt_llm", file, tmp_path / "graph.engine", BATCH)
+    plain = build_engine(RTX, file, tmp_path / "plain.engine", BATCH)
+    assert (report.network, report.profile) == (plain.network, plain.profile) and report.bytes > 1000
+    file = unbuildable(tmp_path / "graph.onnx")
+    with pytest.raises(BuilderError, match="cannot build an engine of .*graph.onnx"):
+        build_engine("tensorrt_llm", file, tmp_path / "other.engine", {"batch": (4, 4, 8)})
 
 
 # -- what an engine call is checked for --------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_half_built_damaged_and_foreign_bundles_are_refused(bundle, copy, tmp_pa
 
     info = json.loads((copy / BUILD_INFO).read_text())
     (copy / BUILD_INFO).write_text(json.dumps({**info, "format": 99}))
-    refused("is a bundle of format 99, this version reads format 1; build it again")
+    refused("is a bundle of format 99, this version reads format 2; build it again")
     (copy / BUILD_INFO).unlink()
     refused("a half-built bundle: it has no build_info.json; remove it and build it again")
     (copy / BUILD_INFO).write_text(json.dumps(info))
