@@ -34,6 +34,7 @@ GROUPS = {
     "traces": tuple(
         f"tests/export/test_{name}" for name in ("bundle", "engines", "graphs", "ranks", "roofline", "team", "triton")
     ),
+    "quantized": ("tests/export/test_quant",),
     "ranks": (
         "tests/checkpoint/",
         "tests/distributed/",

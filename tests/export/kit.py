@@ -22,16 +22,19 @@ SINGLE = ParallelLayout()
 LIMITS = Limits(batch=8, context=64, chunk=16)  # prompts longer than a chunk are encoded in several calls
 
 
+@functools.cache
 def config(size: str) -> ModelConfig:
     return ModelConfig.from_huggingface(tiny_config(size).to_dict())
 
 
-@functools.cache
+_traced = functools.cache(trace)
+
+
 def graph(
     name: str, size: str = "base", layout: ParallelLayout = SINGLE, dtype: torch.dtype = torch.float32
 ) -> ModelProto:
-    """A traced graph; tests must not change it."""
-    return trace(name, config(size), layout, dtype)
+    """A traced graph, the same however the call is written; tests must not change it."""
+    return _traced(name, config(size), layout, dtype)
 
 
 def calm(checkpoint: Callable[..., Path], size: str = "base") -> Path:
