@@ -12,7 +12,6 @@ Two builds of one graph differ in their bytes: compare what `inspect_network` te
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import os
@@ -327,8 +326,10 @@ class _Build:
         self.log.messages.clear()
         plan = None
         if self.llm is not None:
-            with contextlib.suppress(AssertionError):  # how it says that there is none
+            try:
                 plan = self.wrapper.build_engine(self.wrapped, config)
+            except AssertionError as error:  # how it says that there is none; its logger has said why
+                self.log.messages.append(f"TensorRT-LLM: {error}")
         else:
             plan = self.builder.build_serialized_network(self.network, config)
         if plan is None:

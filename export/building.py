@@ -51,7 +51,7 @@ QUANTIZATION = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class Built:
-    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, most bytes in memory so far.
+    """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, most bytes in memory.
 
     Where engines are built, tracing and building have a process each: its peak counts together with what this process
     holds meanwhile.
@@ -131,7 +131,7 @@ def _prepare(checkpoint: Path | ModelConfig, config: ModelConfig, weights: dict[
         (assets / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
     else:
         assets.mkdir()
-        link_checkpoint(checkpoint, assets)
+        link_checkpoint(checkpoint, assets, skip=[QUANTIZATION])  # experts are quantised here or not at all
         check_tensors(assets, weights)
 
 
@@ -193,10 +193,12 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
             if team.first:
                 work.progress(f"tracing {graph}")
                 _, memory = _call(work, trace_graph, graph, work.config, settings, amax, work.partial)
+        if not team.first:
+            start = time.perf_counter()  # it was traced once for all ranks, and not here
         with team.together():
             for rank in mine:
                 built[f"{graph}.rank{rank}"] = _build(work, graph, rank, places.get(rank), start, memory)
-                start = time.perf_counter()  # it was traced once for all ranks
+                start = time.perf_counter()
     if team.first:
         for graph in settings.graphs:
             _common(work.partial, graph).unlink()
@@ -264,11 +266,11 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def link_checkpoint(checkpoint: Path, target: Path) -> None:
-    """The files of a released-format directory without another copy of the tensors, where the disk allows it."""
+def link_checkpoint(checkpoint: Path, target: Path, skip: Sequence[str]) -> None:
+    """The files of a released-format directory, without another copy of the tensors where the disk allows it."""
     for file in sorted(checkpoint.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or file.name == QUANTIZATION:
-            continue  # whether experts are quantised is this bundle's own affair
+        if not file.is_file() or file.name.startswith(".") or file.name in skip:
+            continue
         if file.suffix == ".safetensors":
             link(file, target / file.name)
         else:

@@ -207,8 +207,8 @@ def _describe_weights(checkpoint: Path, config: ModelConfig, settings: Settings)
     described: dict[str, Any] = {"checkpoint": {}, "quantized": {}}
     with TensorFiles(checkpoint) as files:
         for name, weight in engine_weights(config, settings.layout).items():
-            file = files.files.get(weight.key)
-            entry = {"file": file and file.name, **dataclasses.asdict(weight)}
+            file = files.files[weight.key].name if weight.key in files.files else None
+            entry = {"file": file, **dataclasses.asdict(weight)}
             if settings.quantization is None or not is_quantized(name):
                 described["checkpoint"][name] = entry
                 continue
@@ -217,7 +217,7 @@ def _describe_weights(checkpoint: Path, config: ModelConfig, settings: Settings)
                 key: {"dtype": TensorProto.DataType.Name(spec.onnx_type), "shape": spec.shape}
                 for key, spec in packed.items()
             }
-            described["quantized"][name] = {**entry, "file": QUANTIZED, "inputs": inputs}
+            described["quantized"][name] = {**entry, "file": file and QUANTIZED, "inputs": inputs}
     return described
 
 

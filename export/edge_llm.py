@@ -56,7 +56,7 @@ def write_checkpoint(source: Path, target: Path) -> None:
         )
     check_tensors(source, engine_weights(config, ParallelLayout()))
     with writing(target) as partial:
-        link_checkpoint(source, partial)
+        link_checkpoint(source, partial, skip=[CONFIG, GENERATION])
         _write(partial / CONFIG, _configuration(source, config))
         _write(partial / GENERATION, _generation(source, config))
         if not _has_template(source):

@@ -256,7 +256,8 @@ class EngineSession:
 
     def _recorded(self, context: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # the outer one restores the caller's stream after a capture that has failed as well
+        with torch.cuda.stream(self._stream), torch.cuda.graph(graph, stream=self._stream):
             self._launch(context)
         return graph
 

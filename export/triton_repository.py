@@ -1,4 +1,4 @@
-"""A model repository for Triton's Python backend, written into every bundle of one rank.
+"""A model repository for Triton's Python backend, written into every bundle of one rank that has weights.
 
     triton/diffusion_gemma/config.pbtxt      inputs, outputs, where the bundle and this project's code are
     triton/diffusion_gemma/1/model.py        `export/triton_model.py`

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export import quantize
+from export.builders import build_engine
 from export.calibrate import SimulatedWeights, calibrate
 from export.graph import Model, Weights
 from export.inline import inline, places_in
@@ -443,6 +444,26 @@ def test_tensorrt_rtx_builds_quantised_graphs(scheme: str, graph: str) -> None:
     each = {"fp8": (2, 1, 0), "int4": (1, 0, 0), "nvfp4": (4, 0, 1)}[scheme]  # layers for one matrix
     layers = trt.LayerType.DEQUANTIZE, trt.LayerType.QUANTIZE, trt.LayerType.DYNAMIC_QUANTIZE
     assert [kinds.count(kind) for kind in layers] == [count * matrices for count in each]
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("fp8", 8), ("int4", 4 + 16 / 64), ("nvfp4", 4 + 8 / 16)])
+def test_packed_constants_stay_narrow_in_an_engine(scheme: str, bits: float, tmp_path: Path) -> None:
+    """TensorRT could fold the DequantizeLinear of constants, and the engine would be as large as a float16 one."""
+    pytest.importorskip("tensorrt_rtx")
+    size, half = 2048, TensorProto.FLOAT16
+    nodes = [helper.make_node("Transpose", [NAME], ["t"], perm=[1, 0]), helper.make_node("MatMul", ["x", "t"], ["y"])]
+    values = {
+        name: helper.make_tensor_value_info(name, half, [rows, size])
+        for name, rows in (("x", 4), (NAME, size), ("y", 4))
+    }
+    graph = helper.make_graph(nodes, "product", [values["x"], values[NAME]], [values["y"]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(7)).half()
+    packed = quantize_weight(NAME, matrix, scheme, 4.0)
+    onnx.save(_inlined(quantize_graph(model, scheme, {NAME: 4.0}), packed), tmp_path / "product.onnx")
+    report = build_engine("tensorrt_rtx", tmp_path / "product.onnx", tmp_path / "engine", {}, targets=["sm_120"])
+    assert bits * size**2 / 8 < report.bytes < 1.1 * bits * size**2 / 8 + 200_000
+    assert list(report.network.inputs) == ["x"]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -112,6 +112,11 @@ def test_inline_weights_are_no_inputs_and_tensorrt_takes_them(blocks, scheme, tm
         assert {"fp8": "QUANTIZE", "int4": "DEQUANTIZE", "nvfp4": "DYNAMIC_QUANTIZE"}[scheme] in report.network.layers
 
 
+def test_a_structure_names_no_file_of_weights(blocks):
+    described = json.loads((blocks("int4") / "weights.json").read_text())
+    assert {entry["file"] for part in described.values() for entry in part.values()} == {None}
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_of_a_quantised_structure_are_counted_narrow(blocks, scheme):
     """Before anything is downloaded: do they fit?"""
