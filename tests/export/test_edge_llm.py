@@ -86,7 +86,7 @@ def test_a_template_of_the_checkpoint_is_not_replaced(source: Path, tmp_path: Pa
     assert (tmp_path / "beside" / "chat_template.jinja").read_text() == "mine"
 
 
-def test_tensors_are_links_other_files_are_not_and_it_is_still_the_model(source: Path, tmp_path: Path, single: None) -> None:
+def test_only_tensors_are_links_and_it_is_still_the_model(source: Path, tmp_path: Path, single: None) -> None:
     write_checkpoint(source, tmp_path / "edge")
     for file in source.glob("*.safetensors"):
         assert os.path.samefile(file, tmp_path / "edge" / file.name)
