@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs") / "sudoku_cpu"
 CALIBRATION = ("1...4..3.2....1.", "................", "..3.4...1.....2.", "2..4....3...1...")
 PUZZLE = "..4.2..1.2..1..."  # one of those that are never trained on; the demo shows it too
+STEPS = 16  # of a canvas
 SHORT = ("trainer.max_steps=300", "trainer.validate_every=0", "trainer.checkpoint_every=0")
 
 
@@ -67,9 +68,9 @@ def demo(config: DemoConfig, results: Results) -> dict[str, Any]:
         built[name] = one(name, given, checkpoint, builder, config, results)
     results.show("The float32 bundle solves a puzzle, step by step:\n")
     first = f"{config.out}/float32"
-    prompt = RunConfig(first, prompt=PUZZLE, max_new_tokens=16, show=True, sampler=SamplerGroup(max_denoising_steps=16))
-    solved = run(prompt, results)
-    results.show(f"\nrun it again: python export/run.py bundle={first} prompt={PUZZLE} show=true\n")
+    solved = run(RunConfig(first, prompt=PUZZLE, show=True, sampler=SamplerGroup(max_denoising_steps=STEPS)), results)
+    again = f"bundle={first} prompt={PUZZLE} show=true sampler.max_denoising_steps={STEPS}"
+    results.show(f"\nrun it again: python export/run.py {again}\n")
     return {"checkpoint": str(checkpoint), "bundles": built, "text": solved["text"]}
 
 
@@ -90,7 +91,7 @@ def one(
         quantization=given.get("quantization"),
         calibration=f"{config.out}/calibration.txt",
         graphs=["encode", "step"] if several else ["encode", "step", "loop"],
-        steps=16,
+        steps=STEPS,
         max_batch_size=config.max_batch_size,
         max_context=config.max_context,
         parallel=layout,

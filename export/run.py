@@ -36,7 +36,7 @@ class RunConfig:
     prompt: str | None = None
     prompt_ids: list[int] | None = None
     chat: bool = True  # wrap the prompt in the tokenizer's chat template, where it has one
-    max_new_tokens: int = 256  # rounded up to whole canvases
+    max_new_tokens: int | None = None  # rounded up to whole canvases; null: one canvas
     seed: int = 0
     show: bool = False  # print the canvas at every denoising step
     sampler: SamplerGroup = field(default_factory=SamplerGroup)
@@ -56,7 +56,7 @@ def run(config: RunConfig, results: Results) -> dict[str, Any]:
     began = time.perf_counter()
     found = engine.generate(
         torch.tensor([prompt]),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=engine.config.canvas_length if config.max_new_tokens is None else config.max_new_tokens,
         sampler=engine.sampler_defaults.with_overrides(vars(config.sampler)),
         seed=config.seed,
         observe=CanvasView(results, text) if config.show else None,

@@ -35,7 +35,7 @@ class GenerateConfig:
     prompt: str | None = None
     prompt_ids: list[int] | None = None
     chat: bool = True  # wrap the prompt in the tokenizer's chat template, where it has one
-    max_new_tokens: int = 256  # rounded up to whole canvases
+    max_new_tokens: int | None = None  # rounded up to whole canvases; null: one canvas
     seed: int = 0
     dtype: str = "float32"  # or bfloat16
     show: bool = False  # print the canvas at every denoising step
@@ -56,7 +56,7 @@ def generate(config: GenerateConfig, results: Results) -> dict[str, Any]:
     prompt = text.encode(config.prompt, config.chat) if config.prompt is not None else config.prompt_ids
     found = network.generate(
         torch.tensor([prompt]),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=network.model.canvas_length if config.max_new_tokens is None else config.max_new_tokens,
         sampler=network.sampler_defaults.with_overrides(vars(config.sampler)),
         seed=config.seed,
         observe=CanvasView(results, text) if config.show else None,

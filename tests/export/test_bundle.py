@@ -172,6 +172,8 @@ def test_run_and_show_tell_what_is_there(bundle, traces):
     sampler = SamplerConfig.from_mapping({**vars(kit.network(traces).sampler_defaults), "entropy_bound": 5.0})
     expected = kit.network(traces).generate(torch.tensor([[2, 10, 11]]), max_new_tokens=8, seed=3, sampler=sampler)
     assert found["sequences"] == expected.sequences.tolist()
+    one = run(RunConfig(str(bundle), prompt_ids=[2, 10, 11]), Shown())["sequences"][0]
+    assert len(one) == 3 + kit.config("base").canvas_length  # one canvas unless told otherwise
     shown = show(ShowConfig(str(bundle)), Shown())
     assert set(shown["graphs"]) == {"encode.rank0", "step.rank0", "loop.rank0"}
     assert shown["graphs"]["loop.rank0"]["weight_inputs"] == shown["graphs"]["step.rank0"]["weight_inputs"] > 60

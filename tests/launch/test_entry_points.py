@@ -143,7 +143,7 @@ def test_a_prompt_becomes_text_and_the_canvas_is_shown_at_every_step(model_that_
 
     results = Shown()
     config = GenerateConfig(
-        str(model_that_reads_text), prompt="1..4 ..3. 2... ...1", max_new_tokens=16, show=True,
+        str(model_that_reads_text), prompt="1..4 ..3. 2... ...1", show=True,
         sampler=SamplerGroup(max_denoising_steps=3, confidence_threshold=0.0),
     )  # fmt: skip
     found = generate(config, results)
