@@ -24,4 +24,4 @@ def test_the_released_architecture_builds_without_its_weights(tmp_path):
     assert set(graphs) == {"encode.rank0", "step.rank0", "loop.rank0"}
     for graph in graphs.values():
         assert 1e6 < graph["engine_bytes"] < 1e8  # no weights in it
-        assert graph["peak_memory"] < 4e9
+        assert graph["peak_memory"] < 2e9  # the weights alone are 50e9
