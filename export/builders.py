@@ -29,7 +29,8 @@ from typing import Any
 BUILDERS = ("onnx", "tensorrt_rtx", "tensorrt", "tensorrt_llm", "edge_llm")
 _FOR_GPU_AT_HAND = ("tensorrt", "tensorrt_llm")
 
-Profile = Mapping[str, tuple[int, int, int]]
+Profile = Mapping[str, tuple[int, int, int]]  # (least, optimal, most) of every dynamic axis
+Shapes = dict[str, tuple[tuple[int, ...], ...]]  # the same three of every dynamic input
 
 _INSTALL = {
     "tensorrt_rtx": "`pip install tensorrt-rtx-cu13==1.7.1.116`",
@@ -80,7 +81,7 @@ class EngineReport:
     bytes: int
     seconds: float
     network: NetworkReport
-    profile: Mapping[str, tuple[tuple[int, ...], ...]]
+    profile: Shapes
 
 
 # -- what can be built -------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def build_engine(
     build = _Build(builder, onnx_file, world)
     check_target(builder, targets, "float32")
     _check_formats(targets, sorted(_FORMATS[name] for name in build.dtypes() & set(_FORMATS)))
-    config, shapes = build.configure(profile, world, targets)
+    config, shapes = build.configure(profile, targets)
     plan = build.run(config)
     partial = None
     try:
@@ -213,7 +214,7 @@ class _Build:
 
     def __init__(self, builder: str, onnx_file: Path, world: int) -> None:
         self.trt = trt = load_module(builder)
-        self.file = onnx_file
+        self.file, self.world = onnx_file, world
         check_world(builder, world)
         if not onnx_file.is_file():
             raise BuilderError(f"there is no graph {onnx_file}; write it first with export/build.py builder=onnx")
@@ -231,7 +232,7 @@ class _Build:
         self.parser = trt.OnnxParser(self.network, self.log)  # holds the weights of the network
         if not self.parser.parse_from_file(str(onnx_file)):
             raise BuilderError(f"TensorRT cannot read {onnx_file}: {self._parser_errors()}")
-        self._set_ranks(world)
+        self._set_ranks()
 
     def _parser_errors(self) -> str:
         found = []
@@ -254,31 +255,29 @@ class _Build:
             layer.__class__ = self.trt.IDistCollectiveLayer
         return found
 
-    def _set_ranks(self, world: int) -> None:
+    def _set_ranks(self) -> None:
         collectives = self.collectives()
-        if collectives and world < 2:
+        if collectives and self.world < 2:
             raise BuilderError(
-                f"{self.file} has {len(collectives)} exchanges between ranks, but world={world}; give the number of "
-                "ranks that it was traced for"
+                f"{self.file} has {len(collectives)} exchanges between ranks, but world={self.world}; give the number "
+                "of ranks that it was traced for"
             )
         for layer in collectives:
-            layer.num_ranks = world
+            layer.num_ranks = self.world
 
     def dtypes(self) -> set[str]:
         """Every dtype in the network, TensorRT's names."""
         outputs = {layer.get_output(i).dtype.name for layer in self.layers() for i in range(layer.num_outputs)}
         return outputs | {tensor.dtype.name for tensor in map(self.network.get_input, range(self.network.num_inputs))}
 
-    def configure(
-        self, profile: Profile, world: int, targets: Sequence[str]
-    ) -> tuple[Any, dict[str, tuple[tuple[int, ...], ...]]]:
+    def configure(self, profile: Profile, targets: Sequence[str]) -> tuple[Any, Shapes]:
         """TensorRT's configuration (for TensorRT-RTX with targets), and what its optimisation profile holds."""
         llm_config = self.wrapper.create_builder_config("float32") if self.llm is not None else None
         config = self.builder.create_builder_config() if llm_config is None else llm_config.trt_builder_config
         shapes = self.builder.create_optimization_profile()
         config.clear_flag(self.trt.BuilderFlag.TF32)  # float32 is float32: TF32 would cost three digits
         exchanges = getattr(self.trt.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16", None)  # TensorRT 11 needs no asking
-        if world > 1 and exchanges is not None:
+        if self.world > 1 and exchanges is not None:
             config.set_preview_feature(exchanges, True)
         inputs = map(self.network.get_input, range(self.network.num_inputs))
         dynamic = [tensor.name for tensor in inputs if self._add_shape(shapes, tensor, profile)]
@@ -293,13 +292,13 @@ class _Build:
         """Whether the profile has to say something about an input."""
         name, shape = tensor.name, tuple(tensor.shape)
         axes = [tensor.get_dimension_name(axis) or "" if size < 0 else None for axis, size in enumerate(shape)]
-        for wanted in axes:
-            if wanted is not None and wanted not in profile:
+        for wanted in (axis for axis in axes if axis is not None):
+            if wanted not in profile:
                 raise BuilderError(
                     f"input {name} {list(shape)} of {self.file} needs sizes for {wanted or 'an unnamed axis'!r}; the "
                     f"profile has {', '.join(profile) or 'none'}: add (least, optimal, most)"
                 )
-            if wanted is not None and sorted(profile[wanted]) != list(profile[wanted]):
+            if sorted(profile[wanted]) != list(profile[wanted]):
                 raise BuilderError(
                     f"profile of {wanted}: {profile[wanted]}; expected (least, optimal, most), ascending"
                 )

@@ -188,13 +188,12 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
     mine = work.ranks if inlined else range(settings.layout.world_size) if team.first else ()
     built: dict[str, Built] = {}
     for graph in settings.graphs:
-        start, memory = time.perf_counter(), 0
+        begun, memory = time.perf_counter(), 0
         with team.together():
             if team.first:
                 work.progress(f"tracing {graph}")
                 _, memory = _call(work, trace_graph, graph, work.config, settings, amax, work.partial)
-        if not team.first:
-            start = time.perf_counter()  # it was traced once for all ranks, and not here
+        start = begun if team.first else time.perf_counter()  # it was traced once for all ranks
         with team.together():
             for rank in mine:
                 built[f"{graph}.rank{rank}"] = _build(work, graph, rank, places.get(rank), start, memory)
@@ -209,8 +208,9 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
 def _places(work: _Work, weights: dict[str, Weight], rank: int) -> dict[str, Place]:
     """Where every weight of a rank lies, quantised ones too."""
     places = store(weights, rank, work.settings.torch_dtype, work.partial)
-    packed = work.partial / QUANTIZED.format(rank=rank)
-    return places | (places_in(packed, work.partial) if packed.exists() else {})
+    if work.settings.quantization is not None:
+        places |= places_in(work.partial / QUANTIZED.format(rank=rank), work.partial)
+    return places
 
 
 def _call[T](work: _Work, function: Callable[..., T], *arguments: object) -> tuple[T, int]:

@@ -213,10 +213,9 @@ class EngineSession:
         """
         while len(self._captured) >= GRAPHS_KEPT:
             self._captured.popitem(last=False)  # its memory first
-        apart = self._attempt(self._apart, inputs)
-        ready = self._all(apart is not None)
-        launched = ready and apart is not None and self._launched_before(apart[0])
-        graph = self._attempt(self._recorded, apart[0]) if launched and apart else None
+        graph, apart = None, self._attempt(self._apart, inputs)
+        if self._all(apart is not None) and apart and self._launched_before(apart[0]):
+            graph = self._attempt(self._recorded, apart[0])
         if self._all(graph is not None) and apart and graph:
             self._captured[key] = _Captured(graph, *apart)
         else:
