@@ -173,8 +173,9 @@ LOADED = {"tracing": "", "tracing apart": "libtorch_cpu", "building": "libtensor
 
 
 def has_loaded(process: psutil.Process, library: str) -> bool:
+    """Not before it is a program of its own: until then it has what its parent has loaded."""
     try:
-        return any(library in file.path for file in process.memory_maps())
+        return "export.apart" in process.cmdline() and any(library in file.path for file in process.memory_maps())
     except psutil.Error:
         return False
 
