@@ -27,14 +27,14 @@ def config(size: str) -> ModelConfig:
     return ModelConfig.from_huggingface(tiny_config(size).to_dict())
 
 
-_traced = functools.cache(trace)
+traced = functools.cache(trace)  # tests must not change what it gives
 
 
 def graph(
     name: str, size: str = "base", layout: ParallelLayout = SINGLE, dtype: torch.dtype = torch.float32
 ) -> ModelProto:
-    """A traced graph, the same however the call is written; tests must not change it."""
-    return _traced(name, config(size), layout, dtype)
+    """A traced graph of one of the sizes of tests/reference."""
+    return traced(name, config(size), layout, dtype)
 
 
 def calm(checkpoint: Callable[..., Path], size: str = "base") -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import onnx
 import pytest
 import torch
@@ -14,11 +12,10 @@ from export.loop import to_loop
 from export.qdq import quantize_graph
 from export.quantize import is_quantized, packed_inputs
 from export.runner import Limits
-from export.tracing import trace
 from export.weights import engine_weights
-from nemo_diffgemma import ModelConfig, ParallelLayout
+from nemo_diffgemma import ParallelLayout
 from tests.export import kit
-from tests.reference import tiny_config
+from tests.export.quantized import CONFIG
 
 pytest.importorskip(
     "tensorrt_rtx", reason="tensorrt_rtx is not installed: make venv installs it where there is a wheel"
@@ -26,7 +23,6 @@ pytest.importorskip(
 
 SINGLE, FOUR = ParallelLayout(), ParallelLayout(tensor=4, expert=2, expert_tensor=2)
 TWO = ParallelLayout(tensor=2, expert=2)
-BLOCKS = ModelConfig.from_huggingface(tiny_config("base", hidden_size=64, moe_intermediate_size=32).to_dict())
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
 LIMITS = Limits(batch=4, context=256, chunk=64)
 
@@ -97,22 +93,16 @@ def test_rank_graphs_build_with_an_exchange_for_every_sum(graph, tmp_path):
     assert set(network.inputs) - set(weights) == kit.own_inputs(graph, kit.config(size), layout)
 
 
-@pytest.fixture(scope="module")
-def two_ranks():
-    """`two_ranks(graph)` -> bfloat16 graph of two ranks whose experts divide into blocks of 64."""
-    return functools.cache(lambda graph: trace(graph, BLOCKS, TWO, torch.bfloat16))
-
-
 @pytest.mark.parametrize("graph", ["encode", "step"])
 @pytest.mark.parametrize("scheme", [None, "fp8", "int4", "nvfp4"])
-def test_rank_graphs_build_in_bfloat16_and_quantised(two_ranks, scheme, graph, tmp_path):
+def test_rank_graphs_build_in_bfloat16_and_quantised(scheme, graph, tmp_path):
     """What export/README.md recommends for several GPUs."""
-    model, weights = two_ranks(graph), engine_weights(BLOCKS, TWO)
+    model, weights = kit.traced(graph, CONFIG, TWO, torch.bfloat16), engine_weights(CONFIG, TWO)
     if scheme is not None:
         model = quantize_graph(model, scheme, dict.fromkeys(weights, 1.0))
     file = tmp_path / f"{graph}.onnx"
     onnx.save(model, file)
-    profile = Settings(limits=LIMITS).profile(graph, BLOCKS)
+    profile = Settings(limits=LIMITS).profile(graph, CONFIG)
     report = build_engine("tensorrt_rtx", file, tmp_path / "rank.engine", profile, world=2, targets=["sm_120"])
     assert_profile(report, profile)
     names = set(weights)
@@ -120,8 +110,8 @@ def test_rank_graphs_build_in_bfloat16_and_quantised(two_ranks, scheme, graph, t
         for matrix in filter(is_quantized, weights):
             names |= set(packed_inputs(matrix, weights[matrix].shape, scheme, torch.bfloat16))
     inputs = report.network.inputs
-    assert set(inputs) - names == kit.own_inputs(graph, BLOCKS, TWO)
+    assert set(inputs) - names == kit.own_inputs(graph, CONFIG, TWO)
     packed = {None: "BF16", "fp8": "FP8", "int4": "INT4", "nvfp4": "FP4"}[scheme]
-    layers = BLOCKS.num_hidden_layers - (graph == "encode")  # which ends with the last keys and values
+    layers = CONFIG.num_hidden_layers - (graph == "encode")  # which ends with the last keys and values
     assert [tensor.dtype for name, tensor in inputs.items() if is_quantized(name)] == [packed] * 2 * layers
     assert set(report.network.collectives) == {2}

@@ -23,9 +23,8 @@ from export.roofline import RooflineConfig, roofline
 from export.weights import ENCODER, Weight, engine_weights
 from nemo_diffgemma import DiffusionGemma
 from tests.export import kit
+from tests.export.quantized import CONFIG, PROMPTS
 from tests.export.test_bundle import LIMITS, SAMPLER, Shown
-from tests.export.test_quantize import CONFIG, PROMPTS
-from tests.export.test_quantize import _traced as traced
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def blocks(single, tmp_path_factory):
         out, source = folder / f"{scheme}-{weights}-{dtype}", CONFIG if weights == "none" else folder / "checkpoint"
         settings = Settings(dtype, steps=8, weights=weights, quantization=scheme, limits=LIMITS)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("export.building.trace", lambda graph, config, *given: traced(graph, *given))
+            patch.setattr("export.building.trace", kit.traced)
             build_bundle(source, out, settings, prompts=PROMPTS)
         return out
 

@@ -14,12 +14,11 @@ from export.loop import to_loop
 from export.qdq import quantize_graph
 from export.quantize import SCHEMES, is_quantized
 from export.roofline import Gpu, Links, UnsupportedType, gpu_names, load_gpu, lower_bound, table
-from export.tracing import trace
 from export.weights import engine_weights
-from nemo_diffgemma import ModelConfig, ParallelLayout
+from nemo_diffgemma import ParallelLayout
 from nemo_diffgemma.training.schema import ConfigurationError
 from tests.export import kit
-from tests.reference import tiny_config
+from tests.export.quantized import CONFIG
 
 SIZES = dict(batch=3, chunk=5, context_columns=16, window_columns=7, steps=6)
 
@@ -134,27 +133,17 @@ def test_loop_is_its_steps_and_reads_weights_in_each(steps: int | None) -> None:
     assert loop.divided(6).flops_by_dtype == step.flops_by_dtype
 
 
-# contraction axes of 64 and 8 * 24, which blocks of 64 and 16 divide
-BLOCKS = ModelConfig.from_huggingface(
-    tiny_config({"hidden_size": 64, "layer_types": ("sliding_attention", "full_attention")}).to_dict()
-)
-
-
-@pytest.fixture(scope="module")
-def bfloat16_step() -> ModelProto:
-    return trace("step", BLOCKS, ParallelLayout(), torch.bfloat16)
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantised_experts_are_read_narrow_and_multiplied_in_their_type(scheme: str, bfloat16_step: ModelProto) -> None:
+def test_quantised_experts_are_read_narrow_and_multiplied_in_their_type(scheme: str) -> None:
+    bfloat16_step = kit.traced("step", CONFIG, ParallelLayout(), torch.bfloat16)
     names = [v.name for v in bfloat16_step.graph.input if is_quantized(v.name)]
     whole = count(bfloat16_step, SIZES)
     cost = count(quantize_graph(bfloat16_step, scheme, dict.fromkeys(names, 3.0)), SIZES)
-    experts = 3 * BLOCKS.num_experts * BLOCKS.moe_intermediate_size * BLOCKS.hidden_size * BLOCKS.num_hidden_layers
+    experts = 3 * CONFIG.num_experts * CONFIG.moe_intermediate_size * CONFIG.hidden_size * CONFIG.num_hidden_layers
     if scheme == "int4":  # weights only: products stay bfloat16
         assert cost.flops_by_dtype == whole.flops_by_dtype
     else:
-        multiplied = 2 * 3 * BLOCKS.canvas_length * experts
+        multiplied = 2 * 3 * CONFIG.canvas_length * experts
         rest = whole.flops_by_dtype["bfloat16"] - multiplied
         assert cost.flops_by_dtype == {scheme: multiplied, "bfloat16": rest}
     bytes_each = {"fp8": 1.0, "int4": 0.5 + 2 / 64, "nvfp4": 0.5 + 1 / 16}[scheme]  # with the scales of blocks
