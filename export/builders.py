@@ -26,6 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nemo_diffgemma.errors import UserError
+
 BUILDERS = ("onnx", "tensorrt_rtx", "tensorrt", "tensorrt_llm", "edge_llm")
 _FOR_GPU_AT_HAND = ("tensorrt", "tensorrt_llm")
 
@@ -51,7 +53,7 @@ _LEAST = {
 _FORMATS = {"BF16": "bfloat16", "INT4": "int4", "FP8": "fp8", "FP4": "nvfp4"}  # TensorRT's names -> ours
 
 
-class BuilderError(ValueError):
+class BuilderError(UserError):
     """An engine that cannot be built; the message says why and what to do instead."""
 
 

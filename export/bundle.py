@@ -36,6 +36,7 @@ from export.weights import Weight, WeightsError, engine_weights, read_weights
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 FORMAT = 2
@@ -46,7 +47,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _HASHED = (".json", ".onnx", ".engine", ".bin")
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """A directory that is no complete bundle of this version; the message says what is wrong and what to do."""
 
 

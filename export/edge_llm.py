@@ -22,6 +22,7 @@ from export.bundle import writing
 from export.weights import check_tensors, engine_weights
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 SMALLEST_CANVAS = 8  # the length with which version 0.11.0 traces
@@ -31,7 +32,7 @@ _HOLD_TEMPLATES = ("tokenizer_config.json", "processor_config.json", "chat_templ
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-class EdgeLlmError(ValueError):
+class EdgeLlmError(UserError):
     """A checkpoint that lacks what Edge-LLM needs; the message names it and what to do."""
 
 

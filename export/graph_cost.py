@@ -15,6 +15,8 @@ from typing import NamedTuple
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from nemo_diffgemma.errors import UserError
+
 _SMALL = 1024  # elements: initializers up to this many may hold shapes
 _COLLECTIVE = "collective."  # prefix of the name of what stands for a collective
 _NARROW: dict[int, str] = {  # types of dequantised operands that tensor cores multiply as they are
@@ -32,7 +34,7 @@ _FOUR_BITS = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 _VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze")
 
 
-class RooflineError(ValueError):
+class RooflineError(UserError):
     """A graph that cannot be counted, or a GPU that it cannot run on; the message says what to give instead."""
 
 

@@ -43,6 +43,7 @@ from torch import Tensor
 from export.weights import EXPERTS, Weight, engine_weights, stored_slice
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 SCHEMES = ("fp8", "int4", "nvfp4")
@@ -71,7 +72,7 @@ _SAFETENSORS = {
 }
 
 
-class QuantizationError(ValueError):
+class QuantizationError(UserError):
     """What cannot be quantised; the message says why and what to choose instead."""
 
 

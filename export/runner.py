@@ -22,6 +22,7 @@ from nemo_diffgemma.config import SLIDING, ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.segments import left_padding
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -30,7 +31,7 @@ _DECIDING = ("next_canvas", "argmax", "entropy", "accepted", "accepted_count")
 LOOP_STEPS = 256  # most of a loop whose number of steps is an input
 
 
-class EngineError(ValueError):
+class EngineError(UserError):
     """Something an engine was not built for; the message says what it was built for and how to build another."""
 
 

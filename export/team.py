@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_diffgemma.errors import UserError
+
 _PATIENCE = timedelta(hours=12)  # one process traces while the others wait
 
 
-class TeamError(ValueError):
+class TeamError(UserError):
     """Another process of the team refused what it was asked for; the message is its own."""
 
 

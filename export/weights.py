@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
 from nemo_diffgemma.config import GLOBAL, ModelConfig
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
 DECODER, ENCODER = "model.decoder.", "model.encoder.language_model."
@@ -28,7 +29,7 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 Span = tuple[int, int]
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that do not fit the graphs; the message names the tensor and what to do."""
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_diffgemma.errors import UserError
+
 SLIDING, GLOBAL = "sliding_attention", "full_attention"
 
 # Switches of the Gemma 4 family that this network must not have, with the value that means "absent".
@@ -32,7 +34,7 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that this model cannot have; the message says which key, its value and what to write."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nemo_diffgemma.errors import UserError
+
 INDEX = "model.safetensors.index.json"
 DTYPES = {  # a file's names
     "BF16": torch.bfloat16,
@@ -19,7 +21,7 @@ DTYPES = {  # a file's names
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or written; the message names the file or tensor and what to do."""
 
 

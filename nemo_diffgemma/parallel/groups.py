@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
@@ -105,7 +106,7 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-class OtherRankError(ValueError):
+class OtherRankError(UserError):
     """Another rank found what the message says."""
 
 

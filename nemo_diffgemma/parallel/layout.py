@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.errors import UserError
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A layout that this model or this world cannot have."""
 
 

@@ -18,13 +18,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.objective import ObjectiveConfig
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of replaced tokens at which canvas loss is measured
 BUDGETS = (1, 2, 4, 8, 16, 48)  # numbers of denoising steps with which puzzles are solved
 
 
-class ConfigurationError(ValueError):
+class ConfigurationError(UserError):
     """A run configuration that cannot be used; the message names the key and what to write."""
 
 

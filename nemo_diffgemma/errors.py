@@ -1,0 +1,9 @@
+"""The one kind of error that a user can mend: bad input, a bad setting, a file that is not what it should be."""
+
+
+class UserError(ValueError):
+    """What was given, what was expected, what to type instead. Commands print it as one paragraph and exit with 2.
+
+    Every other exception is a defect or the machine's, and keeps its traceback. A ValueError, for callers who catch what
+    Python's own functions raise.
+    """
