@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups, vocabulary
+from nemo_diffgemma.model import vocabulary
+from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
 
 
 def dense(hidden: Tensor, table: Tensor, uniforms: Tensor) -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from export.entry import start
 from export.roofline import Gpu
 from launch.output import Results, table
-from nemo_diffgemma.training.schema import ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
+from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
 
 if TYPE_CHECKING:
     from export.building import Built

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from export.entry import start
 from launch.output import Results, table
-from nemo_diffgemma.training.schema import ConfigurationError
+from nemo_diffgemma.schema import ConfigurationError
 
 if TYPE_CHECKING:
     from export.bundle import Bundle, Settings

@@ -25,7 +25,7 @@ from export.check import CheckConfig, check
 from export.entry import start
 from export.run import RunConfig, run
 from launch.output import Results
-from nemo_diffgemma.training.schema import ParallelGroup, SamplerGroup
+from nemo_diffgemma.schema import ParallelGroup, SamplerGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs") / "sudoku_cpu"

@@ -27,7 +27,7 @@ from launch.cluster import Submission
 from launch.configuration import compose, frozen, is_multirun
 from launch.output import USER_ERROR, Results, paragraph, refuse
 from launch.processes import started_by_others
-from nemo_diffgemma.training.schema import validate
+from nemo_diffgemma.schema import validate
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]

@@ -35,7 +35,7 @@ from onnx import ModelProto
 from export.graph_cost import Cost, RooflineError, count
 from launch.output import Results
 from launch.output import table as columns
-from nemo_diffgemma.training.schema import ConfigurationError, validate
+from nemo_diffgemma.schema import ConfigurationError, validate
 
 GPUS = Path(__file__).resolve().parents[1] / "conf" / "gpu"
 PEAKS = ("float32", "tf32", "bfloat16", "float16", "fp8", "nvfp4", "int8")

@@ -23,7 +23,7 @@ from export.entry import start
 from launch.canvas_view import CanvasView
 from launch.output import Results
 from launch.text import Text, tell
-from nemo_diffgemma.training.schema import ConfigurationError, SamplerGroup
+from nemo_diffgemma.schema import ConfigurationError, SamplerGroup
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
-from nemo_diffgemma.training.schema import ClusterGroup, ConfigurationError
+from nemo_diffgemma.schema import ClusterGroup, ConfigurationError
 
 GPUS = Path(__file__).resolve().parents[1] / "conf" / "gpu"
 

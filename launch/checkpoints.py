@@ -20,7 +20,7 @@ from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles, read_header
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
-from nemo_diffgemma.training.schema import ConfigurationError
+from nemo_diffgemma.schema import ConfigurationError
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what a text model can have on disk
 

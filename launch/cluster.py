@@ -27,7 +27,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from launch.allocation import GPUS, fit
 from launch.configuration import freeze
 from launch.output import Results, refuse
-from nemo_diffgemma.training.schema import ClusterGroup, ConfigurationError
+from nemo_diffgemma.schema import ClusterGroup, ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, JOB = "config.json", "job"  # in slurm/ of a run directory: what its tasks read, its number

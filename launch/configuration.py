@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.output import refuse
-from nemo_diffgemma.training.schema import explain, keys_of, unknown_key, validate
+from nemo_diffgemma.schema import explain, keys_of, unknown_key, validate
 
 FROZEN = "NEMO_DIFFGEMMA_CONFIG"  # in the environment: a file that `freeze` made, instead of a command line
 CONF = Path(__file__).resolve().parents[1] / "conf"

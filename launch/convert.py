@@ -21,7 +21,7 @@ from omegaconf import MISSING
 
 from launch.output import Results
 from launch.processes import launch
-from nemo_diffgemma.training.schema import ClusterGroup, ParallelGroup
+from nemo_diffgemma.schema import ClusterGroup, ParallelGroup
 
 
 @dataclass

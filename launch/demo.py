@@ -24,7 +24,7 @@ from launch.output import Results
 from launch.processes import launch
 from launch.text import Text
 from launch.train import train
-from nemo_diffgemma.training.schema import BUDGETS, LEVELS, ConfigurationError, TrainConfig
+from nemo_diffgemma.schema import BUDGETS, LEVELS, ConfigurationError, TrainConfig
 
 STARTED = "NEMO_DIFFGEMMA_DEMO_STARTED"  # the processes inherit it: seconds count from the command
 
@@ -56,8 +56,7 @@ def solve_one(network: Any, config: TrainConfig, results: Results) -> str:
     """Show a held-out puzzle, and its canvas at every denoising step -> the puzzle as a prompt."""
     import torch
 
-    from nemo_diffgemma.data import decode_response, encode_puzzle, format_grid, is_solution
-    from nemo_diffgemma.training import tasks
+    from nemo_diffgemma.data import decode_response, encode_puzzle, format_grid, is_solution, tasks
 
     puzzle, _ = tasks.sudoku_task(config.data).test_set[0]
     prompt = torch.tensor([encode_puzzle(puzzle)])

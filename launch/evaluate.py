@@ -21,7 +21,7 @@ from omegaconf import MISSING
 
 from launch.output import Results, table
 from launch.processes import launch
-from nemo_diffgemma.training.schema import BUDGETS, LEVELS, ClusterGroup, ConfigurationError, DataGroup, ParallelGroup
+from nemo_diffgemma.schema import BUDGETS, LEVELS, ClusterGroup, ConfigurationError, DataGroup, ParallelGroup
 
 
 @dataclass
@@ -61,7 +61,7 @@ def canvas_loss(
     network: Any, data: DataGroup, levels: Sequence[float], seed: int, results: Results
 ) -> dict[str, float]:
     """By noise level, also shown as a table."""
-    from nemo_diffgemma.training.evaluation import canvas_losses, held_out_rows
+    from nemo_diffgemma.evaluation.measures import canvas_losses, held_out_rows
 
     losses = canvas_losses(network, held_out_rows(data, network.model), levels, seed)
     results.show(table(["noise", "canvas loss"], [[level, f"{loss:.4f}"] for level, loss in losses.items()]) + "\n")
@@ -72,8 +72,8 @@ def solve_rates(
     network: Any, data: DataGroup, steps: Sequence[int], seed: int, results: Results, batch: int = 400
 ) -> dict[str, Any]:
     """`solve_rate` by number of steps and `tokens_per_forward` with the most, also shown as a table."""
-    from nemo_diffgemma.training import tasks
-    from nemo_diffgemma.training.evaluation import sudoku_solve_rate
+    from nemo_diffgemma.data import tasks
+    from nemo_diffgemma.evaluation.measures import sudoku_solve_rate
 
     puzzles = [puzzle for puzzle, _ in tasks.sudoku_task(data).test_set]
     found = {budget: sudoku_solve_rate(network, puzzles, budget, seed, batch) for budget in sorted(steps)}

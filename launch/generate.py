@@ -24,7 +24,7 @@ from launch.canvas_view import CanvasView
 from launch.output import Results
 from launch.processes import launch
 from launch.text import Text, tell
-from nemo_diffgemma.training.schema import ConfigurationError, ParallelGroup, SamplerGroup
+from nemo_diffgemma.schema import ConfigurationError, ParallelGroup, SamplerGroup
 
 
 @dataclass

@@ -34,8 +34,8 @@ from omegaconf import DictConfig
 from launch.cluster import Submission
 from launch.configuration import FROZEN, compose, freeze, frozen, is_multirun
 from launch.output import USER_ERROR, Results, paragraph, refuse
-from nemo_diffgemma.training.schema import ConfigurationError, ParallelGroup, validate
-from nemo_diffgemma.training.threads import threads_of_process
+from nemo_diffgemma.parallel.threads import threads_of_process
+from nemo_diffgemma.schema import ConfigurationError, ParallelGroup, validate
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.output import Results
 from nemo_diffgemma.diffusion.generate import Generation
-from nemo_diffgemma.training.schema import ConfigurationError
+from nemo_diffgemma.schema import ConfigurationError
 
 
 class Text:

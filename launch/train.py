@@ -9,7 +9,7 @@
 The number of processes follows from parallel.*; they are started here unless torchrun or srun has done so.
 Results go to exp_dir/name/version; the last line of standard output is JSON: run_dir, checkpoint, step, loss.
 SIGUSR1 and SIGTERM end it after the step with a checkpoint and exit code 85.
-What every key means: nemo_diffgemma/training/schema.py.
+What every key means: nemo_diffgemma/schema.py.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_diffgemma.training import stopping
+from nemo_diffgemma.training import signals
 
 if "SLURM_PROCID" in os.environ:  # the imports take ten seconds, in which a signal would end a rank of a job
-    stopping.REQUEST.listen()
+    signals.REQUEST.listen()
 
 from launch.output import Results
 from launch.processes import launch
-from nemo_diffgemma.training.schema import TrainConfig
+from nemo_diffgemma.schema import TrainConfig
 
 
 def train(config: TrainConfig, results: Results) -> dict[str, Any]:
     """Train; everything else is in the run directory."""
     from nemo_diffgemma.training import run  # NeMo: ten seconds
-    from nemo_diffgemma.training.supervision import PREEMPTED
+    from nemo_diffgemma.training.monitoring import PREEMPTED
 
     done = run.train(config, config.exp_manager.run_dir)
     results.exit_code = PREEMPTED if done.preempted else 0

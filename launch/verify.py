@@ -28,7 +28,7 @@ from torch import Tensor
 
 from launch.output import Results, table
 from launch.processes import launch
-from nemo_diffgemma.training.schema import ParallelGroup
+from nemo_diffgemma.schema import ParallelGroup
 
 _TRIES = 8  # prompts and noise with which rows are looked for whose tokens can be compared
 

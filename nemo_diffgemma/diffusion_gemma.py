@@ -17,7 +17,8 @@ from nemo_diffgemma.model.cache import Cache
 from nemo_diffgemma.model.initialisation import initialise
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.model.segments import left_padding
-from nemo_diffgemma.parallel.groups import agree_error, device
+from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.layout import LayoutError
 
 

@@ -2,8 +2,8 @@
 
 
 class UserError(ValueError):
-    """What was given, what was expected, what to type instead. Commands print it as one paragraph and exit with 2.
+    """What was given, what was expected, what to type instead. Commands print one paragraph and exit with 2.
 
-    Every other exception is a defect or the machine's, and keeps its traceback. A ValueError, for callers who catch what
-    Python's own functions raise.
+    Every other exception is a defect, or a fault of the machine. It is a ValueError for callers who catch what Python's
+    own functions raise.
     """

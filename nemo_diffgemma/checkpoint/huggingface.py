@@ -24,7 +24,8 @@ from torch import Tensor
 from nemo_diffgemma.checkpoint.names import CARRIED_PREFIXES, released_name, released_shape, text_tensors
 from nemo_diffgemma.checkpoint.tensor_files import DTYPES, INDEX, CheckpointError, TensorFiles
 from nemo_diffgemma.model.network import Network
-from nemo_diffgemma.parallel.groups import agree_error, process_groups
+from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
 
 SHARD_BYTES = 5 << 30

@@ -23,7 +23,7 @@ from nemo_diffgemma.checkpoint import huggingface
 from nemo_diffgemma.checkpoint.huggingface import Written
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.model.network import Network
-from nemo_diffgemma.parallel.groups import agree_error
+from nemo_diffgemma.parallel.agreement import agree_error
 
 CONFIG, WEIGHTS = "model_config.yaml", "weights"
 

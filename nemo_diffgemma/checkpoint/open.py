@@ -10,7 +10,7 @@ from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
-from nemo_diffgemma.parallel.groups import agree_error
+from nemo_diffgemma.parallel.agreement import agree_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a network can be loaded as
 FORMATS = ("huggingface", "sharded", "nemo")

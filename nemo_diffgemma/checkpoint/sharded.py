@@ -38,7 +38,8 @@ from nemo_diffgemma.checkpoint.names import text_tensors
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
-from nemo_diffgemma.parallel.groups import agree_error, process_groups
+from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
 
 MODEL = "model."

@@ -9,8 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.model.vocabulary import VocabularyShard
 from nemo_diffgemma.parallel.sharding import declare, over_tensor
-from nemo_diffgemma.parallel.vocabulary import VocabularyShard
 
 
 class TokenTable(VocabParallelEmbedding):

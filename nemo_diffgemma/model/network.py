@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.model import vocabulary
 from nemo_diffgemma.model.cache import Cache
 from nemo_diffgemma.model.embedding import TokenTable
 from nemo_diffgemma.model.layer import Layer, gather_tokens, recompute
@@ -28,7 +29,6 @@ from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
 from nemo_diffgemma.model.segments import Canvas, KeyValue, Stream, left_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
-from nemo_diffgemma.parallel import vocabulary
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
 

@@ -1,4 +1,4 @@
-"""Layouts, process groups and vocabulary-sharded arithmetic. What needs Megatron loads on first use."""
+"""Layouts and process groups. What needs Megatron loads on first use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
 if TYPE_CHECKING:
     from nemo_diffgemma.parallel.groups import (
-        agree_error,
         current_layout,
         device,
         initialize,
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LayoutError",
     "ParallelLayout",
-    "agree_error",
     "current_layout",
     "device",
     "initialize",

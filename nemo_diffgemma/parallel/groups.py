@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
@@ -104,22 +103,3 @@ def process_groups() -> ProcessGroupCollection:
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class OtherRankError(UserError):
-    """Another rank found what the message says."""
-
-
-def agree_error(error: Exception | None) -> None:
-    """Raise on every rank as soon as any rank has an error, so that no rank is left waiting in a collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error))
-    if error is not None:
-        raise error
-    first = next(((rank, text) for rank, text in enumerate(messages) if text is not None), None)
-    if first is not None:
-        raise OtherRankError(f"rank {first[0]} stopped: {first[1]}")

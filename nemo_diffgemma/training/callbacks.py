@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback
 from tqdm import tqdm
 
-from nemo_diffgemma.training import tasks
-from nemo_diffgemma.training.evaluation import LEVELS, canvas_losses, held_out_rows, sudoku_solve_rate
+from nemo_diffgemma.data import tasks
+from nemo_diffgemma.evaluation.measures import LEVELS, canvas_losses, held_out_rows, sudoku_solve_rate
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 SOLVE_STEPS = 16

@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
-from nemo_diffgemma.training.schema import ConfigurationError, OptimGroup
+from nemo_diffgemma.schema import ConfigurationError, OptimGroup
 
 DECAYS = ("constant", "linear", "cosine")
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
-from nemo_diffgemma.parallel.groups import agree_error, process_groups
+from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
 
 PREFIX = "optimizer."

@@ -30,16 +30,18 @@ from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 
 from nemo_diffgemma.checkpoint import sharded
-from nemo_diffgemma.data import EOS_ID, PAD_ID, Batches, build_tokenizer
+from nemo_diffgemma.data import EOS_ID, PAD_ID, Batches, build_tokenizer, tasks
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
-from nemo_diffgemma.parallel.groups import agree_error, initialize, process_groups
-from nemo_diffgemma.training import callbacks, optimizer, tasks
-from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings, TrainingError, empty_network
-from nemo_diffgemma.training.schema import ConfigurationError, ExpManagerGroup, TrainConfig
-from nemo_diffgemma.training.stopping import REQUEST
+from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.groups import initialize, process_groups
+from nemo_diffgemma.parallel.threads import threads_of_process
+from nemo_diffgemma.schema import ConfigurationError, ExpManagerGroup, TrainConfig
+from nemo_diffgemma.training import callbacks, optimizer
+from nemo_diffgemma.training.monitoring import Heartbeat, Preemption, Watchdog
+from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings, TrainingError, empty_network
+from nemo_diffgemma.training.signals import REQUEST
 from nemo_diffgemma.training.strategy import MegatronStrategy
-from nemo_diffgemma.training.supervision import Heartbeat, Preemption, Watchdog
-from nemo_diffgemma.training.threads import threads_of_process
 
 CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
 
@@ -107,7 +109,7 @@ def _fit(trainer: Trainer, model: DiffusionGemmaModel, resumed: Path | None, run
         last = run_dir / CHECKPOINTS / f"step-{trainer.global_step}"
         if not trainer.strategy.broadcast(sharded.is_sharded(last)):  # rank 0's files decide: saving is collective
             trainer.save_checkpoint(f"{last}.ckpt")
-    except ValueError as error:
+    except UserError as error:
         if model.result is None:
             raise
         # after a first step it is nothing that was asked for: a full disk, say, with which a restart may do better
@@ -165,7 +167,7 @@ def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    # SIGTERM is ours (stopping.py): Lightning would leave after the step, without a checkpoint and with exit code 0
+    # SIGTERM is ours (signals.py): Lightning would leave after the step, without a checkpoint and with exit code 0
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 

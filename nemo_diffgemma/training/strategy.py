@@ -20,6 +20,7 @@ from nemo.utils.app_state import AppState
 from torch import Tensor
 
 from nemo_diffgemma.checkpoint import sharded
+from nemo_diffgemma.parallel.agreement import all_ranks, any_rank, from_rank_zero
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.training import optimizer_state
 
@@ -61,9 +62,8 @@ class MegatronStrategy(Strategy):
         dist.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        box = [obj]
-        dist.broadcast_object_list(box, src=src)
-        return box[0]
+        assert src == 0
+        return from_rank_zero(obj)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
@@ -80,9 +80,7 @@ class MegatronStrategy(Strategy):
         return total / group.size() if str(reduce_op).lower() in ("mean", "avg") else total
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        vote = torch.tensor(int(decision), device=device())
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(vote.item())
+        return (all_ranks if all else any_rank)(decision, device())
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from export.run import RunConfig, run
 from export.runner import Limits
 from export.show import ShowConfig, show
 from nemo_diffgemma import DiffusionGemma, ParallelLayout, SamplerConfig
-from nemo_diffgemma.training.schema import ModelGroup, ParallelGroup, SamplerGroup
+from nemo_diffgemma.schema import ModelGroup, ParallelGroup, SamplerGroup
 from tests.export import kit
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from export.quantize import SCHEMES, is_quantized
 from export.roofline import Gpu, Links, UnsupportedType, gpu_names, load_gpu, lower_bound, table
 from export.weights import engine_weights
 from nemo_diffgemma import ParallelLayout
-from nemo_diffgemma.training.schema import ConfigurationError
+from nemo_diffgemma.schema import ConfigurationError
 from tests.export import kit
 from tests.export.quantized import CONFIG
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from export.build import BuildConfig, build
 from nemo_diffgemma.checkpoint.open import load_network, save_network
-from nemo_diffgemma.training.schema import ParallelGroup
+from nemo_diffgemma.schema import ParallelGroup
 from tests.export import kit
 from tests.export.test_bundle import Shown
 from tests.pool import free_port

@@ -21,7 +21,7 @@ import torch
 from export import triton_repository
 from nemo_diffgemma import SamplerConfig
 from nemo_diffgemma.data import build_tokenizer
-from nemo_diffgemma.training.schema import ConfigurationError
+from nemo_diffgemma.schema import ConfigurationError
 from tests.export import kit
 
 pytestmark = pytest.mark.usefixtures("single")

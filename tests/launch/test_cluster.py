@@ -16,7 +16,7 @@ from launch.allocation import fit, seconds_of
 from launch.cluster import VERBS, render
 from launch.configuration import CONF, register
 from nemo_diffgemma.parallel.layout import LayoutError
-from nemo_diffgemma.training.schema import ConfigurationError, TrainConfig, validate
+from nemo_diffgemma.schema import ConfigurationError, TrainConfig, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "slurm" / "example_dgx_h100.sbatch"

@@ -23,8 +23,8 @@ from launch.generate import GenerateConfig
 from launch.processes import processes_of
 from launch.verify import VerifyConfig
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.training.schema import ConfigurationError, TrainConfig, keys_of, unknown_key, validate
-from nemo_diffgemma.training.threads import threads_of_process
+from nemo_diffgemma.parallel.threads import threads_of_process
+from nemo_diffgemma.schema import ConfigurationError, TrainConfig, keys_of, unknown_key, validate
 
 CONF = configuration.CONF
 ENTRY_POINTS: list[tuple[str, type, list[str]]] = [

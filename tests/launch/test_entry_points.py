@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemo_diffgemma.data import build_tokenizer
-from nemo_diffgemma.training.schema import ConfigurationError, DataGroup, SamplerGroup
+from nemo_diffgemma.schema import ConfigurationError, DataGroup, SamplerGroup
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [2, 10, 11, 12, 13]
@@ -176,7 +176,7 @@ def test_evaluation_measures_losses_and_solve_rates(model_that_reads_text, singl
 def test_canvas_loss_is_the_mean_cross_entropy_of_what_denoise_predicts(model_that_reads_text, single):
     from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.diffusion.objective import choose_canvases, corrupt
-    from nemo_diffgemma.training.evaluation import canvas_losses, held_out_rows
+    from nemo_diffgemma.evaluation.measures import canvas_losses, held_out_rows
 
     network = DiffusionGemma.from_huggingface(model_that_reads_text)
     rows = held_out_rows(DataGroup(test_puzzles=5), network.model)
@@ -188,14 +188,15 @@ def test_canvas_loss_is_the_mean_cross_entropy_of_what_denoise_predicts(model_th
 
 def test_solve_rate_does_not_depend_on_the_batch(model_that_reads_text, single, monkeypatch):
     from nemo_diffgemma import DiffusionGemma
-    from nemo_diffgemma.training import evaluation, tasks
+    from nemo_diffgemma.data import tasks
+    from nemo_diffgemma.evaluation import measures
 
     network = DiffusionGemma.from_huggingface(model_that_reads_text)
     puzzles = [puzzle for puzzle, _ in tasks.sudoku_task(DataGroup(test_puzzles=5)).test_set]
     answers: list[Any] = []
-    monkeypatch.setattr(evaluation, "solve_rate", lambda puzzles, found: answers.append(found) or 0.0)
+    monkeypatch.setattr(measures, "solve_rate", lambda puzzles, found: answers.append(found) or 0.0)
     for batch in (5, 2):
-        evaluation.sudoku_solve_rate(network, puzzles, 3, seed=1, batch=batch)
+        measures.sudoku_solve_rate(network, puzzles, 3, seed=1, batch=batch)
     assert torch.equal(*answers)
 
 

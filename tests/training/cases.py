@@ -28,7 +28,7 @@ ARCHITECTURE: dict[str, Any] = dict(
 
 def config(steps: int = 4, every: int = 0, layout: dict | None = None, **keys: Any) -> Any:
     """A tiny Sudoku run; `keys` are dotted, as `optim.lr` with `__` for the dot."""
-    from nemo_diffgemma.training.schema import TrainConfig
+    from nemo_diffgemma.schema import TrainConfig
 
     made = TrainConfig()
     made.model.architecture = dict(ARCHITECTURE)
@@ -105,14 +105,14 @@ def resumed_elsewhere(directory: str, before: dict[str, Any], after: dict[str, A
 
 
 def _restored(path: str) -> Any:
-    from nemo_diffgemma.training.model import DiffusionGemmaModel
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel
 
     return DiffusionGemmaModel.restore_from(path)
 
 
 def save_archive(directory: str, path: str, layout: dict[str, int]) -> None:
     """Train a little and write the last checkpoint as a `.nemo`."""
-    from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
 
     run(directory, steps=2, layout=layout)
     settings = config(layout=layout, model__checkpoint=f"{directory}/checkpoints/step-2")
@@ -158,7 +158,7 @@ def message(directory: str, **settings: Any) -> str:
 def validation_losses(micro_batch_size: int) -> list[float]:
     """Of each batch of six held-out examples, with weights of a seed."""
     from nemo_diffgemma.parallel import ParallelLayout, initialize
-    from nemo_diffgemma.training.model import DiffusionGemmaModel, ModelSettings
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
 
     initialize(ParallelLayout())
     settings = config(data__micro_batch_size=micro_batch_size, trainer__validation_examples=6)

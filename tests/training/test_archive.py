@@ -41,7 +41,7 @@ def test_every_layout_restores_the_same_weights(pool, single, trained, layout):
 def test_an_archive_is_restored_without_a_trainer_and_generates(single, trained):
     import torch
 
-    from nemo_diffgemma.training.model import DiffusionGemmaModel
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel
 
     config = DiffusionGemmaModel.restore_from(trained / "model.nemo", return_config=True)
     assert config.data.global_batch_size == 8 and "model" not in config
@@ -59,7 +59,7 @@ def test_a_restored_model_goes_on_training(single, trained, tmp_path):
 
 
 def test_the_archive_does_not_choose_the_class(single, trained):
-    from nemo_diffgemma.training.model import DiffusionGemmaModel
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel
 
     config = DiffusionGemmaModel.restore_from(trained / "model.nemo", return_config=True)
     config.target = "subprocess.Popen"

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
+from nemo_diffgemma.schema import ConfigurationError, OptimGroup
 from nemo_diffgemma.training.optimizer import check, learning_rate
-from nemo_diffgemma.training.schema import ConfigurationError, OptimGroup
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
@@ -45,7 +45,7 @@ def test_weight_decay_falls_on_matrices_only(single):
     import torch
 
     from nemo_diffgemma.training import optimizer
-    from nemo_diffgemma.training.model import build_network
+    from nemo_diffgemma.training.nemo_model import build_network
     from tests.training.cases import config
 
     settings = config()

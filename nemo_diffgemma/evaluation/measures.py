@@ -14,15 +14,14 @@ from typing import NamedTuple
 import torch
 
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data import collate, encode_puzzle, solve_rate
+from nemo_diffgemma.data import collate, encode_puzzle, solve_rate, tasks
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.objective import Rows, choose_canvases, corrupt
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.groups import device
-from nemo_diffgemma.training import tasks
-from nemo_diffgemma.training.schema import LEVELS as LEVELS
-from nemo_diffgemma.training.schema import DataGroup
+from nemo_diffgemma.schema import LEVELS as LEVELS
+from nemo_diffgemma.schema import DataGroup
 
 
 class SolveRate(NamedTuple):

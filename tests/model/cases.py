@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups, vocabulary
-from nemo_diffgemma.parallel.vocabulary import VocabularyShard
+from nemo_diffgemma.model import vocabulary
+from nemo_diffgemma.model.vocabulary import VocabularyShard
+from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
 
 
 def cut(table_VH: Tensor, tensor: int) -> tuple[Tensor, VocabularyShard]:

@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
+from nemo_diffgemma.parallel.agreement import any_rank, is_rank_zero
 from nemo_diffgemma.parallel.groups import device
-from nemo_diffgemma.training.stopping import StopRequest
+from nemo_diffgemma.training.signals import StopRequest
 
 PREEMPTED, HUNG = 85, 86  # exit codes; slurm/job.sbatch knows them
 STATUS = "status.json"
@@ -40,9 +40,7 @@ class Preemption(Callback):
         self.request, self.preempted = request, False
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        asked = torch.tensor(int(self.request.received is not None), device=device())
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if asked.item() and trainer.global_step < trainer.max_steps:
+        if any_rank(self.request.received is not None, device()) and trainer.global_step < trainer.max_steps:
             self.preempted = trainer.should_stop = True
 
 
@@ -64,7 +62,7 @@ class Heartbeat(Callback):
 
     def write(self, state: str, **known: Any) -> None:
         """Now. Other ranks than 0 write nothing."""
-        if dist.get_rank() != 0:
+        if not is_rank_zero():
             return
         checkpoint = self.last_checkpoint(self.run_dir)
         self.status |= {"state": state, "checkpoint": checkpoint and str(checkpoint), "time": time.time(), **known}

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import VOCABULARY, Example, SudokuDataset, SudokuTask, encode_puzzle
-from nemo_diffgemma.training.schema import ConfigurationError, DataGroup
+from nemo_diffgemma.schema import ConfigurationError, DataGroup
 
 KINDS = ("sudoku",)
 _SEEDS = 1 << 20  # streams that do not overlap before example 2^40

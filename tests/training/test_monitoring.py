@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nemo_diffgemma.training.supervision import HUNG, PREEMPTED
+from nemo_diffgemma.training.monitoring import HUNG, PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -101,7 +101,7 @@ def test_a_signal_during_the_start_of_a_rank_is_kept_until_it_can_save(tmp_path)
 # Lightning has handlers of its own from here on
 INTERRUPTED = """
 import os, runpy, signal, sys
-from nemo_diffgemma.training.model import DiffusionGemmaModel
+from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel
 load = DiffusionGemmaModel.setup
 def interrupted(self, *arguments, **named):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.parallel import cases
+from tests.model import cases
 
 LAST = 1 - 2**-24  # the largest float32 below 1
 
@@ -100,7 +100,7 @@ def test_statistics_of_a_cut_vocabulary(pool, tensor, ids):
             [(2048, 1.0, 1.0), (7, 3.0, 0.5), (32, 10.0, 0.4), (100, 0.1, 0.8), (1, 2.0, 0.7)]
         )
     ]
-    ranks = pool(tensor).run("tests.parallel.cases:statistics", tensor=tensor, problems=asked)
+    ranks = pool(tensor).run("tests.model.cases:statistics", tensor=tensor, problems=asked)
     for found in ranks:
         for one, its in zip(found, asked, strict=True):
             check(one, its)
@@ -135,7 +135,7 @@ def test_extremes(single, pool, tensor, ids):
     if tensor == 1:
         ranks = [cases.statistics(1, list(asked.values()))]
     else:
-        ranks = pool(tensor).run("tests.parallel.cases:statistics", tensor=tensor, problems=list(asked.values()))
+        ranks = pool(tensor).run("tests.model.cases:statistics", tensor=tensor, problems=list(asked.values()))
     for found in ranks:
         certain, halves, uniform = found
         assert (certain["entropy_N"] == 0).all()
@@ -180,7 +180,7 @@ def test_nothing_is_computed_that_was_not_asked_for(single):
 def test_logits_have_no_padding(single, pool, tensor, ids):
     asked = problem(3, 4, ids, 24, 5.0)
     arguments = dict(tensor=tensor, hidden_NH=asked["hidden_NH"], table_VH=asked["table_VH"], softcap=30.0)
-    ranks = [cases.logits(**arguments)] if tensor == 1 else pool(tensor).run("tests.parallel.cases:logits", **arguments)
+    ranks = [cases.logits(**arguments)] if tensor == 1 else pool(tensor).run("tests.model.cases:logits", **arguments)
     z_NV = dense(asked["hidden_NH"], asked["table_VH"], 30.0)
     for logits, soft in ranks:
         torch.testing.assert_close(logits.double(), z_NV, atol=1e-5, rtol=0)
@@ -248,7 +248,7 @@ def test_cross_entropy_and_its_gradients(single, seed, positions, ids, scale, lo
 def test_cross_entropy_over_a_cut_vocabulary(pool, tensor, loss_bytes, ids):
     asked = loss_problem(5, 6, ids, 24, 3.0)
     ranks = pool(tensor).run(
-        "tests.parallel.cases:cross_entropy", tensor=tensor, **asked, loss_bytes=loss_bytes, scale=0.5
+        "tests.model.cases:cross_entropy", tensor=tensor, **asked, loss_bytes=loss_bytes, scale=0.5
     )
     check_loss(ranks, asked, 0.5)
 
@@ -263,7 +263,7 @@ def test_soft_embedding_is_differentiable_in_the_table_alone(single, pool, tenso
     if tensor == 1:
         ranks = [cases.soft_embedding(1, **arguments)]
     else:
-        ranks = pool(tensor).run("tests.parallel.cases:soft_embedding", tensor=tensor, **arguments)
+        ranks = pool(tensor).run("tests.model.cases:soft_embedding", tensor=tensor, **arguments)
     table = asked["table_VH"].double().requires_grad_()
     p_NV = dense(asked["hidden_NH"], asked["table_VH"], 30.0).softmax(-1)
     soft_NH = p_NV @ table

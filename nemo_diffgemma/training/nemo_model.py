@@ -31,15 +31,13 @@ from torch.utils.data import DataLoader
 from nemo_diffgemma.checkpoint import nemo_archive
 from nemo_diffgemma.checkpoint.open import DTYPES, load_network
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data import Batch, Batches, collate
+from nemo_diffgemma.data import Batch, Batches, collate, tasks
 from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.diffusion.objective import Counts, Loss, Rows, choose_canvases, corrupt, count, objective
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.model.network import RECOMPUTE
 from nemo_diffgemma.parallel.groups import device, process_groups
-from nemo_diffgemma.training import optimizer as optimizers
-from nemo_diffgemma.training import tasks
-from nemo_diffgemma.training.schema import (
+from nemo_diffgemma.schema import (
     ConfigurationError,
     DataGroup,
     ModelGroup,
@@ -47,6 +45,7 @@ from nemo_diffgemma.training.schema import (
     TrainConfig,
     TrainerGroup,
 )
+from nemo_diffgemma.training import optimizer as optimizers
 
 
 class TrainingError(RuntimeError):
