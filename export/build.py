@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from export.entry import start
 from export.roofline import Gpu
-from launch.output import Results, table
+from nemo_diffgemma.cli.entry import start
+from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
 
 if TYPE_CHECKING:
     from export.building import Built
-    from export.team import Team
     from nemo_diffgemma.parallel import ParallelLayout
+    from nemo_diffgemma.parallel.team import Team
 
 
 @dataclass
@@ -63,7 +63,7 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     from export.building import build_bundle
     from export.bundle import Settings, check_free
     from export.runner import Limits
-    from export.team import Team
+    from nemo_diffgemma.parallel.team import Team
 
     _check(config)
     checkpoint = Path(config.checkpoint).expanduser() if config.checkpoint else None
@@ -73,8 +73,8 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     team = Team.of_processes()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.source-", dir=out.parent) as folder:
-        shared = Path(team.of_first(folder))
-        with team.together():
+        shared = Path(team.from_rank_zero(folder))
+        with team.all_or_none():
             source = (
                 _structure(config.model) if checkpoint is None else _released_format(checkpoint, shared, layout, team)
             )
@@ -128,8 +128,8 @@ def _check(config: BuildConfig) -> None:
 def _write_for_edge_llm(source: Any, out: Path, team: Team) -> None:
     from export.edge_llm import write_checkpoint
 
-    with team.together():
-        if team.first:
+    with team.all_or_none():
+        if team.is_rank_zero:
             write_checkpoint(source, out)
 
 
@@ -159,18 +159,18 @@ def _released_format(checkpoint: Path, folder: Path, layout: ParallelLayout, tea
     from nemo_diffgemma.parallel import ParallelLayout, initialize
 
     if format_of(checkpoint) == "nemo":
-        if team.first:  # `unpack` would do it on every node, under TMPDIR: the bundle's links are made from here
+        if team.is_rank_zero:  # `unpack` would do it on every node, under TMPDIR: the bundle's links are made from here
             nemo_archive.extract(checkpoint, folder)
         return folder / nemo_archive.WEIGHTS
     initialize(layout if team.size % layout.world_size == 0 else ParallelLayout())
-    from launch.checkpoints import contents
+    from nemo_diffgemma.checkpoint.contents import contents
 
     load_network(checkpoint, DTYPES[contents(str(checkpoint)).dtype]).save_huggingface(folder / "checkpoint")
     return folder / "checkpoint"
 
 
 def _prompts(file: str, source: Any) -> list[list[int]]:
-    from launch.text import Text
+    from nemo_diffgemma.tokenizer import Text
 
     place = Path(file).expanduser()
     lines = [line for line in place.read_text().splitlines() if line.strip()] if place.is_file() else []

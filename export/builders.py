@@ -16,7 +16,6 @@ import functools
 import importlib
 import os
 import re
-import resource
 import tempfile
 import time
 from collections import Counter
@@ -201,14 +200,6 @@ def build_engine(
         raise
     seconds = round(time.perf_counter() - start, 2)
     return EngineReport(engine_file.stat().st_size, seconds, _report(build), shapes)
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has held."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    # getrusage counts for a child what its parent held when it started it
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 class _Build:

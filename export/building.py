@@ -14,7 +14,6 @@ import onnx
 import psutil
 
 from export import quantize, triton_repository
-from export.apart import call_apart
 from export.builders import (
     BUILDERS,
     build_engine,
@@ -23,7 +22,6 @@ from export.builders import (
     check_world,
     gpu_at_hand,
     load_module,
-    peak_memory,
 )
 from export.bundle import (
     CHECKPOINT,
@@ -39,11 +37,12 @@ from export.graph import Model, Weights
 from export.inline import Place, inline, places_in, store
 from export.loop import to_loop
 from export.qdq import quantize_graph
-from export.team import ALONE, Team
 from export.tracing import trace
 from export.weights import Weight, check_layout, check_tensors, engine_weights, read_weights
+from nemo_diffgemma.cli.child_process import call_in_child, peak_memory
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
+from nemo_diffgemma.parallel.team import ALONE, Team
 
 GRAPHS = ("encode", "step", "loop")
 QUANTIZATION = "hf_quant_config.json"
@@ -91,16 +90,16 @@ def build_bundle(
         )
     weights = engine_weights(config, settings.layout)
     with writing(out, team) as partial:
-        with team.together():
-            if team.first:
+        with team.all_or_none():
+            if team.is_rank_zero:
                 _prepare(checkpoint, config, weights, partial / CHECKPOINT)
         work = _Work(config, settings, partial, builder, tuple(targets), progress, team)
         amax: dict[str, float] = {}
         if settings.quantization is not None:
             amax, weights = _quantize(work, weights, prompts)
         built = _build_graphs(work, weights, amax)
-        with team.together():
-            if team.first:
+        with team.all_or_none():
+            if team.is_rank_zero:
                 if settings.layout.world_size == 1 and settings.weights != "none":
                     triton_repository.write(partial, builder)
                 write_descriptions(partial, config, settings, builder, targets)
@@ -181,24 +180,24 @@ def check_request(
 def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float]) -> dict[str, Built]:
     settings, team, inlined = work.settings, work.team, work.settings.weights == "inline"
     places: dict[int, dict[str, Place]] = {}
-    with team.together():
+    with team.all_or_none():
         if inlined:
             places = {rank: _places(work, weights, rank) for rank in work.ranks}
     # with weights as inputs the graphs of all ranks are one, and so are the engines
-    mine = work.ranks if inlined else range(settings.layout.world_size) if team.first else ()
+    mine = work.ranks if inlined else range(settings.layout.world_size) if team.is_rank_zero else ()
     built: dict[str, Built] = {}
     for graph in settings.graphs:
         begun, memory = time.perf_counter(), 0
-        with team.together():
-            if team.first:
+        with team.all_or_none():
+            if team.is_rank_zero:
                 work.progress(f"tracing {graph}")
                 _, memory = _call(work, trace_graph, graph, work.config, settings, amax, work.partial)
-        start = begun if team.first else time.perf_counter()  # it was traced once for all ranks
-        with team.together():
+        start = begun if team.is_rank_zero else time.perf_counter()  # it was traced once for all ranks
+        with team.all_or_none():
             for rank in mine:
                 built[f"{graph}.rank{rank}"] = _build(work, graph, rank, places.get(rank), start, memory)
                 start = time.perf_counter()
-    if team.first:
+    if team.is_rank_zero:
         for graph in settings.graphs:
             _common(work.partial, graph).unlink()
     found = {name: one for part in team.gather(built) for name, one in part.items()}
@@ -218,7 +217,7 @@ def _call[T](work: _Work, function: Callable[..., T], *arguments: object) -> tup
     if work.builder == "onnx":
         return function(*arguments), peak_memory()
     held = psutil.Process().memory_info().rss
-    result, most = call_apart(function, *arguments)
+    result, most = call_in_child(function, *arguments)
     return result, max(held + most, peak_memory())
 
 
@@ -293,8 +292,8 @@ def _quantize(
     assert scheme is not None
     kept = {name: weight for name, weight in weights.items() if not quantize.is_quantized(name)}
     amax: dict[str, float] = {}
-    with work.team.together():
-        if work.team.first:
+    with work.team.all_or_none():
+        if work.team.is_rank_zero:
             (work.partial / QUANTIZATION).write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
             if scheme in quantize.QUANTIZE_ACTIVATIONS and work.settings.weights != "none":
                 work.progress("calibrating the activations")
@@ -304,9 +303,9 @@ def _quantize(
                 del tensors
     if work.settings.weights == "none":
         return dict.fromkeys(weights, 1.0), kept  # any range will do for the structure
-    amax = work.team.of_first(amax)
+    amax = work.team.from_rank_zero(amax)
     work.progress("quantising the experts")
-    with work.team.together():
+    with work.team.all_or_none():
         for rank in work.ranks:
             file = work.partial / QUANTIZED.format(rank=rank)
             quantize.write_quantized(file, assets, weights, rank, scheme, dtype, amax)

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from export.quantize import ALGORITHMS, is_quantized, load_quantized, packed_inputs
 from export.runner import LOOP_STEPS, Limits
-from export.team import ALONE, Team
 from export.weights import Weight, WeightsError, engine_weights, read_weights
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
+from nemo_diffgemma.parallel.team import ALONE, Team
 
 FORMAT = 2
 CHECKPOINT, TRITON = "checkpoint", "triton"
@@ -152,22 +152,22 @@ def writing(target: Path, team: Team = ALONE) -> Iterator[Path]:
     The same for all processes of `team`; the first makes and renames it.
     """
     partial = target
-    with team.together():
+    with team.all_or_none():
         check_free(target)
-        if team.first:
+        if team.is_rank_zero:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    partial = team.of_first(partial)
+    partial = team.from_rank_zero(partial)
     try:
         yield partial
-        with team.together():
-            if team.first:
+        with team.all_or_none():
+            if team.is_rank_zero:
                 if target.exists():
                     target.rmdir()
                 partial.chmod(0o755)
                 partial.rename(target)
     except BaseException:
-        if team.first:
+        if team.is_rank_zero:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from export.entry import start
-from launch.output import Results, table
+from nemo_diffgemma.cli.entry import start
+from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.schema import ConfigurationError
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def check(config: CheckConfig, results: Results) -> dict[str, Any]:
     from export.bundle import read_bundle, verify_checksums
     from export.checking import check_one_rank, in_lockstep, tokens_agree, torch_engine
     from export.opening import check_provider
-    from export.team import Team
     from nemo_diffgemma import SamplerConfig
+    from nemo_diffgemma.parallel.team import Team
 
     bundle = read_bundle(config.bundle)
     settings = bundle.settings
@@ -90,7 +90,7 @@ def check(config: CheckConfig, results: Results) -> dict[str, Any]:
         found[length] = in_lockstep(engine, run)
         found[length].keys_values = max(team.gather(found[length].keys_values))  # each rank has heads of its own
         tokens[length] = tokens_agree(engine, sequences[length], run.input_ids, new, sampler, config.seed)
-    found, tokens = team.of_first((found, tokens))
+    found, tokens = team.from_rank_zero((found, tokens))
     computed_by = "the traced functions in PyTorch" if by_pytorch else config.provider
     results.show(f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}")
     results.show(f"by {computed_by}; PyTorch model in {config.reference_dtype}")

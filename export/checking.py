@@ -24,7 +24,6 @@ from export.calibrate import SimulatedWeights
 from export.graph import Model, Weights
 from export.runner import Context, Engine
 from export.sessions import Tensors
-from export.team import of_first
 from export.tracing import STEP_OUTPUTS, past_names, present_names
 from export.weights import key_value_heads
 from nemo_diffgemma.diffusion.generate import Settled
@@ -32,6 +31,7 @@ from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel import device
+from nemo_diffgemma.parallel.team import tensors_of_rank_zero
 
 _COMPARED = ("canvas", "argmax", "entropy", "accepted", "soft")  # of a `Settled`
 
@@ -119,7 +119,7 @@ def check_one_rank(bundle: Bundle) -> None:
 @torch.no_grad()
 def trajectory(network: DiffusionGemma, input_ids: Tensor, sampler: SamplerConfig, seed: int) -> Trajectory:
     """All steps of the PyTorch model for one canvas. Replicas in several processes all follow the first."""
-    from launch.verify import chosen_experts
+    from nemo_diffgemma.evaluation.comparison import chosen_experts
 
     rows, config = input_ids.shape[0], network.model
     noise = KeyedNoise.for_rows(seed, rows, config.canvas_length, config.vocab_size, device())
@@ -131,7 +131,8 @@ def trajectory(network: DiffusionGemma, input_ids: Tensor, sampler: SamplerConfi
         with chosen_experts(network) as chosen:
             exact = network.sampling_step(canvas, cache, soft=soft, **_asked(sampler, noise, remaining, cache.first))
         if dist.get_world_size() > 1:  # a last bit that differs would send the others elsewhere
-            exact = exact._replace(cache=None, **of_first({name: getattr(exact, name) for name in _COMPARED}))
+            decided = tensors_of_rank_zero({name: getattr(exact, name) for name in _COMPARED})
+            exact = exact._replace(cache=None, **decided)
         canvas, soft = exact.canvas, exact.soft
         settled.append(exact._replace(cache=None, **{name: getattr(exact, name).cpu() for name in _COMPARED}))
         experts.append(tuple(map_TE.nonzero()[:, 1].view(len(map_TE), -1).cpu() for map_TE in chosen))

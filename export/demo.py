@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from export.build import BuildConfig, build
 from export.check import CheckConfig, check
-from export.entry import start
 from export.run import RunConfig, run
-from launch.output import Results
+from nemo_diffgemma.cli.entry import start
+from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.schema import ParallelGroup, SamplerGroup
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from export.builders import BuilderError, load_module, logger
 from export.runner import EngineError
-from export.team import agree, own_device
+from nemo_diffgemma.parallel.agreement import all_ranks
+from nemo_diffgemma.parallel.team import own_device
 
 GRAPHS_KEPT = 4  # an execution context each; generation needs one of `step` or `loop` at a time
 
@@ -229,7 +230,7 @@ class EngineSession:
             return None
 
     def _all(self, flag: bool) -> bool:
-        return flag if self._world == 1 else agree(flag, self._device)
+        return flag if self._world == 1 else all_ranks(flag, self._device)
 
     def _apart(self, inputs: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """An execution context, inputs and outputs of a captured call's own."""

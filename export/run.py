@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from export.entry import start
-from launch.canvas_view import CanvasView
-from launch.output import Results
-from launch.text import Text, tell
+from nemo_diffgemma.cli.canvas_view import CanvasView
+from nemo_diffgemma.cli.entry import start
+from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.schema import ConfigurationError, SamplerGroup
+from nemo_diffgemma.tokenizer import Text, tell
 
 
 @dataclass

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from export.graph import empty_context
 from export.sessions import Session, Tensors
-from export.team import agree, of_first
 from export.tracing import past_names, present_names
 from nemo_diffgemma.config import SLIDING, ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
@@ -24,7 +23,9 @@ from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.segments import left_padding
+from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.layout import ParallelLayout
+from nemo_diffgemma.parallel.team import tensors_of_rank_zero
 
 # outputs of a step that decide what comes next: the first rank's, as engines built apart may differ in the last bit
 _DECIDING = ("next_canvas", "argmax", "entropy", "accepted", "accepted_count")
@@ -158,7 +159,7 @@ class Engine:
     def _denoise(self, graph: str, context: Context, inputs: Tensors) -> dict[str, Tensor]:
         ranked = [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)]
         found = self._sessions[graph].run({**inputs, **context.inputs()}, ranked)[0]
-        return found if self._alone else {**found, **of_first({name: found[name] for name in _DECIDING})}
+        return found if self._alone else {**found, **tensors_of_rank_zero({name: found[name] for name in _DECIDING})}
 
     def _append(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
         past = {}
@@ -205,7 +206,7 @@ class Engine:
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` holds in every process that runs ranks of this engine."""
-        return flag if self._alone else agree(flag, self.device)
+        return flag if self._alone else all_ranks(flag, self.device)
 
     def _extended(self, cache: Context | None, context: Tensor | None, first: tuple[int, ...]) -> Context:
         if context is None:

@@ -30,7 +30,7 @@ class TritonPythonModel:
             sys.path.insert(0, parameters["code"])
         try:
             from export import open_bundle
-            from launch.text import Text
+            from nemo_diffgemma.tokenizer import Text
         except ImportError as error:
             raise pb_utils.TritonModelException(
                 f"{error}; set PYTHONPATH, or the parameter code in config.pbtxt, to the repository of nemo_diffgemma"

@@ -9,7 +9,6 @@ The last line is JSON: tensors, bytes (as a Hugging Face directory holds them), 
 
 from __future__ import annotations
 
-import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import MISSING
 
-from launch.output import Results
-from launch.processes import launch
+from nemo_diffgemma.cli.output import Results
+from nemo_diffgemma.cli.processes import launch
 from nemo_diffgemma.schema import ClusterGroup, ParallelGroup
 
 
@@ -38,7 +37,7 @@ class ConvertConfig:
 
 def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:
     """Convert one checkpoint."""
-    from launch.checkpoints import contents, open_network
+    from nemo_diffgemma.checkpoint.contents import contents, open_network
     from nemo_diffgemma.checkpoint.open import FORMATS, save_network
     from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 
@@ -63,9 +62,10 @@ def _peak_memory() -> int:
     import torch
     import torch.distributed as dist
 
+    from nemo_diffgemma.cli.child_process import peak_memory
     from nemo_diffgemma.parallel import device
 
-    peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=device())
+    peak = torch.tensor(peak_memory(), device=device())
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return int(peak)
 

@@ -18,13 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.canvas_view import CanvasView
 from launch.evaluate import canvas_loss, solve_rates
-from launch.output import Results
-from launch.processes import launch
-from launch.text import Text
 from launch.train import train
+from nemo_diffgemma.cli.canvas_view import CanvasView
+from nemo_diffgemma.cli.output import Results
+from nemo_diffgemma.cli.processes import launch
 from nemo_diffgemma.schema import BUDGETS, LEVELS, ConfigurationError, TrainConfig
+from nemo_diffgemma.tokenizer import Text
 
 STARTED = "NEMO_DIFFGEMMA_DEMO_STARTED"  # the processes inherit it: seconds count from the command
 
@@ -36,7 +36,7 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
     trained = train(config, results)
     if results.exit_code:
         return trained
-    from launch.checkpoints import open_network
+    from nemo_diffgemma.checkpoint.contents import open_network
 
     network = open_network(trained["checkpoint"], config.model.dtype)
     results.show(f"trained {trained['step']} steps, loss {trained['loss']:.4f}\n")

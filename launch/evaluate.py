@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import MISSING
 
-from launch.output import Results, table
-from launch.processes import launch
+from nemo_diffgemma.cli.output import Results, table
+from nemo_diffgemma.cli.processes import launch
 from nemo_diffgemma.schema import BUDGETS, LEVELS, ClusterGroup, ConfigurationError, DataGroup, ParallelGroup
 
 
@@ -48,7 +48,7 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig, results: Results) -> dict[str, Any]:
     """Evaluate one checkpoint."""
-    from launch.checkpoints import open_network
+    from nemo_diffgemma.checkpoint.contents import open_network
 
     network = open_network(config.checkpoint, config.dtype)
     return {

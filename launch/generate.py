@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from omegaconf import MISSING
 
-from launch.canvas_view import CanvasView
-from launch.output import Results
-from launch.processes import launch
-from launch.text import Text, tell
+from nemo_diffgemma.cli.canvas_view import CanvasView
+from nemo_diffgemma.cli.output import Results
+from nemo_diffgemma.cli.processes import launch
 from nemo_diffgemma.schema import ConfigurationError, ParallelGroup, SamplerGroup
+from nemo_diffgemma.tokenizer import Text, tell
 
 
 @dataclass
@@ -49,7 +49,7 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig, results: Results) -> dict[str, Any]:
     """Generate after one prompt."""
-    from launch.checkpoints import open_network
+    from nemo_diffgemma.checkpoint.contents import open_network
 
     network = open_network(config.checkpoint, config.dtype)
     text = Text(network.assets)

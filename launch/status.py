@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from launch.output import refuse
+from nemo_diffgemma.cli.output import refuse
 
 # of Slurm, and of heartbeats where Slurm does not know the job
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",

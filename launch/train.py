@@ -26,8 +26,8 @@ from nemo_diffgemma.training import signals
 if "SLURM_PROCID" in os.environ:  # the imports take ten seconds, in which a signal would end a rank of a job
     signals.REQUEST.listen()
 
-from launch.output import Results
-from launch.processes import launch
+from nemo_diffgemma.cli.output import Results
+from nemo_diffgemma.cli.processes import launch
 from nemo_diffgemma.schema import TrainConfig
 
 

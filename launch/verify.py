@@ -11,23 +11,18 @@ The last line is JSON: differences (largest, absolute), agreement (shares), verd
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import torch.distributed as dist
 from omegaconf import MISSING
-from torch import Tensor
 
-from launch.output import Results, table
-from launch.processes import launch
+from nemo_diffgemma.cli.output import Results, table
+from nemo_diffgemma.cli.processes import launch
 from nemo_diffgemma.schema import ParallelGroup
 
 _TRIES = 8  # prompts and noise with which rows are looked for whose tokens can be compared
@@ -50,169 +45,83 @@ class VerifyConfig:
 
 def verify(config: VerifyConfig, results: Results) -> dict[str, Any]:
     """Compare one checkpoint."""
-    from launch.checkpoints import open_network
-    from nemo_diffgemma.checkpoint.open import format_of
+    from nemo_diffgemma.checkpoint.contents import open_network
+    from nemo_diffgemma.evaluation import comparison
 
     network = open_network(config.checkpoint, "float32")
     with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
-        directory = Path(config.checkpoint).expanduser()
-        if format_of(directory) != "huggingface":
-            directory = Path(on_first_rank(lambda: folder)) / "huggingface"
-            network.save_huggingface(directory)
-        reference = load_reference(directory)
+        reference = load_reference(_released_format(config.checkpoint, network, Path(folder)))
         window = network.model.sliding_window
         lengths = config.prompt_lengths or [max(1, window // 2), window + 3]
         differences: dict[str, float] = {}
         routes: list[float] = []
         tokens: list[bool] = []
+
+        def compare_tokens(length: int, seed: int) -> None:
+            tokens.extend(
+                comparison.compare_tokens(
+                    network,
+                    reference,
+                    comparison.random_ids(network, config.rows, length, seed),
+                    canvases=config.canvases,
+                    max_denoising_steps=config.max_denoising_steps,
+                    probe=config.probe,
+                    seed=seed,
+                )
+            )
+
+        canvas = comparison.random_ids(network, config.rows, network.model.canvas_length, config.seed)
         for length in lengths:
-            prompts = random_ids(config, network, (config.rows, length))
-            compare_passes(network, reference, prompts, random_ids(config, network, None), differences, routes)
-            tokens += compare_tokens(network, reference, prompts, config)
+            prompts = comparison.random_ids(network, config.rows, length, config.seed)
+            comparison.compare_passes(network, reference, prompts, canvas, differences, routes)
+            compare_tokens(length, config.seed)
         for seed in range(config.seed + 1, config.seed + _TRIES):  # rounding may decide every row so far
             if tokens:
                 break
-            other = dataclasses.replace(config, seed=seed)
-            tokens += compare_tokens(network, reference, random_ids(other, network, (config.rows, lengths[0])), other)
-    agreement = {"router": sum(routes) / len(routes), "tokens": sum(tokens) / len(tokens) if tokens else None}
+            compare_tokens(lengths[0], seed)
+    return _verdict(config, lengths, differences, sum(routes) / len(routes), tokens, results)
+
+
+def _released_format(checkpoint: str, network: Any, folder: Path) -> Path:
+    """A Hugging Face directory of the checkpoint, which transformers reads: itself, or one written below `folder`."""
+    from nemo_diffgemma.checkpoint.open import format_of
+    from nemo_diffgemma.parallel.agreement import from_rank_zero
+
+    directory = Path(checkpoint).expanduser()
+    if format_of(directory) != "huggingface":
+        directory = from_rank_zero(folder) / "huggingface"
+        network.save_huggingface(directory)
+    return directory
+
+
+def _verdict(
+    config: VerifyConfig,
+    lengths: list[int],
+    differences: dict[str, float],
+    same_experts: float,
+    tokens: list[bool],
+    results: Results,
+) -> dict[str, Any]:
     equal = max(differences.values()) <= config.tolerance and all(tokens)
     results.exit_code = int(not equal)
     rows = [[name.replace("_", " "), f"{value:.2e}"] for name, value in differences.items()]
-    rows += [["same experts", f"{agreement['router']:.4%}"], ["same tokens", f"{sum(tokens)} of {len(tokens)} rows"]]
-    results.show(f"against transformers, prompts of {lengths} tokens\n{table(['compared', 'found'], rows)}\n")
+    rows += [["same experts", f"{same_experts:.4%}"], ["same tokens", f"{sum(tokens)} of {len(tokens)} rows"]]
+    results.show(f"against transformers, prompts of {lengths} tokens\n{table(['compared', 'difference'], rows)}\n")
     verdict = "different" if not equal else "equal" if tokens else "equal, tokens not compared"
+    agreement = {"router": same_experts, "tokens": sum(tokens) / len(tokens) if tokens else None}
     return {"differences": differences, "agreement": agreement, "verdict": verdict}
-
-
-def on_first_rank(ask: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on every rank. An error there is an error everywhere."""
-    from nemo_diffgemma.parallel import agree_error
-
-    box: list[Any] = [None]
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            box = [ask()]
-        except Exception as found:
-            error = found
-    agree_error(error)
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def load_reference(directory: Path) -> Any:
     """transformers' model on rank 0, None elsewhere."""
-    from nemo_diffgemma.parallel import agree_error
+    from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero
 
-    reference, error = None, None
-    if dist.get_rank() == 0:
-        try:
-            from launch.reference import Reference
+    with all_or_none():
+        if is_rank_zero():
+            from nemo_diffgemma.evaluation.reference import Reference
 
-            reference = Reference(directory)
-        except Exception as found:
-            error = found
-    agree_error(error)
-    return reference
-
-
-def random_ids(config: VerifyConfig, network: Any, shape: tuple[int, int] | None) -> Tensor:
-    """Uniform ids, the same on every rank; a canvas a row where no shape is given."""
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.randint(
-        network.model.vocab_size, shape or (config.rows, network.model.canvas_length), generator=generator
-    )
-
-
-@torch.no_grad()
-def compare_passes(
-    network: Any, reference: Any, prompts: Tensor, canvas: Tensor, differences: dict[str, float], routes: list[float]
-) -> None:
-    """One encoder pass and two denoising passes, the second with self-conditioning."""
-
-    def note(name: str, ours: Tensor, theirs: Tensor) -> None:
-        differences[name] = max(differences.get(name, 0.0), float((ours.cpu() - theirs).abs().max()))
-
-    from nemo_diffgemma.parallel import device
-
-    first: Any = None  # logits without self-conditioning
-    their_cache: Any = None
-    with chosen_experts(network) as ours:
-        hidden = network.encode_clean(prompts.to(device())).hidden_BSH
-    cache = network.encode(prompts)
-
-    def encode() -> Any:
-        nonlocal their_cache
-        with reference.routes(encoder=True) as chosen:
-            their_cache, states = reference.encode(prompts)
-        return states, chosen
-
-    states, chosen = on_first_rank(encode)
-    note("encoder_states", hidden, states)
-    routes += [same_experts(network, a, b) for a, b in zip(ours, chosen, strict=True)]
-    for name, temperature in (("logits", None), ("self_conditioned_logits", 0.6)):
-        signal = None if temperature is None else first / temperature
-        with chosen_experts(network) as ours:
-            logits = network.denoise(canvas, cache, signal)
-
-        def denoise(signal: Tensor | None = signal) -> Any:
-            with reference.routes(encoder=False) as chosen:
-                found = reference.denoise(canvas, their_cache, signal)
-            return found, chosen
-
-        first, chosen = on_first_rank(denoise)
-        note(name, logits, first)
-        routes += [same_experts(network, a, b) for a, b in zip(ours, chosen, strict=True)]
-
-
-def compare_tokens(network: Any, reference: Any, prompts: Tensor, config: VerifyConfig) -> list[bool]:
-    """Whether each robust row has the tokens of transformers."""
-    from nemo_diffgemma.diffusion.noise import KeyedNoise
-
-    sampler = dataclasses.replace(network.sampler_defaults, max_denoising_steps=config.max_denoising_steps)
-    new_tokens = config.canvases * network.model.canvas_length
-    noise = KeyedNoise.for_rows(config.seed, config.rows, network.model.canvas_length, network.model.vocab_size)
-    ours = network.generate(prompts, max_new_tokens=new_tokens, sampler=sampler, noise=noise).sequences.cpu()
-
-    def theirs() -> list[Tensor]:
-        sizes = (0.0, config.probe, -config.probe)
-        return [reference.generate(prompts, new_tokens, sampler, noise, size) for size in sizes]
-
-    sequences = [*on_first_rank(theirs), ours]
-    width = max(found.shape[1] for found in sequences)
-    pad = -1 if sampler.pad_token_id is None else sampler.pad_token_id
-    plain, up, down, ours = (torch.nn.functional.pad(x, (0, width - x.shape[1]), value=pad) for x in sequences)
-    robust = (plain == up).all(-1) & (plain == down).all(-1)
-    return (plain == ours).all(-1)[robust].tolist()
-
-
-class chosen_experts:
-    """Experts that each of our layers chooses meanwhile, [tokens of this rank, E] bool a layer."""
-
-    def __init__(self, network: Any) -> None:
-        self._routers = [layer.moe.router for layer in network.layers]
-
-    def __enter__(self) -> list[Tensor]:
-        found: list[Tensor] = []
-        self._handles = [
-            router.register_forward_hook(lambda module, args, output: found.append(output[1]))
-            for router in self._routers
-        ]
-        return found
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def same_experts(network: Any, ours: Tensor, theirs_NK: Tensor) -> float:
-    """Share of tokens that go to the same experts."""
-    group = network.groups.tp
-    parts = [torch.empty_like(ours, dtype=torch.uint8) for _ in range(group.size())]
-    dist.all_gather(parts, ours.to(torch.uint8).contiguous(), group=group)
-    ours_NE = torch.cat(parts)[: len(theirs_NK)].cpu().bool()  # behind them, padding up to whole tensor ranks
-    theirs_NE = torch.zeros_like(ours_NE).scatter(-1, theirs_NK, True)
-    return float((ours_NE == theirs_NE).all(-1).float().mean())
+            return Reference(directory)
+    return None
 
 
 if __name__ == "__main__":

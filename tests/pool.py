@@ -19,7 +19,7 @@ import traceback
 from datetime import timedelta
 from typing import Any
 
-from export.apart import end_with_parent
+from nemo_diffgemma.cli.child_process import end_with_parent
 
 
 def free_port() -> int:

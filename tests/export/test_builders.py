@@ -17,10 +17,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.apart import call_apart
 from export.builders import BuilderError, build_engine, check_target, inspect_network, load_module
 from export.engine_session import _deserialize
 from export.runner import EngineError
+from nemo_diffgemma.cli.child_process import call_in_child
 
 FLOAT, HALF, BF16, FP8, INT64 = (
     getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "INT64")
@@ -155,7 +155,7 @@ def test_files_of_the_working_directory_are_not_imported(tmp_path, monkeypatch):
     file = product(tmp_path / "graph.onnx")
     for path in ("", os.pathsep, f"{tmp_path / 'nothing'}{os.pathsep}"):
         monkeypatch.setenv("PYTHONPATH", path)
-        report, peak = call_apart(build_engine, RTX, file, tmp_path / "graph.engine", BATCH)
+        report, peak = call_in_child(build_engine, RTX, file, tmp_path / "graph.engine", BATCH)
         assert report.bytes > 1000 and peak > 10**8
 
 

@@ -314,7 +314,7 @@ def test_memory_of_the_children_counts_with_our_own(traces, tmp_path, monkeypatc
         arguments[2].write_bytes(b"engine")
         return None, building * 10**13
 
-    monkeypatch.setattr("export.building.call_apart", call)
+    monkeypatch.setattr("export.building.call_in_child", call)
     monkeypatch.setattr("export.building.load_module", lambda builder: None)
     settings = Settings(graphs=("encode", "step"), limits=LIMITS)
     built = build_bundle(traces, tmp_path / "out", settings, "tensorrt_rtx")

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from export import graph
-from export.apart import _one_gpu
 from export.bundle import BundleError
 from export.checking import trajectory
 from export.engine_session import EngineSession
 from export.graph import Model, Weights, empty_context
 from export.runner import Engine, EngineError
-from export.team import Team, own_device
 from export.weights import engine_weights, read_weights
 from nemo_diffgemma import ParallelLayout, SamplerConfig
+from nemo_diffgemma.cli.child_process import _one_gpu
+from nemo_diffgemma.parallel.team import Team, own_device
 from tests.export import kit
 
 TWO = ParallelLayout(tensor=2)
@@ -121,7 +121,7 @@ def replica(path: Path) -> tuple[Tensor, Tensor]:
 def told(error: str) -> tuple[str, bool, str]:
     """What a part of the work that fails with `error` on rank 1 raises here, and whether it is a user's mistake."""
     try:
-        with Team.of_processes().together():
+        with Team.of_processes().all_or_none():
             if dist.get_rank() == 1:
                 raise {"refusal": BundleError("give another"), "crash": OSError("disk full")}[error]
     except Exception as found:
@@ -185,11 +185,11 @@ def test_replicas_of_the_pytorch_model_follow_the_first(pool, checkpoint):
 
 def test_only_a_refusal_of_another_process_is_a_users_mistake(pool):
     assert pool(2).run("tests.export.test_ranks:told", error="refusal") == [
-        ("TeamError", True, "process 1 stopped: BundleError: give another"),
+        ("OtherRankError", True, "rank 1 stopped: give another"),
         ("BundleError", True, "give another"),
     ]
     assert pool(2).run("tests.export.test_ranks:told", error="crash") == [
-        ("TeamCrash", False, "process 1 stopped: OSError: disk full"),
+        ("OtherRankFailure", False, "rank 1 stopped: OSError: disk full"),
         ("OSError", False, "disk full"),
     ]
 

@@ -175,14 +175,16 @@ LOADED = {"tracing": "", "tracing apart": "libtorch_cpu", "building": "libtensor
 def has_loaded(process: psutil.Process, library: str) -> bool:
     """Not before it is a program of its own: until then it has what its parent has loaded."""
     try:
-        return "export.apart" in process.cmdline() and any(library in file.path for file in process.memory_maps())
+        return "nemo_diffgemma.cli.child_process" in process.cmdline() and any(
+            library in file.path for file in process.memory_maps()
+        )
     except psutil.Error:
         return False
 
 
 SWALLOWED = """
 import os, signal, time, weakref
-from export.entry import _ended_by_sigterm
+from nemo_diffgemma.cli.entry import _ended_by_sigterm
 class Anything: pass
 with _ended_by_sigterm():
     try:

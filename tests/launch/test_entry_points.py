@@ -15,6 +15,7 @@ import torch
 
 from nemo_diffgemma.data import build_tokenizer
 from nemo_diffgemma.schema import ConfigurationError, DataGroup, SamplerGroup
+from tests.launch import verbs
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [2, 10, 11, 12, 13]
@@ -139,7 +140,7 @@ def test_help_shows_examples_groups_and_keys():
 
 
 def test_a_prompt_becomes_text_and_the_canvas_is_shown_at_every_step(model_that_reads_text, single):
-    from launch.generate import GenerateConfig, generate
+    generate, GenerateConfig = (getattr(verbs.load("generate"), name) for name in ("generate", "GenerateConfig"))
 
     results = Shown()
     config = GenerateConfig(
@@ -154,7 +155,7 @@ def test_a_prompt_becomes_text_and_the_canvas_is_shown_at_every_step(model_that_
 
 
 def test_what_the_tokenizer_does_not_know_is_refused(model_that_reads_text, model):
-    from launch.text import Text
+    from nemo_diffgemma.tokenizer import Text
 
     with pytest.raises(ConfigurationError, match="cannot read prompt='é'"):
         Text(model_that_reads_text).encode("é", chat=True)
@@ -163,7 +164,7 @@ def test_what_the_tokenizer_does_not_know_is_refused(model_that_reads_text, mode
 
 
 def test_evaluation_measures_losses_and_solve_rates(model_that_reads_text, single):
-    from launch.evaluate import EvaluateConfig, evaluate
+    evaluate, EvaluateConfig = (getattr(verbs.load("evaluate"), name) for name in ("evaluate", "EvaluateConfig"))
 
     config = EvaluateConfig(str(model_that_reads_text), data=DataGroup(test_puzzles=6), steps=[1, 2], levels=[0.0, 1.0])
     found = evaluate(config, Shown())
@@ -201,7 +202,7 @@ def test_solve_rate_does_not_depend_on_the_batch(model_that_reads_text, single, 
 
 
 def test_conversion_through_every_format_gives_the_same_bytes_back(model, tmp_path, single):
-    from launch.convert import ConvertConfig, convert
+    convert, ConvertConfig = (getattr(verbs.load("convert"), name) for name in ("convert", "ConvertConfig"))
 
     places = [str(model), *(str(tmp_path / name) for name in ("sharded", "archive.nemo", "back"))]
     for source, target, format in zip(places, places[1:], ("sharded", "nemo", "huggingface"), strict=False):
@@ -224,7 +225,7 @@ def _tensors(directory: Path) -> dict[str, bytes]:
 
 
 def test_verification_finds_us_equal_and_a_moved_weight_different(model, single, monkeypatch):
-    from launch import verify
+    verify = verbs.load("verify")
 
     config = verify.VerifyConfig(str(model), rows=2, canvases=1, max_denoising_steps=3)
     results = Shown()
@@ -233,7 +234,7 @@ def test_verification_finds_us_equal_and_a_moved_weight_different(model, single,
     assert found["agreement"]["router"] == 1.0
     assert max(found["differences"].values()) < 1e-4
 
-    from launch import checkpoints
+    from nemo_diffgemma.checkpoint import contents as checkpoints
 
     def moved(path: str, dtype: str) -> Any:
         network = opened(path, dtype)
@@ -249,26 +250,27 @@ def test_verification_finds_us_equal_and_a_moved_weight_different(model, single,
 
 
 def test_tokens_that_were_not_compared_are_not_called_equal(model, single, monkeypatch):
-    from launch import verify
+    from nemo_diffgemma.evaluation import comparison
 
+    verify = verbs.load("verify")
     config = verify.VerifyConfig(str(model), prompt_lengths=[5], rows=2, canvases=1, max_denoising_steps=3)
     tried = []
 
-    def robust_at_the_third(network, reference, prompts, config):
-        tried.append((config.seed, prompts.tolist()))
+    def robust_at_the_third(network, reference, prompts, *, seed, **_):
+        tried.append((seed, prompts.tolist()))
         return [True] * (len(tried) == 3)
 
-    monkeypatch.setattr(verify, "compare_tokens", robust_at_the_third)
+    monkeypatch.setattr(comparison, "compare_tokens", robust_at_the_third)
     assert verify.verify(config, Shown())["verdict"] == "equal"
     assert [seed for seed, _ in tried] == [0, 1, 2] and tried[0][1] != tried[1][1]
-    monkeypatch.setattr(verify, "compare_tokens", lambda *_: [])
+    monkeypatch.setattr(comparison, "compare_tokens", lambda *_, **__: [])
     assert verify.verify(config, Shown())["verdict"] == "equal, tokens not compared"
 
 
 def test_a_directory_with_whole_numbers_is_counted_from_its_headers(tmp_path):
     from safetensors.torch import save_file
 
-    from launch.checkpoints import contents
+    from nemo_diffgemma.checkpoint.contents import contents
 
     tensors = {"a": torch.zeros(3, dtype=torch.int64), "b": torch.zeros(5, dtype=torch.bool), "c": torch.zeros(2)}
     save_file(tensors, tmp_path / "model.safetensors")

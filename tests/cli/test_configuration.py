@@ -16,23 +16,20 @@ from omegaconf import OmegaConf
 
 from export.build import BuildConfig
 from export.roofline import load_gpu
-from launch import configuration, processes
-from launch.convert import ConvertConfig
-from launch.evaluate import EvaluateConfig
-from launch.generate import GenerateConfig
-from launch.processes import processes_of
-from launch.verify import VerifyConfig
+from nemo_diffgemma.cli import configuration, processes
+from nemo_diffgemma.cli.processes import processes_of
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.threads import threads_of_process
 from nemo_diffgemma.schema import ConfigurationError, TrainConfig, keys_of, unknown_key, validate
+from tests.launch import verbs
 
 CONF = configuration.CONF
 ENTRY_POINTS: list[tuple[str, type, list[str]]] = [
     ("config", TrainConfig, []),
-    ("generate", GenerateConfig, ["checkpoint=x", "prompt=y"]),
-    ("evaluate", EvaluateConfig, ["checkpoint=x"]),
-    ("convert", ConvertConfig, ["source=x", "target=y"]),
-    ("verify", VerifyConfig, ["checkpoint=x"]),
+    ("generate", verbs.load("generate").GenerateConfig, ["checkpoint=x", "prompt=y"]),
+    ("evaluate", verbs.load("evaluate").EvaluateConfig, ["checkpoint=x"]),
+    ("convert", verbs.load("convert").ConvertConfig, ["source=x", "target=y"]),
+    ("verify", verbs.load("verify").VerifyConfig, ["checkpoint=x"]),
 ]
 KEYS = [key for key in keys_of(TrainConfig) if key.count(".") == 1]
 
@@ -62,7 +59,7 @@ def test_every_entry_point_composes_with_every_parallel_layout(name, schema, ove
 def test_every_option_of_every_group_composes_into_a_valid_run(path):
     option = f"{path.parent.name}={path.stem}"
     if path.parent.name == "sampler":
-        composed("generate", GenerateConfig, ["checkpoint=x", "prompt=y", option])
+        composed("generate", verbs.load("generate").GenerateConfig, ["checkpoint=x", "prompt=y", option])
     elif path.parent.name == "gpu":
         gpu = composed("export_build", BuildConfig, ["checkpoint=x", "out=y", option]).gpu
         assert gpu == load_gpu(path.stem)
@@ -122,9 +119,9 @@ def test_what_is_ill_typed_or_out_of_place_is_refused(given, told):
 
 def test_a_missing_key_and_a_missing_choice_say_what_to_write():
     with pytest.raises(ConfigurationError, match="checkpoint is not given and has no default; write checkpoint="):
-        validate({"prompt": "x"}, GenerateConfig)
+        validate({"prompt": "x"}, verbs.load("generate").GenerateConfig)
     with pytest.raises(ConfigurationError, match="prompt='some text' and prompt_ids"):
-        validate({"checkpoint": "x"}, GenerateConfig)
+        validate({"checkpoint": "x"}, verbs.load("generate").GenerateConfig)
 
 
 @settings(deadline=None)

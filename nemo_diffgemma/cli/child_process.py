@@ -1,8 +1,8 @@
 """Calls a function in a process of its own, which gives all of its memory back at its end.
 
-A process that builds an engine needs no torch, and what tracing leaves in memory nobody else needs. Run as
-`python -m export.apart`, it reads the pickled function and its arguments, and answers with the pickled result. It ends
-with whoever has started it.
+A process that builds an engine needs no torch, and what tracing leaves in memory nobody else needs. The child, run as
+`python -m nemo_diffgemma.cli.child_process`, reads the pickled function and its arguments and answers with the pickled
+result. It ends with whoever has started it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -17,22 +19,29 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from export.builders import peak_memory
+from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process has held."""
+    status = Path("/proc/self/status")
+    held = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    # getrusage counts for a child what its parent held when it started it
+    return 1024 * (int(held[1]) if held else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 class ChildCrash(RuntimeError):
     """A child died, and no user's mistake is to blame: a defect, or too little memory."""
 
 
-def call_apart[T](function: Callable[..., T], /, *arguments: object) -> tuple[T, int]:
+def call_in_child[T](function: Callable[..., T], /, *arguments: object) -> tuple[T, int]:
     """`function(*arguments)` in a child, on this process's own GPU -> its result, the child's peak memory in bytes.
 
-    Raises the function's `ValueError` or `OSError`; any other end of the child is a `ChildCrash`.
+    Raises the function's `UserError` or `OSError`; any other end of the child is a `ChildCrash`.
     """
     done = subprocess.run(  # kills the child where it is left by an exception, SystemExit of a signal too
-        [sys.executable, "-P", "-m", "export.apart"],
+        [sys.executable, "-P", "-m", "nemo_diffgemma.cli.child_process"],
         input=pickle.dumps((function, arguments)),
         stdout=subprocess.PIPE,
         env={**os.environ, **_one_gpu(), "PYTHONPATH": _search_path()},
@@ -40,7 +49,7 @@ def call_apart[T](function: Callable[..., T], /, *arguments: object) -> tuple[T,
     if done.returncode:
         raise ChildCrash(f"the process of {function.__name__} ended with code {done.returncode}; see above")
     result, peak = pickle.loads(done.stdout)
-    if isinstance(result, ValueError | OSError):
+    if isinstance(result, UserError | OSError):
         raise result
     return result, peak
 
@@ -53,7 +62,7 @@ def _search_path() -> str:
 
 def _one_gpu() -> dict[str, str]:
     """Of several processes on a machine, each builds on a GPU of its own."""
-    from export.team import own_device  # imports torch, for which the child may have no use
+    from nemo_diffgemma.parallel.team import own_device  # imports torch, for which the child may have no use
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if "LOCAL_RANK" not in os.environ or visible == "":
@@ -74,7 +83,7 @@ def main() -> None:
     function, arguments = pickle.load(sys.stdin.buffer)
     try:
         result = function(*arguments)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         error.add_note(traceback.format_exc())
         result = error
     with answer:

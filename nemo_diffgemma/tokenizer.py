@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.output import Results
+from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.schema import ConfigurationError
 

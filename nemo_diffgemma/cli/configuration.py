@@ -26,11 +26,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.output import refuse
+from nemo_diffgemma.cli.output import refuse
+from nemo_diffgemma.repository import CONF
 from nemo_diffgemma.schema import explain, keys_of, unknown_key, validate
 
 FROZEN = "NEMO_DIFFGEMMA_CONFIG"  # in the environment: a file that `freeze` made, instead of a command line
-CONF = Path(__file__).resolve().parents[1] / "conf"
 _QUIET = [
     "hydra.run.dir=.",
     f"hydra.sweep.dir={tempfile.gettempdir()}",  # of --multirun; Hydra leaves a multirun.yaml there

@@ -21,16 +21,17 @@ os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is 
 
 from omegaconf import DictConfig
 
-from export.apart import ChildCrash
-from export.team import TeamCrash
-from launch.cluster import Submission
-from launch.configuration import compose, frozen, is_multirun
-from launch.output import USER_ERROR, Results, paragraph, refuse
-from launch.processes import started_by_others
+from nemo_diffgemma.cli.child_process import ChildCrash
+from nemo_diffgemma.cli.configuration import compose, frozen, is_multirun
+from nemo_diffgemma.cli.output import USER_ERROR, Results, paragraph, refuse
+from nemo_diffgemma.cli.processes import started_by_others
+from nemo_diffgemma.cli.slurm_job import Submission
+from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.parallel.agreement import OtherRankFailure
 from nemo_diffgemma.schema import validate
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
-sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
+sys.path[:] = [entry for entry in sys.path if entry != str(Path(sys.argv[0]).resolve().parent)]
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -51,7 +52,7 @@ def start(work: Callable[[Any, Results], Mapping[str, Any]], schema: type, confi
             if submission.takes(config):
                 submission.add(config, sweep=is_multirun())
                 return
-        except ValueError as error:
+        except UserError as error:
             refuse(error)
         _run(work, config)
 
@@ -64,12 +65,12 @@ def _run(work: Callable[[Any, Results], Mapping[str, Any]], config: Any) -> None
     try:
         with _ended_by_sigterm():
             results.close(work(config, results))
-    except (ValueError, OSError, ChildCrash, TeamCrash) as error:
+    except (UserError, OSError, ChildCrash, OtherRankFailure) as error:
         if "HYDRA_FULL_ERROR" in os.environ:
             traceback.print_exc()
         paragraph(str(error))
         # a full disk may be free another day: who has started us may try again, as nobody does after a refusal
-        raise SystemExit(USER_ERROR if isinstance(error, ValueError) else 1) from None
+        raise SystemExit(USER_ERROR if isinstance(error, UserError) else 1) from None
     if results.exit_code:
         raise SystemExit(results.exit_code)
 

@@ -1,7 +1,7 @@
 """What the nodes of a job must show before work starts on them. Run by slurm/job.sbatch, one task a node:
 
-    python launch/preflight.py --report DIR --nodes n1,n2 --gpus 8 --device cuda --scratch /tmp ...
-    python launch/preflight.py --verdict DIR --nodes n1,n2      # afterwards: the broken nodes; exit code 0, 87 or 1
+    python slurm/preflight.py --report DIR --nodes n1,n2 --gpus 8 --device cuda --scratch /tmp ...
+    python slurm/preflight.py --verdict DIR --nodes n1,n2      # afterwards: the broken nodes; exit code 0, 87 or 1
 
 Each node looks at its GPUs, disk, shared memory and clock, and does an all-reduce with the others. It writes what it
 found to DIR/<node>.json and ends with code 0 whatever that is, so that nobody's report is cut short; a node without a

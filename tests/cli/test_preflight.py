@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.preflight import BROKEN_NODE, Report, pairs, skews, verdict
+from slurm.preflight import BROKEN_NODE, Report, pairs, skews, verdict
 from tests.pool import free_port
 
-SCRIPT = str(Path(__file__).resolve().parents[2] / "launch" / "preflight.py")
+SCRIPT = str(Path(__file__).resolve().parents[2] / "slurm" / "preflight.py")
 
 
 def fly(

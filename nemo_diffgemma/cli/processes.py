@@ -31,14 +31,14 @@ os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from launch.cluster import Submission
-from launch.configuration import FROZEN, compose, freeze, frozen, is_multirun
-from launch.output import USER_ERROR, Results, paragraph, refuse
+from nemo_diffgemma.cli.configuration import FROZEN, compose, freeze, frozen, is_multirun
+from nemo_diffgemma.cli.output import USER_ERROR, Results, paragraph, refuse
+from nemo_diffgemma.cli.slurm_job import Submission
 from nemo_diffgemma.parallel.threads import threads_of_process
 from nemo_diffgemma.schema import ConfigurationError, ParallelGroup, validate
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
-sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
+sys.path[:] = [entry for entry in sys.path if entry != str(Path(sys.argv[0]).resolve().parent)]
 
 # Imports make a million objects that stay: Python's collector would look through them again and again.
 gc.set_threshold(50_000, 20, 100)

@@ -1,33 +1,24 @@
 """Processes that build, check or run one bundle together, as srun or torchrun started them; or one process alone.
 
 team = Team.of_processes()
-with team.together():                 # ends for all as soon as it fails for one
+with team.all_or_none():              # ends for all as soon as it fails for one
     for rank in team.share_of(range(8)): ...
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.parallel import agreement
 
 _PATIENCE = timedelta(hours=12)  # one process traces while the others wait
-
-
-class TeamError(UserError):
-    """Another process of the team refused what it was asked for; the message is its own."""
-
-
-class TeamCrash(RuntimeError):
-    """Another process of the team failed, and no user's mistake is to blame; the message is its own."""
 
 
 def own_device() -> int:
@@ -36,14 +27,7 @@ def own_device() -> int:
     return local if local < torch.cuda.device_count() else 0
 
 
-def agree(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` holds in every process; all of them call this."""
-    vote = torch.tensor(int(flag), device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
-    return bool(vote)
-
-
-def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_of_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first process's tensors, in one exchange: float64 holds float32 numbers, flags and token ids exactly."""
     packed = torch.cat([tensor.flatten().double() for tensor in tensors.values()])
     dist.broadcast(packed, 0)
@@ -56,7 +40,7 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.first = rank == 0
+        self.is_rank_zero = rank == 0
 
     @classmethod
     def of_processes(cls) -> Team:
@@ -75,32 +59,17 @@ class Team:
         """The ranks of a layout that this process builds."""
         return ranks[self.rank :: self.size]
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each process gives."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
+    def gather[T](self, value: T) -> list[T]:
+        """The value of each process."""
+        return agreement.gather(value) if self.size > 1 else [value]
 
-    def of_first(self, value: Any) -> Any:
-        """What the first process gives."""
-        return self.gather(value)[0]
+    def from_rank_zero[T](self, value: T) -> T:
+        """The value of the first process."""
+        return agreement.from_rank_zero(value) if self.size > 1 else value
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """A part of the work that all do; an error of one is raised by all."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as found:
-            error = found
-        told = self.gather(error and (isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
-        if error is not None:
-            raise error
-        for rank, failure in enumerate(told):
-            if failure is not None:
-                is_users, text = failure
-                raise (TeamError if is_users else TeamCrash)(f"process {rank} stopped: {text}")
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Collective block: if it fails in one process, it raises in all."""
+        return agreement.all_or_none() if self.size > 1 else nullcontext()
 
 
 ALONE = Team()

@@ -14,10 +14,9 @@ from typing import Any
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches
+from nemo_diffgemma.gpus import check_gpu
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 from nemo_diffgemma.schema import ClusterGroup, ConfigurationError
-
-GPUS = Path(__file__).resolve().parents[1] / "conf" / "gpu"
 
 
 def fit(verb: str, config: Any) -> int:
@@ -66,9 +65,8 @@ def _check(cluster: ClusterGroup) -> None:
     if cluster.device not in ("cuda", "cpu"):
         raise ConfigurationError(f"cluster.device={cluster.device!r}; use cuda or cpu")
     seconds_of(cluster.time)
-    gpus = sorted(file.stem for file in GPUS.glob("*.yaml"))
-    if cluster.gpu is not None and cluster.gpu not in gpus:
-        raise ConfigurationError(f"cluster.gpu={cluster.gpu!r} is no file of conf/gpu; use {', '.join(gpus)}")
+    if cluster.gpu is not None:
+        check_gpu("cluster.gpu", cluster.gpu)
 
 
 def seconds_of(time: str) -> int:

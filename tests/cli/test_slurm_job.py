@@ -12,9 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from launch.allocation import fit, seconds_of
-from launch.cluster import VERBS, render
-from launch.configuration import CONF, register
+from nemo_diffgemma.cli.allocation import fit, seconds_of
+from nemo_diffgemma.cli.configuration import CONF, register
+from nemo_diffgemma.cli.slurm_job import VERBS, render
 from nemo_diffgemma.parallel.layout import LayoutError
 from nemo_diffgemma.schema import ConfigurationError, TrainConfig, validate
 
@@ -72,7 +72,7 @@ def test_replicas_follow_from_the_allocation():
         (["cluster.time=soon"], "expected minutes, hours:minutes:seconds"),
         (["cluster.time=00:10:00"], "cluster.time=00:10:00 leaves no time to train"),
         (["cluster.time=11"], "give more than 11 minutes"),
-        (["cluster.gpu=h1000"], "use b200, dgx_spark"),
+        (["cluster.gpu=h1000"], "use one of b200, dgx_spark"),
         (["cluster.nodes=0"], "cluster.nodes=0; expected at least 1"),
         (["cluster.scheduler=pbs"], "use slurm, or null"),
     ],
@@ -121,7 +121,7 @@ def example() -> str:
 
 
 def test_the_script_for_a_dgx_is_the_example():
-    """Written anew with: python -m tests.launch.test_cluster"""
+    """Written anew with: python -m tests.cli.test_slurm_job"""
     assert example() == EXAMPLE.read_text()
 
 

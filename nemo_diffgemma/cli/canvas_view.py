@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
-from launch.output import Results
-from launch.text import Text
+from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.diffusion.generate import Denoised
+from nemo_diffgemma.tokenizer import Text
 
 _WIDTH = 100
 

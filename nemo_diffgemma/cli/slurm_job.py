@@ -21,15 +21,15 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from launch.allocation import GPUS, fit
-from launch.configuration import freeze
-from launch.output import Results, refuse
+from nemo_diffgemma.cli.allocation import fit
+from nemo_diffgemma.cli.configuration import freeze
+from nemo_diffgemma.cli.output import Results, refuse
+from nemo_diffgemma.gpus import load_gpu
+from nemo_diffgemma.repository import ROOT
 from nemo_diffgemma.schema import ClusterGroup, ConfigurationError
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG, JOB = "config.json", "job"  # in slurm/ of a run directory: what its tasks read, its number
 VERBS = ("train", "evaluate", "convert", "export")  # each has a script in slurm/
 _INPUTS, _OUTPUTS = ("checkpoint", "source", "calibration"), ("target", "out")  # keys of the entry points
@@ -216,7 +216,7 @@ class Submission:
 
     def _tell(self, results: Results, job: str, directory: Path, sweep: bool) -> None:
         cluster: ClusterGroup = self.configs[0].cluster
-        gpu = "GPUs" if cluster.gpu is None else _gpu_name(cluster.gpu)
+        gpu = "GPUs" if cluster.gpu is None else load_gpu(cluster.gpu).name
         log = directory / "slurm" / f"job-{job}{'_0' if sweep else ''}.out"
         results.show(
             f"job {job}: {self.verb}, {f'{len(self.configs)} runs of ' if sweep else ''}{self.tasks} processes on "
@@ -226,10 +226,6 @@ class Submission:
             f"  follow  python launch/status.py {job}        tail -F {log}\n"
             f"  cancel  scancel {job}"
         )
-
-
-def _gpu_name(name: str) -> str:
-    return yaml.safe_load((GPUS / f"{name}.yaml").read_text())["name"]
 
 
 def _sbatch(arguments: list[str]) -> str:

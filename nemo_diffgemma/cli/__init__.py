@@ -1,0 +1,1 @@
+"""What the verbs of launch/ and export/ share: Hydra, processes, Slurm jobs, results and errors."""
