@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from export import open_bundle
-from export.bundle import read_bundle
-from export.runner import Engine
+from export.bundle.format import read_bundle
+from export.engine.engine import Engine
 from nemo_diffgemma import SamplerConfig
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.opening import open_bundle
+    from export.bundle.opening import open_bundle
 
 __all__ = ["open_bundle"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "open_bundle":
-        from export.opening import open_bundle
+        from export.bundle.opening import open_bundle
 
         return open_bundle
     raise AttributeError(f"module 'export' has no attribute {name!r}")

@@ -30,7 +30,7 @@ from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
 
 if TYPE_CHECKING:
-    from export.building import Built
+    from export.bundle.building import Built
     from nemo_diffgemma.parallel import ParallelLayout
     from nemo_diffgemma.parallel.team import Team
 
@@ -60,9 +60,9 @@ class BuildConfig:
 
 def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     """Build one bundle."""
-    from export.building import build_bundle
-    from export.bundle import Settings, check_free
-    from export.runner import Limits
+    from export.bundle.building import build_bundle
+    from export.bundle.format import Settings, check_free
+    from export.engine.engine import Limits
     from nemo_diffgemma.parallel.team import Team
 
     _check(config)
@@ -126,7 +126,7 @@ def _check(config: BuildConfig) -> None:
 
 
 def _write_for_edge_llm(source: Any, out: Path, team: Team) -> None:
-    from export.edge_llm import write_checkpoint
+    from export.bundle.edge_llm import write_checkpoint
 
     with team.all_or_none():
         if team.is_rank_zero:

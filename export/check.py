@@ -33,8 +33,8 @@ from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.schema import ConfigurationError
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle, Settings
-    from export.checking import Differences, Trajectory
+    from export.bundle.comparison import Differences, Trajectory
+    from export.bundle.format import Bundle, Settings
     from nemo_diffgemma.diffusion.sampler import SamplerConfig
 
 _ROUTED_STEPS = 8  # of the last prompts: the traced functions run on the CPU
@@ -61,9 +61,9 @@ class CheckConfig:
 def check(config: CheckConfig, results: Results) -> dict[str, Any]:
     """Compare, show, judge."""
     from export import open_bundle
-    from export.bundle import read_bundle, verify_checksums
-    from export.checking import check_one_rank, in_lockstep, tokens_agree, torch_engine
-    from export.opening import check_provider
+    from export.bundle.comparison import check_one_rank, in_lockstep, tokens_agree, torch_engine
+    from export.bundle.format import read_bundle, verify_checksums
+    from export.bundle.opening import check_provider
     from nemo_diffgemma import SamplerConfig
     from nemo_diffgemma.parallel.team import Team
 
@@ -107,7 +107,7 @@ def _reference(
     config: CheckConfig, bundle: Bundle, lengths: list[int], batch: int, sampler: SamplerConfig
 ) -> tuple[dict[int, Trajectory], dict[int, Tensor]]:
     """What the PyTorch model does with prompts of each length: trajectories and tokens. Its memory is free again."""
-    from export.checking import trajectory
+    from export.bundle.comparison import trajectory
     from nemo_diffgemma import DiffusionGemma, ParallelLayout
     from nemo_diffgemma.checkpoint.open import DTYPES, load_network
     from nemo_diffgemma.parallel import initialize

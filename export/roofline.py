@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from onnx import ModelProto
 
-from export.graph_cost import Cost, RooflineError, count
+from export.graph.cost import Cost, RooflineError, count
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.output import table as columns
 from nemo_diffgemma.gpus import Gpu, gpu_names, load_gpu
@@ -111,7 +111,7 @@ def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
     """Bounds of every graph of a bundle (of one rank) on every GPU of conf/gpu."""
     import onnx
 
-    from export.bundle import Bundle, read_bundle
+    from export.bundle.format import Bundle, read_bundle
 
     bundle: Bundle = read_bundle(config.bundle)
     settings = bundle.settings

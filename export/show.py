@@ -30,7 +30,7 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
     """Describe a bundle from its own files."""
     import onnx
 
-    from export.bundle import read_bundle
+    from export.bundle.format import read_bundle
 
     bundle = read_bundle(config.bundle)
     settings = bundle.settings

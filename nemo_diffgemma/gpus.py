@@ -56,7 +56,7 @@ class Gpu:
 
     def peak(self, dtype: str) -> float | None:
         """FLOP/s of products in `dtype`, None where the chip has none."""
-        known = self.tflops[dtype]  # float32 is float32: export.builders switches TF32 off
+        known = self.tflops[dtype]  # float32 is float32: export.engine.builders switches TF32 off
         return None if known is None else known * 1e12
 
 

@@ -16,6 +16,6 @@ def traces(checkpoint):
         assert config == kit.config("base")
         return kit.graph(graph, "base", layout, dtype)
 
-    patch.setattr("export.building.trace", trace)
+    patch.setattr("export.bundle.building.trace", trace)
     yield kit.calm(checkpoint)
     patch.undo()

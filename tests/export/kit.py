@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from onnx import ModelProto
 
-from export.loop import to_loop
-from export.runner import Engine, Limits
-from export.sessions import OnnxSession
-from export.tracing import past_names, trace
-from export.weights import engine_weights, read_weights
+from export.engine.engine import Engine, Limits
+from export.engine.onnx_session import OnnxSession
+from export.graph.loop import to_loop
+from export.graph.tracing import past_names, trace
+from export.graph.weights import engine_weights, read_weights
 from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout
 from tests.parity.generations import DAMP, SUBLAYERS
 from tests.reference import tiny_config

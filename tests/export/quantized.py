@@ -12,12 +12,12 @@ from onnx.external_data_helper import load_external_data_for_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.calibrate import calibrate
-from export.graph import Model, Weights
-from export.inline import inline, places_in
-from export.qdq import quantize_graph
-from export.quantize import is_quantized, quantize_weight
-from export.weights import engine_weights
+from export.graph.inline import inline, places_in
+from export.graph.model import Model, Weights
+from export.graph.weights import engine_weights
+from export.quantization.calibration import calibrate
+from export.quantization.qdq import quantize_graph
+from export.quantization.schemes import is_quantized, quantize_weight
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from tests.export import kit

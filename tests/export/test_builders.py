@@ -17,9 +17,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.builders import BuilderError, build_engine, check_target, inspect_network, load_module
-from export.engine_session import _deserialize
-from export.runner import EngineError
+from export.engine.builders import BuilderError, build_engine, check_target, inspect_network, load_module
+from export.engine.engine import EngineError
+from export.engine.tensorrt_session import _deserialize
 from nemo_diffgemma.cli.child_process import call_in_child
 
 FLOAT, HALF, BF16, FP8, INT64 = (
@@ -311,7 +311,7 @@ def installed(tmp_path, monkeypatch, packages: dict[str, str]) -> None:
 
 
 class LlmBuilder:
-    """What `export.builders` uses of tensorrt_llm 1.2.1's Builder, with its signatures, around TensorRT-RTX."""
+    """What `export.engine.builders` uses of tensorrt_llm 1.2.1's Builder, with its signatures, around TensorRT-RTX."""
 
     def __init__(self) -> None:
         trt = importlib.import_module("tensorrt")

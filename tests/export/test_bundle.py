@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from export import open_bundle
 from export.build import BuildConfig, build
-from export.builders import BuilderError, check_gpu_at_hand
-from export.building import build_bundle
-from export.bundle import BUILD_INFO, Settings, read_bundle, verify_checksums
+from export.bundle.building import build_bundle
+from export.bundle.format import BUILD_INFO, Settings, read_bundle, verify_checksums
 from export.check import CheckConfig, check
+from export.engine.builders import BuilderError, check_gpu_at_hand
+from export.engine.engine import Limits
 from export.roofline import load_gpu
 from export.run import RunConfig, run
-from export.runner import Limits
 from export.show import ShowConfig, show
 from nemo_diffgemma import DiffusionGemma, ParallelLayout, SamplerConfig
 from nemo_diffgemma.schema import ModelGroup, ParallelGroup, SamplerGroup
@@ -128,7 +128,7 @@ def test_the_pytorch_model_is_gone_when_the_engine_is_opened(bundle, monkeypatch
 
     before, meanwhile = networks(), []
     monkeypatch.setattr(
-        "export.opening.open_bundle", lambda *given: meanwhile.append(networks()) or open_bundle(*given)
+        "export.bundle.opening.open_bundle", lambda *given: meanwhile.append(networks()) or open_bundle(*given)
     )
     found = check(CheckConfig(str(bundle), steps=2, rows=1, reference_dtype="bfloat16", agreement=0.5), Shown())
     assert meanwhile == [before]
@@ -156,7 +156,7 @@ def test_an_engine_that_gives_no_numbers_differs(bundle, monkeypatch):
         engine.sampling_step = lambda *a, **k: (s := plain(*a, **k))._replace(entropy=s.entropy * float("nan"))
         return engine
 
-    monkeypatch.setattr("export.opening.open_bundle", broken)
+    monkeypatch.setattr("export.bundle.opening.open_bundle", broken)
     shown = Shown()
     found = check(CheckConfig(str(bundle), steps=2, rows=1, reference_dtype="bfloat16", agreement=0.0), shown)
     assert (found["verdict"], found["differences"]["step"], shown.exit_code) == ("differs", None, 1)
@@ -199,7 +199,7 @@ def test_a_check_that_cannot_be_made_is_refused_before_anything_is_loaded(bundle
 def test_ranks_that_only_gpus_compute_are_sent_there(bundle, monkeypatch):
     single = read_bundle(bundle)
     settings = replace(single.settings, dtype="bfloat16", layout=ParallelLayout(tensor=2, expert=2))
-    monkeypatch.setattr("export.bundle.read_bundle", lambda path: replace(single, settings=settings))
+    monkeypatch.setattr("export.bundle.format.read_bundle", lambda path: replace(single, settings=settings))
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 .* provider=tensorrt .*build a float32 bundle"):
         check(CheckConfig(str(bundle)), Shown())
 
@@ -314,8 +314,8 @@ def test_memory_of_the_children_counts_with_our_own(traces, tmp_path, monkeypatc
         arguments[2].write_bytes(b"engine")
         return None, building * 10**13
 
-    monkeypatch.setattr("export.building.call_in_child", call)
-    monkeypatch.setattr("export.building.load_module", lambda builder: None)
+    monkeypatch.setattr("export.bundle.building.call_in_child", call)
+    monkeypatch.setattr("export.bundle.building.load_module", lambda builder: None)
     settings = Settings(graphs=("encode", "step"), limits=LIMITS)
     built = build_bundle(traces, tmp_path / "out", settings, "tensorrt_rtx")
     held = psutil.Process().memory_info().rss
@@ -337,7 +337,7 @@ def test_what_fails_midway_leaves_nothing(traces, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("export.building.to_loop", fail)
+    monkeypatch.setattr("export.bundle.building.to_loop", fail)
     with pytest.raises(OSError, match="disk full"):
         build_bundle(traces, tmp_path / "out", Settings(limits=LIMITS))
     assert not any(tmp_path.iterdir())

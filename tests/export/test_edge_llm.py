@@ -15,9 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from export.build import BuildConfig, build
-from export.bundle import BundleError
-from export.edge_llm import EdgeLlmError, write_checkpoint
-from export.weights import WeightsError
+from export.bundle.edge_llm import EdgeLlmError, write_checkpoint
+from export.bundle.format import BundleError
+from export.graph.weights import WeightsError
 from nemo_diffgemma import DiffusionGemma
 from nemo_diffgemma.data import build_tokenizer
 from tests.export.test_bundle import Shown

@@ -6,13 +6,13 @@ import onnx
 import pytest
 import torch
 
-from export.builders import EngineReport, build_engine, inspect_network
-from export.bundle import Settings
-from export.loop import to_loop
-from export.qdq import quantize_graph
-from export.quantize import is_quantized, packed_inputs
-from export.runner import Limits
-from export.weights import engine_weights
+from export.bundle.format import Settings
+from export.engine.builders import EngineReport, build_engine, inspect_network
+from export.engine.engine import Limits
+from export.graph.loop import to_loop
+from export.graph.weights import engine_weights
+from export.quantization.qdq import quantize_graph
+from export.quantization.schemes import is_quantized, packed_inputs
 from nemo_diffgemma import ParallelLayout
 from tests.export import kit
 from tests.export.quantized import CONFIG

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from export.checking import Differences, in_lockstep, trajectory
+from export.bundle.comparison import Differences, in_lockstep, trajectory
 from nemo_diffgemma import ParallelLayout, SamplerConfig
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from tests.export import kit
@@ -200,7 +200,7 @@ def test_ranks_without_a_row_of_the_vocabulary_have_zeros(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from export.weights import TABLE, engine_weights
+    from export.graph.weights import TABLE, engine_weights
     from nemo_diffgemma import ModelConfig
     from tests.reference import tiny_config
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from export import open_bundle
-from export.builders import build_engine
-from export.building import build_bundle
-from export.bundle import Settings, read_bundle, verify_checksums
-from export.checking import torch_engine
-from export.graph_cost import count
-from export.quantize import SCHEMES, is_quantized, load_quantized
+from export.bundle.building import build_bundle
+from export.bundle.comparison import torch_engine
+from export.bundle.format import Settings, read_bundle, verify_checksums
+from export.engine.builders import build_engine
+from export.graph.cost import count
+from export.graph.weights import ENCODER, Weight, engine_weights
+from export.quantization.schemes import SCHEMES, is_quantized, load_quantized
 from export.roofline import RooflineConfig, roofline
-from export.weights import ENCODER, Weight, engine_weights
 from nemo_diffgemma import DiffusionGemma
 from tests.export import kit
 from tests.export.quantized import CONFIG, PROMPTS
@@ -40,7 +40,7 @@ def blocks(single, tmp_path_factory):
         out, source = folder / f"{scheme}-{weights}-{dtype}", CONFIG if weights == "none" else folder / "checkpoint"
         settings = Settings(dtype, steps=8, weights=weights, quantization=scheme, limits=LIMITS)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("export.building.trace", kit.traced)
+            patch.setattr("export.bundle.building.trace", kit.traced)
             build_bundle(source, out, settings, prompts=PROMPTS)
         return out
 

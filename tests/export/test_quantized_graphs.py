@@ -11,15 +11,15 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from export.builders import build_engine
-from export.calibrate import SimulatedWeights
-from export.graph import Model, Weights
-from export.loop import to_loop
-from export.qdq import quantize_graph
-from export.quantize import SCHEMES, dequantize, is_quantized, packed_inputs, quantize_weight
-from export.sessions import OnnxSession
-from export.tracing import example_inputs, past_names, present_names
-from export.weights import EXPERTS, engine_weights
+from export.engine.builders import build_engine
+from export.engine.onnx_session import OnnxSession
+from export.graph.loop import to_loop
+from export.graph.model import Model, Weights
+from export.graph.tracing import example_inputs, past_names, present_names
+from export.graph.weights import EXPERTS, engine_weights
+from export.quantization.calibration import SimulatedWeights
+from export.quantization.qdq import quantize_graph
+from export.quantization.schemes import SCHEMES, dequantize, is_quantized, packed_inputs, quantize_weight
 from tests.export import kit, quantized
 from tests.export.quantized import CONFIG, HALVES, NAME, WHOLE
 

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from export import graph
-from export.bundle import BundleError
-from export.checking import trajectory
-from export.engine_session import EngineSession
-from export.graph import Model, Weights, empty_context
-from export.runner import Engine, EngineError
-from export.weights import engine_weights, read_weights
+from export.bundle.comparison import trajectory
+from export.bundle.format import BundleError
+from export.engine.engine import Engine, EngineError
+from export.engine.tensorrt_session import EngineSession
+from export.graph import model as graph
+from export.graph.model import Model, Weights, empty_context
+from export.graph.weights import engine_weights, read_weights
 from nemo_diffgemma import ParallelLayout, SamplerConfig
 from nemo_diffgemma.cli.child_process import _one_gpu
 from nemo_diffgemma.parallel.team import Team, own_device

@@ -9,12 +9,12 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export import roofline
-from export.graph_cost import Cost, RooflineError, count
-from export.loop import to_loop
-from export.qdq import quantize_graph
-from export.quantize import SCHEMES, is_quantized
+from export.graph.cost import Cost, RooflineError, count
+from export.graph.loop import to_loop
+from export.graph.weights import engine_weights
+from export.quantization.qdq import quantize_graph
+from export.quantization.schemes import SCHEMES, is_quantized
 from export.roofline import Gpu, Links, UnsupportedType, gpu_names, load_gpu, lower_bound, table
-from export.weights import engine_weights
 from nemo_diffgemma import ParallelLayout
 from nemo_diffgemma.schema import ConfigurationError
 from tests.export import kit

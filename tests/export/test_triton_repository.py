@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import triton_repository
+from export.bundle import triton_repository
 from nemo_diffgemma import SamplerConfig
 from nemo_diffgemma.data import build_tokenizer
 from nemo_diffgemma.schema import ConfigurationError
@@ -151,7 +151,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(bundle: Path, monkeypatch: pytest.MonkeyPatch, open_bundle: Any) -> Any:
     """The written model.py, initialised as the backend does it; `open_bundle` takes the place of the real one."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend())
-    monkeypatch.setattr("export.opening.open_bundle", open_bundle)
+    monkeypatch.setattr("export.bundle.opening.open_bundle", open_bundle)
     file = bundle / "triton" / "diffusion_gemma" / "1" / "model.py"
     spec = importlib.util.spec_from_file_location("triton_model_under_test", file)
     assert spec is not None and spec.loader is not None

@@ -41,7 +41,7 @@ def target_here() -> str:
 
 def builder_here() -> str:
     """The TensorRT that can build for this GPU, or why there is none."""
-    from export.builders import BuilderError, check_target, load_module
+    from export.engine.builders import BuilderError, check_target, load_module
 
     reasons = []
     for builder in ("tensorrt", "tensorrt_rtx"):
@@ -55,9 +55,9 @@ def builder_here() -> str:
 
 
 def build(checkpoint: Path, out: Path, builder: str, dtype: str, layout: dict[str, int], **settings: Any) -> None:
-    from export.building import build_bundle
-    from export.bundle import Settings
-    from export.runner import Limits
+    from export.bundle.building import build_bundle
+    from export.bundle.format import Settings
+    from export.engine.engine import Limits
     from nemo_diffgemma import ParallelLayout
 
     if torch.distributed.get_rank() == 0:
@@ -118,7 +118,7 @@ def tokens(path: Path, provider: str, length: int, **sampler: Any) -> Tensor:
 
 
 def error_of_long_prompt(path: Path, provider: str) -> str:
-    from export.runner import EngineError
+    from export.engine.engine import EngineError
 
     engine = _open(path, provider)
     past = engine.empty([0])
@@ -140,8 +140,8 @@ def verdict(path: Path, provider: str, **settings: Any) -> dict[str, Any]:
 
 def _open(path: Path, provider: str) -> Any:
     from export import open_bundle
-    from export.bundle import read_bundle
-    from export.checking import torch_engine
+    from export.bundle.comparison import torch_engine
+    from export.bundle.format import read_bundle
 
     if provider == "traced":
         return torch_engine(read_bundle(path))[0]
@@ -176,7 +176,7 @@ def provider(ranks) -> str:
 @pytest.fixture(scope="session")
 def quantised(ranks, provider) -> Callable[[str], dict[str, Any]]:
     """`quantised("nvfp4")` -> settings of a bundle; skips where the GPU lacks the format."""
-    from export.builders import BuilderError, check_target
+    from export.engine.builders import BuilderError, check_target
 
     target = ranks(1).run("tests.gpu.test_engines:target_here")[0]
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.builders import BuilderError, load_module, logger
-from export.runner import EngineError
+from export.engine.builders import BuilderError, load_module, logger
+from export.engine.engine import EngineError
 from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.team import own_device
 

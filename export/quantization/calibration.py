@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.graph import KeyValue, Model, Weights, empty_context
-from export.quantize import QuantizationError, dequantize, fake_quantize, model_optimizer
+from export.graph.model import KeyValue, Model, Weights, empty_context
+from export.quantization.schemes import QuantizationError, dequantize, fake_quantize, model_optimizer
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 

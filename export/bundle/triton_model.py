@@ -1,4 +1,4 @@
-"""Serves a bundle in Triton's Python backend; `export/triton_repository.py` writes it there as model.py.
+"""Serves a bundle in Triton's Python backend; `export/bundle/triton_repository.py` writes it there as model.py.
 
 A request is one batch: `input_ids` [B, S], left-padded with `attention_mask` [B, S], or the text `prompt` [1]. It may
 hold `max_new_tokens` (256), `seed` (0), `stream` (true) and the sampler's settings, each [1]. Each response holds
@@ -89,7 +89,7 @@ class TritonPythonModel:
 
     def _sampler(self, request: Any) -> Any:
         """The checkpoint's settings with those of the request."""
-        from export.triton_repository import SETTINGS
+        from export.bundle.triton_repository import SETTINGS
 
         return self.engine.sampler_defaults.with_overrides({name: _one(request, name, None) for name in SETTINGS})
 

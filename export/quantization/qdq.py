@@ -1,4 +1,4 @@
-"""Q/DQ nodes for the expert products of a traced graph; which tensors stand for a matrix is in `export.quantize`.
+"""Q/DQ nodes for the expert products of a traced graph; `schemes` says which tensors stand for a matrix.
 
 A quantised graph can be looped, inlined and joined as any other, but not the other way round:
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from export.quantize import (
+from export.quantization.schemes import (
     BLOCK,
     QUANTIZE_ACTIVATIONS,
     TORCH_DTYPES,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.graph import empty_context
-from export.sessions import Session, Tensors
-from export.tracing import past_names, present_names
+from export.engine.onnx_session import Session, Tensors
+from export.graph.model import empty_context
+from export.graph.tracing import past_names, present_names
 from nemo_diffgemma.config import SLIDING, ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise

@@ -11,7 +11,6 @@ is opened later is compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from export.bundle import Bundle, BundleError
-from export.calibrate import SimulatedWeights
-from export.graph import Model, Weights
-from export.runner import Context, Engine
-from export.sessions import Tensors
-from export.tracing import STEP_OUTPUTS, past_names, present_names
-from export.weights import key_value_heads
+from export.bundle.format import Bundle, BundleError
+from export.engine.engine import Context, Engine
+from export.engine.torch_session import TorchSession
+from export.graph.model import Model, Weights
+from export.graph.tracing import past_names
+from export.graph.weights import key_value_heads
+from export.quantization.calibration import SimulatedWeights
 from nemo_diffgemma.diffusion.generate import Settled
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
@@ -68,26 +67,6 @@ class Trajectory:
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     steps: tuple[Settled, ...]
     experts: tuple[tuple[Tensor, ...], ...]
-
-
-class TorchSession:
-    """The functions that were traced, run by PyTorch: what an engine of any dtype is to compute. One rank."""
-
-    def __init__(self, graph: str, model: Model, weights: Weights) -> None:
-        self._graph, self._model, self._weights = graph, model, weights
-
-    @torch.no_grad()
-    def run(self, shared: Tensors, ranked: Sequence[Tensors]) -> list[dict[str, Tensor]]:
-        given = {**shared, **ranked[0]}
-        layers = range(self._model.config.num_hidden_layers)
-        past = [tuple(given.pop(name) for name in past_names(layer)) for layer in layers]
-        if self._graph == "step":
-            found = self._model.step(self._weights, past=past, **given)  # type: ignore[arg-type]
-            return [dict(zip(STEP_OUTPUTS, found, strict=True))]
-        fresh = self._model.encode(self._weights, past=past, **given)  # type: ignore[arg-type]
-        return [
-            {name: tensor for layer in layers for name, tensor in zip(present_names(layer), fresh[layer], strict=True)}
-        ]
 
 
 def torch_engine(bundle: Bundle) -> tuple[Engine, Model]:

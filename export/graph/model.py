@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.weights import DECODER, ENCODER, TABLE
+from export.graph.weights import DECODER, ENCODER, TABLE
 from nemo_diffgemma.config import GLOBAL, ModelConfig
 from nemo_diffgemma.diffusion.sampler import accept, choose_chunk, choose_inside
 from nemo_diffgemma.model.norm import rms_norm

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-from export.bundle import CHECKPOINT
-from export.weights import Weight, stored_slice
+from export.bundle.format import CHECKPOINT
+from export.graph.weights import Weight, stored_slice
 from nemo_diffgemma.checkpoint.tensor_files import DTYPES, TensorFiles, read_header
 
 _ALIGNMENT = 4096  # so that the file can be mapped

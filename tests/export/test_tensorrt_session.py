@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export.engine_session import EngineSession, Slot, check_inputs, geometry
-from export.runner import EngineError
+from export.engine.engine import EngineError
+from export.engine.tensorrt_session import EngineSession, Slot, check_inputs, geometry
 
 SLOTS = {
     "canvas": Slot("INT64", (1, 4), (8, 4)),

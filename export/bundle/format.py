@@ -29,9 +29,9 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from export.quantize import ALGORITHMS, is_quantized, load_quantized, packed_inputs
-from export.runner import LOOP_STEPS, Limits
-from export.weights import Weight, WeightsError, engine_weights, read_weights
+from export.engine.engine import LOOP_STEPS, Limits
+from export.graph.weights import Weight, WeightsError, engine_weights, read_weights
+from export.quantization.schemes import ALGORITHMS, is_quantized, load_quantized, packed_inputs
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig

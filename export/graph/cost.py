@@ -223,7 +223,7 @@ def _kind(name: str, kinds: Mapping[str, _Kind], node: NodeProto) -> _Kind:
     if name not in kinds:
         raise RooflineError(
             f"the shape of {name!r} (node {node.name}, {node.op_type}) cannot be inferred; only graphs of "
-            "export.tracing, looped, quantised or inlined, can be counted"
+            "export.graph.tracing, looped, quantised or inlined, can be counted"
         )
     return kinds[name]
 

@@ -15,11 +15,11 @@ import onnx
 import torch
 from torch import Tensor
 
-from export.bundle import Bundle, BundleError, read_bundle
-from export.engine_session import EngineSession, cuda_device
-from export.inline import inline, places_in
-from export.runner import Engine
-from export.sessions import OnnxSession, Session, Tensors
+from export.bundle.format import Bundle, BundleError, read_bundle
+from export.engine.engine import Engine
+from export.engine.onnx_session import OnnxSession, Session, Tensors
+from export.engine.tensorrt_session import EngineSession, cuda_device
+from export.graph.inline import inline, places_in
 
 PROVIDERS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "tensorrt_llm")
 

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from export.building import link_checkpoint
-from export.bundle import writing
-from export.weights import check_tensors, engine_weights
+from export.bundle.building import link_checkpoint
+from export.bundle.format import writing
+from export.graph.weights import check_tensors, engine_weights
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError

@@ -13,17 +13,8 @@ from pathlib import Path
 import onnx
 import psutil
 
-from export import quantize, triton_repository
-from export.builders import (
-    BUILDERS,
-    build_engine,
-    check_gpu_at_hand,
-    check_target,
-    check_world,
-    gpu_at_hand,
-    load_module,
-)
-from export.bundle import (
+from export.bundle import triton_repository
+from export.bundle.format import (
     CHECKPOINT,
     DTYPES,
     QUANTIZED,
@@ -32,13 +23,23 @@ from export.bundle import (
     write_descriptions,
     writing,
 )
-from export.calibrate import calibrate
-from export.graph import Model, Weights
-from export.inline import Place, inline, places_in, store
-from export.loop import to_loop
-from export.qdq import quantize_graph
-from export.tracing import trace
-from export.weights import Weight, check_layout, check_tensors, engine_weights, read_weights
+from export.engine.builders import (
+    BUILDERS,
+    build_engine,
+    check_gpu_at_hand,
+    check_target,
+    check_world,
+    gpu_at_hand,
+    load_module,
+)
+from export.graph.inline import Place, inline, places_in, store
+from export.graph.loop import to_loop
+from export.graph.model import Model, Weights
+from export.graph.tracing import trace
+from export.graph.weights import Weight, check_layout, check_tensors, engine_weights, read_weights
+from export.quantization import schemes
+from export.quantization.calibration import calibrate
+from export.quantization.qdq import quantize_graph
 from nemo_diffgemma.cli.child_process import call_in_child, peak_memory
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
@@ -139,7 +140,7 @@ def check_request(
 ) -> None:
     """Raise a ValueError that says what to do where this cannot be built."""
     if builder not in BUILDERS or builder == "edge_llm":
-        raise BundleError(f"builder={builder!r}; use one of {', '.join(BUILDERS)} (edge_llm: export.edge_llm)")
+        raise BundleError(f"builder={builder!r}; use one of {', '.join(BUILDERS)} (edge_llm: export.bundle.edge_llm)")
     if settings.dtype not in DTYPES:
         raise BundleError(f"dtype={settings.dtype!r}; use one of {', '.join(DTYPES)}")
     if settings.weights not in ("inputs", "inline", "none"):
@@ -166,7 +167,7 @@ def check_request(
         )
     if settings.quantization is not None:
         given = prompts if settings.weights != "none" else [[0]]
-        quantize.check(settings.quantization, config, settings.layout, given)
+        schemes.check(settings.quantization, config, settings.layout, given)
     check_world(builder, settings.layout.world_size)
     check_target(builder, targets, settings.dtype, settings.quantization)
     check_gpu_at_hand(builder, targets)
@@ -290,12 +291,12 @@ def _quantize(
     """Write the quantised expert matrices of every rank -> ranges of activations, and the weights left as they are."""
     scheme, dtype, assets = work.settings.quantization, work.settings.torch_dtype, work.partial / CHECKPOINT
     assert scheme is not None
-    kept = {name: weight for name, weight in weights.items() if not quantize.is_quantized(name)}
+    kept = {name: weight for name, weight in weights.items() if not schemes.is_quantized(name)}
     amax: dict[str, float] = {}
     with work.team.all_or_none():
         if work.team.is_rank_zero:
-            (work.partial / QUANTIZATION).write_text(json.dumps(quantize.hf_quant_config(scheme), indent=2) + "\n")
-            if scheme in quantize.QUANTIZE_ACTIVATIONS and work.settings.weights != "none":
+            (work.partial / QUANTIZATION).write_text(json.dumps(schemes.hf_quant_config(scheme), indent=2) + "\n")
+            if scheme in schemes.QUANTIZE_ACTIVATIONS and work.settings.weights != "none":
                 work.progress("calibrating the activations")
                 single = ParallelLayout()
                 tensors = dict(read_weights(assets, engine_weights(work.config, single), 0, dtype))
@@ -308,5 +309,5 @@ def _quantize(
     with work.team.all_or_none():
         for rank in work.ranks:
             file = work.partial / QUANTIZED.format(rank=rank)
-            quantize.write_quantized(file, assets, weights, rank, scheme, dtype, amax)
+            schemes.write_quantized(file, assets, weights, rank, scheme, dtype, amax)
     return amax, kept

@@ -11,11 +11,12 @@ from onnx import TensorProto, numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export import quantize
-from export.calibrate import calibrate
-from export.graph import Model, Weights
-from export.qdq import quantize_graph
-from export.quantize import (
+from export.graph.model import Model, Weights
+from export.graph.weights import engine_weights
+from export.quantization import schemes as quantize
+from export.quantization.calibration import calibrate
+from export.quantization.qdq import quantize_graph
+from export.quantization.schemes import (
     BLOCK,
     SCHEMES,
     QuantizationError,
@@ -24,7 +25,6 @@ from export.quantize import (
     packed_inputs,
     quantize_weight,
 )
-from export.weights import engine_weights
 from tests.export import kit, quantized
 from tests.export.quantized import CONFIG, HALVES, NAME, PROMPTS, WHOLE
 

@@ -40,7 +40,7 @@ from onnx import TensorProto
 from safetensors import safe_open
 from torch import Tensor
 
-from export.weights import EXPERTS, Weight, engine_weights, stored_slice
+from export.graph.weights import EXPERTS, Weight, engine_weights, stored_slice
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
@@ -144,7 +144,7 @@ def packed_inputs(name: str, shape: Sequence[int], scheme: str, dtype: torch.dty
 def quantize_weight(name: str, tensor: Tensor, scheme: str, amax: float | None = None) -> dict[str, Tensor]:
     """The tensors of `packed_inputs` for one matrix [N, K] in the dtype of the engine, a few rows at a time.
 
-    `amax` is the largest absolute activation that the matrix meets (see `export.calibrate`), for fp8 and nvfp4.
+    `amax` is the largest absolute activation that the matrix meets (see `calibration`), for fp8 and nvfp4.
     """
     specs = packed_inputs(name, tensor.shape, scheme, tensor.dtype)
     made = {key: torch.empty(spec.stored, dtype=spec.dtype) for key, spec in specs.items()}
@@ -174,9 +174,7 @@ def quantize_weight(name: str, tensor: Tensor, scheme: str, amax: float | None =
 def input_scale(name: str, scheme: str, amax: float | None, dtype: torch.dtype) -> Tensor:
     """Scale of the activations that reach `name`: one FP8 step, or one step of NVFP4's block scales."""
     if amax is None:
-        raise QuantizationError(
-            f"no activation range for {name}, which {scheme} needs; calibrate (export.calibrate.calibrate) first"
-        )
+        raise QuantizationError(f"no activation range for {name}, which {scheme} needs; calibrate first")
     if scheme == "fp8":
         return _positive(amax / FP8_MAX, dtype)
     return _positive(amax / (FP4_MAX * FP8_MAX), torch.float32)

@@ -1,7 +1,7 @@
 """A model repository for Triton's Python backend, written into every bundle of one rank that has weights.
 
     triton/diffusion_gemma/config.pbtxt      inputs, outputs, where the bundle and this project's code are
-    triton/diffusion_gemma/1/model.py        `export/triton_model.py`
+    triton/diffusion_gemma/1/model.py        `export/bundle/triton_model.py`
 
     PYTHONPATH=<this repository> tritonserver --model-repository=bundles/mine/triton
 

@@ -17,8 +17,8 @@ from onnx import ModelProto
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from export.graph import Model, Weights
-from export.weights import engine_weights
+from export.graph.model import Model, Weights
+from export.graph.weights import engine_weights
 from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
