@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from export.build import BuildConfig
-from export.roofline import load_gpu
 from nemo_diffgemma.cli import configuration, processes
 from nemo_diffgemma.cli.processes import processes_of
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.gpus import load_gpu
 from nemo_diffgemma.parallel.threads import threads_of_process
 from nemo_diffgemma.schema import ConfigurationError, TrainConfig, keys_of, unknown_key, validate
 from tests.launch import verbs

@@ -22,10 +22,10 @@ from export.bundle.format import BUILD_INFO, Settings, read_bundle, verify_check
 from export.check import CheckConfig, check
 from export.engine.builders import BuilderError, check_gpu_at_hand
 from export.engine.engine import Limits
-from export.roofline import load_gpu
 from export.run import RunConfig, run
 from export.show import ShowConfig, show
 from nemo_diffgemma import DiffusionGemma, ParallelLayout, SamplerConfig
+from nemo_diffgemma.gpus import load_gpu
 from nemo_diffgemma.schema import ModelGroup, ParallelGroup, SamplerGroup
 from tests.export import kit
 

@@ -8,15 +8,14 @@ import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from export import roofline
 from export.graph.cost import Cost, RooflineError, count
 from export.graph.loop import to_loop
 from export.graph.weights import engine_weights
 from export.quantization.qdq import quantize_graph
 from export.quantization.schemes import SCHEMES, is_quantized
-from export.roofline import Gpu, Links, UnsupportedType, gpu_names, load_gpu, lower_bound, table
+from export.roofline import UnsupportedType, lower_bound, table
 from nemo_diffgemma import ParallelLayout
-from nemo_diffgemma.schema import ConfigurationError
+from nemo_diffgemma.gpus import Gpu, Links
 from tests.export import kit
 from tests.export.quantized import CONFIG
 
@@ -195,43 +194,3 @@ def test_table_says_what_a_gpu_cannot_run() -> None:
     shown = table(costs, [GPU], tokens_per_step=8)
     assert shown.splitlines()[1].split() == ["test", "step", "-", "no", "nvfp4", "no", "-"]
     assert shown.splitlines()[2].split() == ["test", "encode", "100", "compute", "yes", "-"]
-
-
-def test_every_gpu_file_is_valid() -> None:
-    assert gpu_names() == ["b200", "dgx_spark", "gb200", "h100", "h200", "rtx_5090", "rtx_pro_6000"]
-    for gpu in map(load_gpu, gpu_names()):
-        assert gpu.source
-        # narrower types are never slower
-        peaks = [gpu.tflops[dtype] for dtype in ("tf32", "bfloat16", "fp8", "nvfp4")]
-        known = [peak for peak in peaks if peak is not None]
-        assert known == sorted(known)
-        assert (gpu.tflops["nvfp4"] is None) == (gpu.compute_capability == "sm_90")
-
-
-def test_an_unknown_gpu_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ConfigurationError, match="gpu='h1000'.*use one of b200, dgx_spark.*rtx_pro_6000"):
-        load_gpu("h1000")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("memory_gb: 80", "mine.yaml: memory_gb is not given"),
-        ("  fp8: 1979 # 3958 / 2", "mine.yaml: tflops has"),
-        ("name: NVIDIA H100 SXM 80 GB", "mine.yaml: name is not given"),
-    ],
-)
-def test_a_gpu_file_without_a_key_is_refused_by_name(line: str, message: str, tmp_path, monkeypatch) -> None:
-    text = (roofline.GPUS / "h100.yaml").read_text()
-    assert line in text
-    (tmp_path / "mine.yaml").write_text(text.replace(line, ""))
-    monkeypatch.setattr(roofline, "GPUS", tmp_path)
-    with pytest.raises(ConfigurationError, match=message):
-        load_gpu("mine")
-
-
-def test_a_misspelt_key_is_refused_by_name(tmp_path, monkeypatch) -> None:
-    (tmp_path / "mine.yaml").write_text((roofline.GPUS / "h100.yaml").read_text() + "bandwith_gb_s: 1\n")
-    monkeypatch.setattr(roofline, "GPUS", tmp_path)
-    with pytest.raises(ConfigurationError, match="mine.yaml: unknown key bandwith_gb_s; did you mean bandwidth_gb_s"):
-        load_gpu("mine")
