@@ -3,7 +3,7 @@
     python export/build.py checkpoint=<directory> out=bundles/mine                          # ONNX only
     python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt_rtx gpu=rtx_5090 dtype=bfloat16
     python export/build.py checkpoint=<directory> out=bundles/mine builder=tensorrt gpu=h100 dtype=bfloat16
-    python export/build.py checkpoint=<directory> out=bundles/mine parallel=tp2_ep2 graphs=[encode,step]
+    python export/build.py checkpoint=<directory> out=bundles/mine parallel=tp2_ep2
     python export/build.py model=diffusiongemma_26b_a4b out=/tmp/try builder=tensorrt_rtx  # no weights: is it built?
 
 A checkpoint is a Hugging Face directory, a sharded checkpoint or a .nemo. TensorRT-RTX builds without a GPU. The last
@@ -31,8 +31,11 @@ from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ModelGroup, 
 
 if TYPE_CHECKING:
     from export.bundle.building import Built
+    from export.bundle.format import Settings
     from nemo_diffgemma.parallel import ParallelLayout
     from nemo_diffgemma.parallel.team import Team
+
+_MAX_CONTEXT = 8192  # columns, where nothing else was asked for
 
 
 @dataclass
@@ -46,12 +49,12 @@ class BuildConfig:
     gpu: Gpu | None = None  # gpu=<file of conf/gpu>: engines for that GPU
     dtype: str = "float32"  # float16, bfloat16
     steps: int | None = 48  # of the loop; null: each call says how many
-    graphs: list[str] = field(default_factory=lambda: ["encode", "step", "loop"])
+    graphs: list[str] | None = None  # null: encode, step and loop; of several ranks encode and step
     weights: str = "inputs"  # inline: inside of the engine
     quantization: str | None = None  # of the experts: fp8, int4, nvfp4
     calibration: str | None = None  # file with one prompt a line; fp8 and nvfp4 need it
     max_batch_size: int = 8
-    max_context: int = 8192  # columns, prompt and finished canvases
+    max_context: int | None = None  # columns, prompt and finished canvases; null: 8192, or the model's positions
     max_chunk: int = 1024  # columns of one call of encode
     parallel: ParallelGroup = field(default_factory=ParallelGroup)  # ranks of the engines
     cluster: ClusterGroup = field(default_factory=ClusterGroup)  # one process a rank
@@ -61,8 +64,7 @@ class BuildConfig:
 def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     """Build one bundle."""
     from export.bundle.building import build_bundle
-    from export.bundle.format import Settings, check_free
-    from export.engine.engine import Limits
+    from export.bundle.format import check_free
     from nemo_diffgemma.parallel.team import Team
 
     _check(config)
@@ -82,15 +84,7 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
             _write_for_edge_llm(source, out, team)
             results.show(f"a checkpoint for tensorrt-edgellm-export is in {config.out}")
             return {"bundle": config.out, "graphs": {}}
-        settings = Settings(
-            dtype=config.dtype,
-            layout=layout,
-            graphs=tuple(config.graphs),
-            steps=config.steps,
-            weights=config.weights if checkpoint is not None else "none",
-            quantization=config.quantization,
-            limits=Limits(config.max_batch_size, config.max_context, config.max_chunk),
-        )
+        settings = _settings(config, source)
         prompts = _prompts(config.calibration, source) if config.calibration else ()
         bar = tqdm(total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.first)
         with bar:
@@ -123,6 +117,32 @@ def _check(config: BuildConfig) -> None:
             f"builder=edge_llm writes the checkpoint as it is, so {', '.join(unread)} would change nothing; leave out "
             "(tensorrt-edgellm-export and its engine builder have settings of their own)"
         )
+
+
+def _settings(config: BuildConfig, source: Any) -> Settings:
+    """What was asked for; what was not is chosen so that this model can have it: a default never refuses."""
+    from export.bundle.building import GRAPHS
+    from export.bundle.format import Settings
+    from export.engine.engine import Limits
+    from nemo_diffgemma.config import ModelConfig
+
+    model = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
+    layout = config.parallel.layout()
+    graphs = config.graphs
+    if graphs is None:
+        graphs = [graph for graph in GRAPHS if graph != "loop" or layout.world_size == 1]
+    context = config.max_context
+    if context is None:
+        context = min(_MAX_CONTEXT, model.max_position_embeddings)
+    return Settings(
+        dtype=config.dtype,
+        layout=layout,
+        graphs=tuple(graphs),
+        steps=config.steps,
+        weights=config.weights if config.checkpoint is not None else "none",
+        quantization=config.quantization,
+        limits=Limits(config.max_batch_size, context, config.max_chunk),
+    )
 
 
 def _write_for_edge_llm(source: Any, out: Path, team: Team) -> None:

@@ -81,7 +81,6 @@ def one(
     out = Path(config.out) / name
     shutil.rmtree(out, ignore_errors=True)
     layout = ParallelGroup(**given.get("layout", {}))
-    several = layout.layout().world_size > 1
     results.show(f"== {name}")
     asked = BuildConfig(
         checkpoint=checkpoint,
@@ -90,7 +89,6 @@ def one(
         dtype=given["dtype"],
         quantization=given.get("quantization"),
         calibration=f"{config.out}/calibration.txt",
-        graphs=["encode", "step"] if several else ["encode", "step", "loop"],
         steps=STEPS,
         max_batch_size=config.max_batch_size,
         max_context=config.max_context,

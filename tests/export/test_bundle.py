@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from export import open_bundle
-from export.build import BuildConfig, build
-from export.bundle.building import build_bundle
+from export.build import BuildConfig, _settings, build
+from export.bundle.building import build_bundle, check_request
 from export.bundle.format import BUILD_INFO, Settings, read_bundle, verify_checksums
 from export.check import CheckConfig, check
 from export.engine.builders import BuilderError, check_gpu_at_hand
@@ -25,6 +25,7 @@ from export.engine.engine import Limits
 from export.run import RunConfig, run
 from export.show import ShowConfig, show
 from nemo_diffgemma import DiffusionGemma, ParallelLayout, SamplerConfig
+from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.gpus import load_gpu
 from nemo_diffgemma.schema import ModelGroup, ParallelGroup, SamplerGroup
 from tests.export import kit
@@ -278,6 +279,15 @@ def test_bad_requests_leave_nothing(traces, tmp_path, given, says):
     with pytest.raises(ValueError, match=says):
         build(config, Shown())
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("positions", [1, 64, 8191, 262_144])
+@pytest.mark.parametrize("parallel", [ParallelGroup(), TWO], ids=["one rank", "two"])
+def test_what_nobody_asked_for_is_never_refused(positions, parallel):
+    architecture = {**SUDOKU.architecture, "max_position_embeddings": positions}
+    config = BuildConfig(model=ModelGroup(architecture=architecture), out="out", parallel=parallel)
+    model = ModelConfig(**architecture)
+    check_request(model, _settings(config, model), config.builder, (), ())
 
 
 def test_an_engine_for_another_gpu_than_the_one_at_hand_is_refused(traces, tmp_path, monkeypatch):
