@@ -8,10 +8,13 @@ import json
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_diffgemma import DiffusionGemma, ModelConfig
 from nemo_diffgemma.config import GLOBAL, SLIDING, ConfigError, HeadSizes
+from nemo_diffgemma.model.rotary import inverse_frequencies
 from tests.reference import SIZES, save_released_layout
 
 RELEASED = {  # text_config of google/diffusiongemma-26B-A4B-it, as far as it concerns the network
@@ -195,6 +198,170 @@ def test_sizes_that_cannot_be(text, message):
     with pytest.raises(ConfigError) as raised:
         ModelConfig.from_huggingface(changed(**text))
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+# -- every key is used, or has its one value, or is refused ------------------------------------------------------------
+
+SMALL = {
+    "model_type": "diffusion_gemma",
+    "canvas_length": 4,
+    "vision_config": {"model_type": "gemma4_vision"},
+    "text_config": RELEASED
+    | {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, GLOBAL]}
+    | {
+        "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            GLOBAL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        }
+    },
+}
+DELETE = "(delete)"
+ROPE = ("text_config", "rope_parameters")
+KEYS = (
+    *((name,) for name in ("canvas_length", "text_config", "tie_word_embeddings", "quantization_config", "model_type")),
+    *(("text_config", name) for name in (*RELEASED, "rope_parameters", "per_layer_config", "pad_token_id")),
+    *(("text_config", name) for name in ("eos_token_id", "bos_token_id", "initializer_range", "rope_theta")),
+    *(("text_config", name) for name in ("rope_local_base_freq", "rope_scaling", "partial_rotary_factor")),
+    *(("text_config", name) for name in ("attention_k_eq_v", "enable_moe_block", "num_experts_per_tok")),
+    *((*ROPE, kind) for kind in (SLIDING, GLOBAL)),
+    *(
+        (*ROPE, kind, name)
+        for kind in (SLIDING, GLOBAL)
+        for name in ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "attention_factor")
+    ),
+)
+VALUES = (
+    *(DELETE, None, True, False, 0, -1, 1, 2, 3, 8, 64, 10**30, 0.0, 0.25, 0.5, 1.0, 8.0, 1e4, 1e400, float("nan")),
+    *("", "8", "linear", "yarn", "default", "proportional", "all", "vision", [], [1], [SLIDING] * 3, [[]], {}),
+    *({"rope_type": "default", "rope_theta": 1e4}, {"2": {"head_dim": 16}}, {"2": {"sliding_window": 4}}, {"x": 1}),
+)
+
+
+def facts_of_theirs(raw: dict) -> dict:
+    """What transformers makes of a configuration, as far as the text network depends on it."""
+    from transformers.models.diffusion_gemma import DiffusionGemmaConfig
+    from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextRotaryEmbedding
+
+    config = DiffusionGemmaConfig(**raw)
+    text = config.text_config
+    rotary = DiffusionGemmaTextRotaryEmbedding(text)
+    return {
+        **{name: getattr(text, name) for name in SAME_NAMES},
+        "canvas_length": config.canvas_length,
+        "layer_types": tuple(text.layer_types),
+        "heads": [
+            (text.per_layer_config[i].head_dim, text.per_layer_config[i].num_key_value_heads)
+            for i in range(text.num_hidden_layers)
+        ],
+        "frequencies": {kind: getattr(rotary, f"{kind}_inv_freq").tolist() for kind in set(text.layer_types)},
+    }
+
+
+SAME_NAMES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_experts top_k_experts "
+    "moe_intermediate_size sliding_window rms_norm_eps final_logit_softcapping pad_token_id eos_token_id"
+).split()
+
+
+def facts_of_ours(config: ModelConfig) -> dict:
+    return {
+        **{name: getattr(config, name) for name in SAME_NAMES},
+        "eos_token_id": list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id,
+        "canvas_length": config.canvas_length,
+        "layer_types": config.layer_types,
+        "heads": [tuple(config.heads(i)) for i in range(config.num_hidden_layers)],
+        "frequencies": {
+            kind: inverse_frequencies(config, kind, torch.device("cpu")).tolist() for kind in set(config.layer_types)
+        },
+    }
+
+
+@settings(max_examples=150)
+@given(changes=st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(VALUES)), min_size=1, max_size=2))
+@example([((*ROPE, GLOBAL, "factor"), 8.0)])
+@example([((*ROPE, GLOBAL, "partial_rotary_factor"), DELETE)])
+@example([(("text_config", "rope_parameters"), DELETE)])
+@example([(("text_config", "rope_parameters"), DELETE), (("text_config", "rope_theta"), 1e4)])
+@example([(("text_config", "rope_parameters"), {"rope_type": "default", "rope_theta": 1e4})])
+@example([(("canvas_length",), 0)])
+@example([(("text_config", "per_layer_config"), {"2": {"head_dim": 16}})])
+def test_a_changed_key_means_what_it_means_to_transformers_or_is_refused(changes):
+    raw = copy.deepcopy(SMALL)
+    for path, value in changes:
+        at = raw
+        for key in path[:-1]:
+            at = at.get(key) if isinstance(at, dict) else None
+        if not isinstance(at, dict):
+            continue
+        if value == DELETE:
+            at.pop(path[-1], None)
+        else:
+            at[path[-1]] = copy.deepcopy(value)
+    try:
+        ours = ModelConfig.from_huggingface(copy.deepcopy(raw))
+    except ConfigError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+        return
+    try:
+        theirs = facts_of_theirs(copy.deepcopy(raw))
+    except Exception:  # stricter than we are: `rms_norm_eps: 1` is no float
+        return
+    assert json.dumps(facts_of_ours(ours)) == json.dumps(theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rope_theta=5e5), "text_config sets rope_theta=500000.0, which DiffusionGemma does not read"),
+        (dict(rope_local_base_freq=1e5), "text_config sets rope_local_base_freq=100000.0"),
+        (dict(rope_scaling={"factor": 8.0, "rope_type": "linear"}), "text_config sets rope_scaling={'factor': 8.0"),
+        (dict(rope_parameters={"rope_type": "default"}), "is not nested by layer kind; write one entry each"),
+        (
+            dict(rope_parameters={GLOBAL: {"rope_type": "proportional", "rope_theta": 1e6, "factor": 8.0}}),
+            "rope_parameters.full_attention.factor=8.0 is not supported; expected 1.0 or no such key",
+        ),
+        (dict(final_logit_softcapping=None), "final_logit_softcapping=None must be a positive number"),
+        (dict(quantization_config={"quant_method": "fp8"}), "this checkpoint is quantised, and only float32"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_not_honoured_is_refused_by_name(change, message):
+    with pytest.raises(ConfigError) as raised:
+        ModelConfig.from_huggingface(changed(**change))
+    assert message in str(raised.value)
+
+
+def test_gemma_3s_keys_that_say_the_same_are_read():
+    same = ModelConfig.from_huggingface(changed(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=None))
+    assert same == ModelConfig()
+
+
+BROKEN = {
+    "cut off": (b'{"model_type": "diffusion_gemma", "text_conf', "is not valid JSON"),
+    "empty": (b"", "is not valid JSON"),
+    "latin-1": ('{"model_type": "caf\u00e9"}'.encode("latin-1"), "is not UTF-8 text"),
+    "a list": (b"[1, 2]", "is damaged: it holds [1, 2], expected a JSON object"),
+    "null": (b"null", "is damaged: it holds None"),
+    "a number of 5000 digits": (b'{"model_type": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+    "100000 brackets": (b"[" * 100_000, "is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_damaged_config_is_named(tmp_path, name):
+    content, message = BROKEN[name]
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        ModelConfig.from_pretrained(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path / 'config.json'} {message}")
+    assert "copy it again from the checkpoint" in str(raised.value) and len(str(raised.value)) < 500
+
+
+def test_a_wrong_value_is_named_with_its_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(changed(sliding_window="1024")))
+    with pytest.raises(ConfigError) as raised:
+        ModelConfig.from_pretrained(tmp_path)
+    assert str(raised.value) == f"{tmp_path / 'config.json'}: sliding_window='1024' must be a positive whole number"
 
 
 def test_another_architecture():
