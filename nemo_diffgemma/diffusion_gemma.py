@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.checkpoint import huggingface
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ConfigError, ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
@@ -33,9 +34,11 @@ class DiffusionGemma(Network):
         """
         error: Exception | None = None
         try:
-            model = cls(ModelConfig.from_pretrained(path), dtype)
-        except (ConfigError, LayoutError, OSError) as found:
-            error = found
+            config = ModelConfig.from_pretrained(path)
+            huggingface.check(config, path)  # before memory is taken for sizes that may be wrong
+            model = cls(config, dtype)
+        except (ConfigError, LayoutError, CheckpointError, OSError) as failure:
+            error = failure
         agree_error(error)
         huggingface.load(model, path)
         return model.eval()

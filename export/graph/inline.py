@@ -38,7 +38,7 @@ def store(weights: Mapping[str, Weight], rank: int, dtype: torch.dtype, director
         for name, weight in weights.items():
             stored = stored_slice(files, weight)
             if weight.is_whole and DTYPES.get(stored.get_dtype()) == dtype:
-                places[name] = held[files.files[weight.key]][weight.key]
+                places[name] = held[files.files[weight.key]][files.stored_name(weight.key)]
                 continue
             stream.seek(-(-stream.tell() // _ALIGNMENT) * _ALIGNMENT)
             offset = stream.tell()

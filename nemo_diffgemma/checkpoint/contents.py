@@ -22,7 +22,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.schema import ConfigurationError
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what a text model can have on disk
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what a text model can have on disk
 
 
 def open_network(checkpoint: str, dtype: str) -> DiffusionGemma:
@@ -60,7 +60,7 @@ def _of_directory(directory: Path) -> Contents:
         for name in files.files:
             files.slice(name)  # raises where a file is damaged or lacks it
         of_files = {file: read_header(file)[1] for file in set(files.files.values())}
-        headers = [of_files[file][name] for name, file in files.files.items()]
+        headers = [of_files[file][files.stored_name(name)] for name, file in files.files.items()]
     dtypes = {header["dtype"] for header in headers}
     size = sum(end - start for start, end in (header["data_offsets"] for header in headers))
     return Contents(len(headers), size, "bfloat16" if dtypes == {"BF16"} else "float32")

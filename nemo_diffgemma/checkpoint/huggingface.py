@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,44 +22,62 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_diffgemma.checkpoint.names import CARRIED_PREFIXES, released_name, released_shape, text_tensors
-from nemo_diffgemma.checkpoint.tensor_files import DTYPES, INDEX, CheckpointError, TensorFiles
+from nemo_diffgemma.checkpoint.names import (
+    CARRIED_PREFIXES,
+    released_name,
+    released_shape,
+    released_tensors,
+    text_tensors,
+)
+from nemo_diffgemma.checkpoint.tensor_files import DTYPES, INDEX, SINGLE, CheckpointError, TensorFiles
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.config_keys import QUANTISED
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.agreement import agree_error
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
 
 SHARD_BYTES = 5 << 30
+_PACKED = ("I8", "U8", "I32", "U32")  # a matrix of the text model in one of these is quantised
+_CARRIED = (*DTYPES, "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")  # written back without a look at them
+_log = logging.getLogger(__name__)
 _COPIED = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation and processor configuration
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load(network: Network, directory: str | Path) -> None:
-    """Fill `network` from a released-format directory. Raises `CheckpointError` on every rank, no weight set."""
-    error: Exception | None = None
-    try:
-        with TensorFiles(Path(directory)) as files:
-            _check(network, files)
-            _fill(network, files)
-    except (CheckpointError, OSError) as found:
-        error = found
-    agree_error(error)
-    network.assets = Path(directory)
+def check(config: ModelConfig, directory: str | Path) -> None:
+    """Raise `CheckpointError` unless a released-format directory holds the tensors of `config`; reads headers only."""
+    with TensorFiles(Path(directory)) as files:
+        if not files.files:
+            raise CheckpointError(
+                f"{files.directory} holds no safetensors; give a directory with {SINGLE}, or with {INDEX} and "
+                "the files that it names"
+            )
+        if files.overridden and (not dist.is_initialized() or dist.get_rank() == 0):
+            _log.warning(
+                "%s holds %s, which is used; %s beside it count for nothing",
+                *(files.directory, SINGLE, ", ".join([INDEX, *files.overridden])),
+            )
+        _check_dtypes(files)
+        _check_shapes(released_tensors(config), files)
 
 
-def _check(network: Network, files: TensorFiles) -> None:
-    """Compare names and shapes of the whole checkpoint with what the network needs."""
-    if not files.files:
-        raise CheckpointError(
-            f"{files.directory} holds no safetensors; give a directory with model.safetensors, or with {INDEX} and "
-            "the files that it names"
-        )
-    expected = {
-        released_name(name): released_shape(name, shard_of(tensor).full_shape(tuple(tensor.shape)), network.model)
-        for name, tensor in text_tensors(network)
-    }
+def _check_dtypes(files: TensorFiles) -> None:
+    """That every tensor can be written back bit for bit."""
+    for name, file in files.files.items():
+        dtype = files.slice(name).get_dtype()
+        if dtype.startswith(("F8_", "F6_", "F4")) or (dtype in _PACKED and not name.startswith(CARRIED_PREFIXES)):
+            raise CheckpointError(f"tensor {name} is {dtype} in {file}: {QUANTISED}")
+        if dtype not in (_CARRIED if name.startswith(CARRIED_PREFIXES) else DTYPES):
+            raise CheckpointError(
+                f"tensor {name} is {dtype} in {file}, which this network cannot hold exactly; convert it to float32, "
+                "bfloat16 or float16 first"
+            )
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], files: TensorFiles) -> None:
     missing = [name for name in expected if name not in files.files]
     if missing:
         raise CheckpointError(
@@ -69,23 +88,48 @@ def _check(network: Network, files: TensorFiles) -> None:
     if foreign:
         raise CheckpointError(
             f"{files.directory} holds {len(foreign)} tensors that this model does not have, first "
-            f"{', '.join(foreign[:3])}; is config.json of the same checkpoint?"
+            f"{', '.join(foreign[:3])} in {files.files[foreign[0]].name}; is config.json of the same checkpoint?"
         )
     for name, shape in expected.items():
-        found = tuple(files.slice(name).get_shape())
-        if found != shape:
+        stored = tuple(files.slice(name).get_shape())
+        if stored != shape:
             raise CheckpointError(
-                f"tensor {name} has shape {list(found)} in {files.files[name]}, but config.json makes it "
+                f"tensor {name} has shape {list(stored)} in {files.files[name]}, but config.json makes it "
                 f"{list(shape)}; the two are of different checkpoints"
             )
 
 
-def _fill(network: Network, files: TensorFiles) -> None:
+def load(network: Network, directory: str | Path) -> None:
+    """Fill `network` from a released-format directory that `check` accepts.
+
+    Collective. Raises `CheckpointError` on every rank, with no weight set, where two copies of a weight differ.
+    """
+    agree_error(_error_of(lambda: _check_copies(Path(directory))))
+    agree_error(_error_of(lambda: _fill(network, Path(directory))))
+    network.assets = Path(directory)
+
+
+def _error_of(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except (CheckpointError, OSError) as error:
+        return error
+    return None
+
+
+def _check_copies(directory: Path) -> None:
+    """Every rank compares its share of the copies, whole."""
+    with TensorFiles(directory) as files:
+        for name in sorted(files.copies)[dist.get_rank() :: dist.get_world_size()]:
+            files.check_copy(name)
+
+
+def _fill(network: Network, directory: Path) -> None:
     network.file_dtypes = {}
-    for name, tensor in text_tensors(network):
-        stored = files.slice(released_name(name))
-        network.file_dtypes[released_name(name)] = stored.get_dtype()
-        with torch.no_grad():
+    with TensorFiles(directory) as files, torch.no_grad():
+        for name, tensor in text_tensors(network):
+            stored = files.slice(released_name(name))
+            network.file_dtypes[released_name(name)] = stored.get_dtype()
             _read_slices(name, tensor, stored, network.model.vocab_size)
 
 
@@ -159,7 +203,7 @@ def _add(written: Written, tensors: Mapping[str, Tensor]) -> Written:
 
 def _file_name(index: int, files: int) -> str:
     """transformers reads `model.safetensors` and nothing else where there is one, so it must be the only file."""
-    return "model.safetensors" if files == 1 else f"model-{index + 1:05}-of-{files:05}.safetensors"
+    return SINGLE if files == 1 else f"model-{index + 1:05}-of-{files:05}.safetensors"
 
 
 def _write_index(partial: Path, weight_map: dict[str, str], written: Written) -> None:

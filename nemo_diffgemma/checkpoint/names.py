@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.config import SLIDING, ModelConfig
 
 _DECODER = "model.decoder."
 _OURS = (
@@ -44,3 +44,35 @@ def released_shape(name: str, full_shape: tuple[int, ...], config: ModelConfig) 
     if name.endswith("experts.gate_up_proj"):
         return (full_shape[0], 2 * full_shape[2], full_shape[3])
     return full_shape
+
+
+def released_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every text tensor of a released-format directory; no network is needed to know them."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    experts, expert_width = config.num_experts, config.moe_intermediate_size
+    gated = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden), "norm.weight": (hidden,)}
+    shapes["self_conditioning.pre_norm.weight"] = (hidden,)
+    shapes |= {f"self_conditioning.{name}.weight": shape for name, shape in gated.items()}
+    for layer in range(config.num_hidden_layers):
+        (head_dim, kv_heads), prefix = config.heads(layer), f"layers.{layer}."
+        queries, keys = config.num_attention_heads * head_dim, kv_heads * head_dim
+        attention = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "o_proj": (hidden, queries)}
+        if config.layer_kind(layer) == SLIDING:  # global layers use their keys as values
+            attention["v_proj"] = (keys, hidden)
+        attention |= {"q_norm": (head_dim,), "k_norm": (head_dim,)}  # type: ignore[dict-item]
+        shapes |= {f"{prefix}self_attn.{name}.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{prefix}mlp.{name}.weight": shape for name, shape in gated.items()}
+        shapes |= {f"{prefix}{name}.weight": (hidden,) for name in _NORMS}
+        shapes |= {f"{prefix}router.proj.weight": (experts, hidden), f"{prefix}router.scale": (hidden,)}
+        shapes |= {f"{prefix}router.per_expert_scale": (experts,), f"{prefix}layer_scalar": (1,)}
+        shapes[f"{prefix}experts.gate_up_proj"] = (experts, 2 * expert_width, hidden)
+        shapes[f"{prefix}experts.down_proj"] = (experts, hidden, expert_width)
+    encoder = {released_name(f"layers.{i}.encoder_layer_scalar"): (1,) for i in range(config.num_hidden_layers)}
+    return {**{_DECODER + name: shape for name, shape in shapes.items()}, **encoder}
+
+
+_NORMS = (
+    *("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    *("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
+)

@@ -305,6 +305,7 @@ def transformer_config(model: ModelConfig, layout: ParallelLayout, dtype: torch.
         ffn_hidden_size=model.intermediate_size,
         num_moe_experts=model.num_experts,
         moe_router_topk=model.top_k_experts,
+        moe_router_pre_softmax=True,  # our router's rule does not read it; Megatron demands it for one chosen expert
         moe_ffn_hidden_size=model.moe_intermediate_size,
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
