@@ -72,6 +72,7 @@ class DiffusionGemma(Network):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
         sampler = sampler or self.sampler_defaults
+        sampler.check_ids(self.model.vocab_size)
         if noise is None:
             noise = KeyedNoise.for_rows(
                 seed, input_ids.shape[0], self.model.canvas_length, self.model.vocab_size, device()

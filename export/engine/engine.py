@@ -105,6 +105,7 @@ class Engine:
         off (`confidence_threshold=0`) and nobody observes. Raises `EngineError` beyond what the engines were built for.
         """
         sampler = sampler or self.sampler_defaults
+        sampler.check_ids(self.config.vocab_size)
         self._check(input_ids, max_new_tokens)
         rows, length = input_ids.shape[0], self.config.canvas_length
         if noise is None:

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from nemo_diffgemma import SamplerConfig
 from tests.distributed import cases
 
 IDS = torch.arange(12).view(2, 6)
@@ -44,6 +45,14 @@ BAD = {
     "a canvas for one row of two": (lambda m: m.denoise(CANVAS[:1], m.encode(IDS)), r"canvas has shape \[1, 4\]"),
     "a canvas outside the vocabulary": (lambda m: m.denoise(CANVAS + 60, m.encode(IDS)), VOCABULARY),
     "no new tokens": (lambda m: m.generate(IDS, max_new_tokens=0), "max_new_tokens=0; expected at least 1"),
+    "padding that is no token": (
+        lambda m: m.generate(IDS, sampler=SamplerConfig(pad_token_id=61)),
+        r"sampler.pad_token_id=61 is outside the vocabulary; expected an id from 0 to 60",
+    ),
+    "an end that never comes": (
+        lambda m: m.generate(IDS, sampler=SamplerConfig(eos_token_id=61)),
+        r"sampler.eos_token_id=61 is outside the vocabulary",
+    ),
     "too few seeds": (lambda m: m.generate(IDS, seed=[1]), "1 seeds for 2 rows; give one int, or one int for each row"),
 }
 
