@@ -38,11 +38,10 @@ class ConvertConfig:
 def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:
     """Convert one checkpoint."""
     from nemo_diffgemma.checkpoint.contents import contents, open_network
-    from nemo_diffgemma.checkpoint.open import FORMATS, save_network
+    from nemo_diffgemma.checkpoint.open import check_target, save_network
     from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 
-    if config.format not in FORMATS:
-        raise CheckpointError(f"format={config.format!r}; use one of {', '.join(FORMATS)}")
+    check_target(config.target, config.format)  # before anything is read
     found = contents(config.source)
     if not config.dry_run:
         save_network(open_network(config.source, found.dtype), config.target, config.format)

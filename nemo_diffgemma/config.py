@@ -136,9 +136,9 @@ class ModelConfig:
 
     def _read_global_heads(self, text: Mapping[str, Any]) -> HeadSizes:
         """Head sizes of the global layers: two fields in the released file, `per_layer_config` in what HF saves."""
-        flat = HeadSizes(text.get("global_head_dim", 512), text.get("num_global_key_value_heads"))
         if "per_layer_config" not in text:
-            return flat if flat.key_value_heads is not None else flat._replace(key_value_heads=self.num_key_value_heads)
+            heads = text.get("num_global_key_value_heads")
+            return HeadSizes(text.get("global_head_dim", 512), self.num_key_value_heads if heads is None else heads)
         layers = self._per_layer_config(text["per_layer_config"])
         by_kind: dict[str, set[HeadSizes]] = {SLIDING: set(), GLOBAL: set()}
         for layer, kind in enumerate(self.layer_types):
@@ -154,19 +154,19 @@ class ModelConfig:
                 )
         if len(by_kind[GLOBAL]) != 1:
             raise ConfigError(f"per_layer_config gives the global layers different head sizes {brief(by_kind[GLOBAL])}")
-        heads = by_kind[GLOBAL].pop()
-        for key, value in (("global_head_dim", heads.head_dim), ("num_global_key_value_heads", heads.key_value_heads)):
+        sizes = by_kind[GLOBAL].pop()
+        for key, value in (("global_head_dim", sizes.head_dim), ("num_global_key_value_heads", sizes.key_value_heads)):
             if text.get(key) not in (None, value):
                 raise ConfigError(
                     f"text_config sets {key}={brief(text[key])}, but its per_layer_config gives the global layers "
                     f"{value}; remove the one that is wrong"
                 )
-        return heads
+        return sizes
 
     def _per_layer_config(self, given: Any) -> dict[int, Mapping[str, Any]]:
         """Entries by layer; a key that is left out has text_config's value."""
         layers: dict[int, Mapping[str, Any]] = {}
-        for layer, sizes in given.items() if isinstance(given, Mapping) else [(None, given)]:
+        for layer, sizes in given.items() if isinstance(given, Mapping) else [("", given)]:
             number = int(layer) if str(layer).isdecimal() and len(str(layer)) < 9 else -1
             if not isinstance(sizes, Mapping) or not 0 <= number < self.num_hidden_layers:
                 raise ConfigError(

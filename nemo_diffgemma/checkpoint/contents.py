@@ -5,14 +5,12 @@ A `.nemo` is unpacked for either, once a process.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 
 from nemo_diffgemma.checkpoint import nemo_archive, sharded
 from nemo_diffgemma.checkpoint.names import released_name, released_shape
@@ -68,10 +66,10 @@ def _of_directory(directory: Path) -> Contents:
 
 def _of_sharded(directory: Path) -> Contents:
     model = ModelConfig.from_pretrained(directory / sharded.ASSETS)
-    dtypes = json.loads((directory / sharded.DTYPES).read_text())
+    dtypes = sharded.file_dtypes(directory)
     stored = {
         key.removeprefix(sharded.MODEL): tensor
-        for key, tensor in load_tensors_metadata(str(directory)).items()
+        for key, tensor in sharded.described_tensors(directory).items()
         if key.startswith(sharded.MODEL)
     }
     size = 0

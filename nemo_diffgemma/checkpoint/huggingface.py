@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_diffgemma.checkpoint.assets import write_assets
 from nemo_diffgemma.checkpoint.names import (
     CARRIED_PREFIXES,
     released_name,
@@ -32,16 +31,17 @@ from nemo_diffgemma.checkpoint.names import (
 from nemo_diffgemma.checkpoint.tensor_files import DTYPES, INDEX, SINGLE, CheckpointError, TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.config_keys import QUANTISED
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.agreement import agree_error
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
+from nemo_diffgemma.scratch import follow_umask, obstacle, scratch_directory
 
 SHARD_BYTES = 5 << 30
 _PACKED = ("I8", "U8", "I32", "U32")  # a matrix of the text model in one of these is quantised
 _CARRIED = (*DTYPES, "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")  # written back without a look at them
 _log = logging.getLogger(__name__)
-_COPIED = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation and processor configuration
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def save(network: Network, directory: str | Path) -> Written:
 
     Raises `CheckpointError` on every rank when `directory` exists and is not empty, or cannot be written.
     """
-    target = Path(directory)
+    target = Path(directory).expanduser()
     written = Written(0, 0)
     with new_directory(target) as partial:
         shards = _plan(network)
@@ -173,6 +173,7 @@ def save(network: Network, directory: str | Path) -> Written:
         carried: dict[str, Tensor] = {}
         with on_first_rank(partial):
             if partial is not None:
+                write_assets(network, partial)  # first: what is wrong with them is said before tensors are gathered
                 carried = carried_tensors(network)
         files = len(shards) + bool(carried)
         for index, names in enumerate(shards):
@@ -189,7 +190,6 @@ def save(network: Network, directory: str | Path) -> Written:
                     save_file(carried, partial / _file_name(files - 1, files), metadata={"format": "pt"})
                     weight_map |= dict.fromkeys(carried, _file_name(files - 1, files))
                     written = _add(written, carried)
-                write_assets(network, partial)
                 _write_index(partial, weight_map, written)
     counts = [written]
     if dist.get_world_size() > 1:
@@ -210,15 +210,6 @@ def _write_index(partial: Path, weight_map: dict[str, str], written: Written) ->
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": written.bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_assets(network: Network, directory: Path) -> None:
-    """config.json and, where the model came with them, tokenizer, template and generation configuration."""
-    if network.assets is not None:
-        for file in sorted(network.assets.iterdir()):
-            if file.is_file() and file.suffix in _COPIED and file.name not in (INDEX, "config.json"):
-                shutil.copy(file, directory / file.name)
-    (directory / "config.json").write_text(json.dumps(network.model.to_huggingface(), indent=2) + "\n")
 
 
 def carried_tensors(network: Network) -> dict[str, Tensor]:
@@ -280,35 +271,39 @@ def on_first_rank(partial: Path | None) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except CheckpointError as found:
-        error = found
-    except (OSError, SafetensorError) as found:
-        error = CheckpointError(f"cannot write {partial}: {found}")
+    except UserError as failure:
+        error = failure
+    except (OSError, SafetensorError) as failure:
+        error = CheckpointError(f"cannot write {partial}: {failure}")
     agree_error(error)
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path | None]:
-    """A directory that appears under its name only when complete. Rank 0 gets a temporary path, others None."""
-    partial: Path | None = None
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            if target.exists() and (not target.is_dir() or any(target.iterdir())):
-                raise CheckpointError(f"{target} exists already; delete it or give another path")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-            partial.chmod(0o755)
-        except (CheckpointError, OSError) as found:
-            error = found if isinstance(found, CheckpointError) else CheckpointError(f"cannot write {target}: {found}")
-    agree_error(error)
-    try:
+    """A directory that appears under its name only when complete. Rank 0 gets a temporary path, others None.
+
+    Collective. Raises `CheckpointError` on every rank where `target` is in use or cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        partial: Path | None = None
+        with on_first_rank(target):
+            if dist.get_rank() == 0:
+                partial = stack.enter_context(partial_of(target, is_directory=True))
         yield partial
         with on_first_rank(partial):
             if partial is not None:
+                follow_umask(partial)
                 if target.exists():
                     target.rmdir()
                 partial.rename(target)
-    finally:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def partial_of(target: Path, is_directory: bool) -> Iterator[Path]:
+    """A scratch directory beside `target`. Raises `CheckpointError` where something is in the way, and OSError."""
+    reason = obstacle(target, is_directory)
+    if reason is not None:
+        raise CheckpointError(reason)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_directory(target.absolute().parent, target.name) as partial:
+        yield partial

@@ -9,21 +9,24 @@ path that leaves the archive or any other member refuses the whole archive. No N
 
 from __future__ import annotations
 
-import atexit
+import contextlib
+import lzma
 import os
 import shutil
 import socket
 import tarfile
-import tempfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 import torch.distributed as dist
 
 from nemo_diffgemma.checkpoint import huggingface
+from nemo_diffgemma.checkpoint.assets import FOLDERS
 from nemo_diffgemma.checkpoint.huggingface import Written
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.scratch import obstacle, temporary_directory
 
 CONFIG, WEIGHTS = "model_config.yaml", "weights"
 
@@ -34,41 +37,32 @@ def is_archive(path: str | Path) -> bool:
 
 
 def write_archive(network: Network, path: str | Path, config: str = "") -> Written:
-    """Write `network` and the YAML text `config` to `path`, replacing it when complete.
+    """Write `network` and the YAML text `config` to `path`, which appears when it is complete.
 
-    Collective. Raises `CheckpointError` on every rank when it cannot be written.
+    Collective. Raises `CheckpointError` on every rank when `path` exists or cannot be written.
     """
     target = Path(path).expanduser().absolute()
-    error: Exception | None = None
-    work = Path()
-    if dist.get_rank() == 0:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        except OSError as found:
-            error = CheckpointError(f"cannot write {target}: {found}")
-    agree_error(error)
-    try:
+    with contextlib.ExitStack() as stack:
+        work = Path()
+        with huggingface.on_first_rank(target):
+            if dist.get_rank() == 0:
+                work = stack.enter_context(huggingface.partial_of(target, is_directory=False))
         written = huggingface.save(network, work / WEIGHTS)
-        if dist.get_rank() == 0:
-            error = _pack(work, config, target)
-        agree_error(error)
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(work, ignore_errors=True)
+        with huggingface.on_first_rank(target):
+            if dist.get_rank() == 0:
+                _pack(work, config, target)
     return written
 
 
-def _pack(work: Path, config: str, target: Path) -> CheckpointError | None:
-    try:
-        (work / CONFIG).write_text(config)
-        with tarfile.open(work / "archive", "w") as archive:  # not compressed: weights do not shrink
-            archive.add(work / CONFIG, CONFIG)
-            archive.add(work / WEIGHTS, WEIGHTS)
-        os.replace(work / "archive", target)
-    except OSError as error:
-        return CheckpointError(f"cannot write {target}: {error}")
-    return None
+def _pack(work: Path, config: str, target: Path) -> None:
+    (work / CONFIG).write_text(config, encoding="utf-8")
+    with tarfile.open(work / "archive", "w") as archive:  # not compressed: weights do not shrink
+        archive.add(work / CONFIG, CONFIG)
+        archive.add(work / WEIGHTS, WEIGHTS)
+    reason = obstacle(target, is_directory=False)  # again: writing took its time
+    if reason is not None:
+        raise CheckpointError(reason)
+    os.replace(work / "archive", target)
 
 
 def unpack(path: str | Path) -> Path:
@@ -78,53 +72,92 @@ def unpack(path: str | Path) -> Path:
     """
     source = Path(path).expanduser().absolute()
     error: CheckpointError | None = None
-    directory: str | None = None
+    directory: Path | None = None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
-            directory = tempfile.mkdtemp(prefix="nemo_diffgemma-")
-            atexit.register(shutil.rmtree, directory, ignore_errors=True)
-            extract(source, Path(directory))
-        except OSError as found:
-            error = CheckpointError(f"TMPDIR cannot be written ({found}); {source} is unpacked there")
-        except CheckpointError as found:
-            error = found
+            directory, stack = temporary_directory("nemo_diffgemma-unpacked")
+            with contextlib.ExitStack() as failing:
+                failing.callback(stack.close)
+                extract(source, directory)
+                failing.pop_all()
+        except OSError as failure:
+            error = CheckpointError(f"TMPDIR cannot be written ({failure}); {source} is unpacked there")
+        except CheckpointError as failure:
+            error = failure
     agree_error(error)
     places = [(socket.gethostname(), directory)]
     if dist.get_world_size() > 1:
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, places[0])
         places = everyone
-    return Path(next(place for host, place in places if host == socket.gethostname() and place is not None))
+    return next(place for host, place in places if host == socket.gethostname() and place is not None)
 
 
 def extract(source: Path, directory: Path) -> None:
     """The two members of an archive into `directory`. Raises `CheckpointError`."""
     try:
         with tarfile.open(source, "r:*") as archive:
-            members = archive.getmembers()
-            for member in members:
-                _check(member, source)
-            names = {member.name for member in members}
-            if not {CONFIG, f"{WEIGHTS}/config.json"} <= names:
-                raise CheckpointError(
-                    f"{source} has no {CONFIG} and {WEIGHTS}/config.json, so it is an archive of another model class; "
-                    "give one that DiffusionGemmaModel.save_to wrote"
-                )
-            archive.extractall(directory, members=members, filter="data")
-    except (OSError, tarfile.TarError) as error:
+            for member in _members(archive, source, shutil.disk_usage(directory).free):
+                archive.extract(member, directory, filter="data")
+    except CheckpointError:
+        raise
+    except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        reason = " ".join(str(error).split())  # tarfile's own may have many lines
         raise CheckpointError(
-            f"{source} cannot be unpacked ({error}); is it a complete .nemo archive, and is there room for it in "
+            f"{source} cannot be unpacked ({reason}); is it a complete .nemo archive, and is there room for it in "
             f"{directory.parent}?"
         ) from None
 
 
-def _check(member: tarfile.TarInfo, source: Path) -> None:
-    parts = PurePosixPath(member.name).parts
-    placed = parts == (CONFIG,) or (parts[:1] == (WEIGHTS,) and len(parts) <= 2 and ".." not in parts)
-    plain = member.isfile() or (member.isdir() and parts == (WEIGHTS,))
-    if not (placed and plain):
+def _members(archive: tarfile.TarFile, source: Path, free: int) -> list[tarfile.TarInfo]:
+    """The members to unpack, under their names in a directory of their own.
+
+    Written by NeMo they begin with `./`; packed again by people they may lie in one folder, and macOS adds `._` files.
+    """
+    members: list[tuple[PurePosixPath, tarfile.TarInfo]] = []
+    size = 0
+    for member in archive:  # one after the other: a compressed bomb is refused at its header
+        path = PurePosixPath(member.name)
+        if path.name.startswith("._") and member.isfile() and ".." not in path.parts:
+            continue
+        size += member.size
+        if size > free:
+            raise CheckpointError(
+                f"{source} needs more than the {free / 1e9:.1f} GB that are free where it is unpacked; set TMPDIR to a "
+                "larger disk"
+            )
+        if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+            raise _misplaced(member, source)
+        members.append((path, member))
+    parents = [path.parent for path, member in members if path.name == CONFIG and member.isfile()]
+    prefix = min(parents, key=lambda parent: len(parent.parts), default=PurePosixPath())
+    placed = []
+    for path, member in members:
+        if prefix.is_relative_to(path) and member.isdir():
+            continue
+        inside = path.relative_to(prefix) if path.is_relative_to(prefix) else None
+        if inside is None or not _has_place(inside.parts, member):
+            raise _misplaced(member, source)
+        placed.append(member.replace(name=str(inside), deep=False))
+    if not {CONFIG, f"{WEIGHTS}/config.json"} <= {member.name for member in placed}:
         raise CheckpointError(
-            f"{source} holds {member.name!r} ({'a plain file' if member.isfile() else 'no plain file'}), which has no "
-            f"place in a .nemo archive of this model ({CONFIG} and files of {WEIGHTS}/); do not use it unless you know "
-            "who made it"
+            f"{source} has no {CONFIG} and {WEIGHTS}/config.json, so it is an archive of another model class; "
+            "give one that DiffusionGemmaModel.save_to wrote"
         )
+    return placed
+
+
+def _has_place(parts: tuple[str, ...], member: tarfile.TarInfo) -> bool:
+    if parts[:1] == (WEIGHTS,) and parts[1:2] and parts[1] in FOLDERS:
+        return len(parts) == (2 if member.isdir() else 3)
+    if member.isdir():
+        return parts == (WEIGHTS,)
+    return parts == (CONFIG,) or (parts[:1] == (WEIGHTS,) and len(parts) == 2)
+
+
+def _misplaced(member: tarfile.TarInfo, source: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{source} holds {member.name!r} ({'a plain file' if member.isfile() else 'no plain file'}), which has no "
+        f"place in a .nemo archive of this model ({CONFIG} and files of {WEIGHTS}/); do not use it unless you know "
+        "who made it"
+    )

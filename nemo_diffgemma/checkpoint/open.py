@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.scratch import obstacle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a network can be loaded as
 FORMATS = ("huggingface", "sharded", "nemo")
@@ -58,11 +60,21 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Diffus
 
 def save_network(network: DiffusionGemma, path: str | Path, format: str) -> None:
     """Write the weights in one of `FORMATS`. Collective; raises `CheckpointError` on every rank."""
+    check_target(path, format)
     if format == "huggingface":
         huggingface.save(network, path)
     elif format == "sharded":
         sharded.save_sharded(network, path)
-    elif format == "nemo":
-        nemo_archive.write_archive(network, path)
     else:
-        raise CheckpointError(f"format={format!r}; use one of {', '.join(FORMATS)}")
+        nemo_archive.write_archive(network, path)
+
+
+def check_target(path: str | Path, format: str) -> None:
+    """Raise `CheckpointError`, on every rank, where `path` is no place for a new checkpoint of that format."""
+    error: CheckpointError | None = None
+    if format not in FORMATS:
+        error = CheckpointError(f"format={format!r}; use one of {', '.join(FORMATS)}")
+    elif dist.get_rank() == 0:
+        reason = obstacle(Path(path).expanduser(), is_directory=format != "nemo")
+        error = None if reason is None else CheckpointError(reason)
+    agree_error(error)

@@ -33,9 +33,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from nemo_diffgemma.checkpoint import huggingface
+from nemo_diffgemma.checkpoint import huggingface, tensor_files
+from nemo_diffgemma.checkpoint.assets import write_assets as _write_assets
 from nemo_diffgemma.checkpoint.names import text_tensors
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
+from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.json_files import brief, read_object
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.parallel.agreement import agree_error
@@ -110,7 +113,7 @@ def save_sharded(
     Collective. Raises `CheckpointError` on every rank when `directory` is not empty or cannot be written.
     """
     megatron_cpu.enable()
-    with huggingface.new_directory(Path(directory)) as partial:
+    with huggingface.new_directory(Path(directory).expanduser()) as partial:
         paths = [partial]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(paths, src=0)
@@ -121,7 +124,9 @@ def save_sharded(
             dist_checkpointing.save(state, str(paths[0]))
         except (CheckpointException, OSError) as found:  # torch tells every rank what befell one of them
             raise CheckpointError(f"cannot write {directory}: {_reason(found)}") from found
-        _on_first_rank(lambda: _write_beside(network, paths[0]))  # type: ignore[arg-type]
+        with huggingface.on_first_rank(partial):
+            if partial is not None:
+                _write_beside(network, partial)
 
 
 def _write_in_process() -> None:
@@ -138,7 +143,7 @@ def write_assets(network: Network, assets: Path) -> None:
     carried = huggingface.carried_tensors(network)
     if carried:
         save_file(carried, assets / "model-vision.safetensors", metadata={"format": "pt"})
-    huggingface.write_assets(network, assets)
+    _write_assets(network, assets)
 
 
 def _write_beside(network: Network, directory: Path) -> None:
@@ -158,7 +163,7 @@ def load_sharded(network: Network, directory: str | Path) -> None:
     state = sharded_state_dict(network)
     agree_error(_error(lambda: _check(state, source)))
     read_tensors(state, source)
-    network.file_dtypes = _file_dtypes(source)
+    network.file_dtypes = file_dtypes(source)
     network.assets = source / ASSETS
 
 
@@ -195,18 +200,24 @@ def read_common(directory: str | Path) -> dict[str, Any]:
 
 
 def keys(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Name and whole shape of every tensor of a checkpoint."""
-    return {key: tuple(found.global_shape) for key, found in load_tensors_metadata(str(directory)).items()}
+    """Name and whole shape of every tensor of a checkpoint. Raises `CheckpointError`."""
+    return {key: tuple(tensor.global_shape) for key, tensor in described_tensors(directory).items()}
+
+
+def described_tensors(directory: Path) -> dict[str, Any]:
+    """Shape and dtype of every tensor, without its values; files are checked. Raises `CheckpointError`."""
+    check_complete(directory)
+    _check_sizes(directory, _read_metadata(directory))
+    read_object(directory / "metadata.json", CheckpointError)
+    try:
+        return load_tensors_metadata(str(directory))
+    except (*_UNREADABLE, ValueError, TypeError, LookupError, AttributeError) as error:  # metadata.json of another kind
+        raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
 
 
 def _check(state: Mapping[str, ShardedTensor], directory: Path) -> None:
-    check_complete(directory)
-    _check_sizes(directory, _read_metadata(directory))
-    _file_dtypes(directory)
-    try:
-        found = keys(directory)
-    except (*_UNREADABLE, ValueError, TypeError) as error:  # metadata.json
-        raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
+    found = keys(directory)
+    file_dtypes(directory)
     missing = [key for key in state if key not in found]
     if missing:
         raise CheckpointError(
@@ -234,12 +245,20 @@ def _check_sizes(directory: Path, metadata: Any) -> None:
             raise CheckpointError(f"{directory} is not complete: of {name} it {found}; copy it again")
 
 
-def _file_dtypes(directory: Path) -> dict[str, str]:
+def file_dtypes(directory: Path) -> dict[str, str]:
+    """Dtype that each tensor has in released files. Raises `CheckpointError`."""
     file = directory / DTYPES
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        dtypes = read_object(file, CheckpointError)
+    except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error}); copy {directory} again") from None
+    unknown = next((name for name, dtype in dtypes.items() if dtype not in tensor_files.DTYPES), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"{file} is damaged: it gives {brief(unknown)} the type {brief(dtypes[unknown])}, expected one of "
+            f"{', '.join(tensor_files.DTYPES)}; copy {directory} again"
+        )
+    return dtypes
 
 
 _METADATA = {  # what torch's writer puts into `.metadata`, by exact name: a dotted one would reach other modules
@@ -294,10 +313,6 @@ def _reason(error: BaseException) -> str:
 def _error(action: Callable[[], None]) -> Exception | None:
     try:
         action()
-    except (CheckpointError, CheckpointingException, OSError) as error:
+    except (UserError, CheckpointingException, OSError) as error:
         return error
     return None
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    agree_error(_error(action) if dist.get_rank() == 0 else None)

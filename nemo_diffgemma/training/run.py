@@ -248,7 +248,7 @@ def _write_assets(network: DiffusionGemma, run_dir: Path) -> None:
                 sampler = {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
                 (assets / "generation_config.json").write_text(json.dumps(sampler, indent=2) + "\n")
             sharded.write_assets(network, assets)  # config.json last: it says that the others are there
-        except (OSError, sharded.CheckpointError) as found:
+        except (OSError, UserError) as found:
             error = found
     agree_error(error)
     network.assets = assets
