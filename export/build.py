@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from export.roofline import Gpu
 from nemo_diffgemma.cli.entry import start
 from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
+from nemo_diffgemma.scratch import scratch_directory
 
 if TYPE_CHECKING:
     from export.bundle.building import Built
@@ -74,7 +74,7 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     team = Team.of_processes()
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.source-", dir=out.parent) as folder:
+    with scratch_directory(out.absolute().parent, f"{out.name}.source", private=True) as folder:
         shared = Path(team.from_rank_zero(folder))
         with team.all_or_none():
             source = (

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.diffusion.generate import Generation
+from nemo_diffgemma.json_files import read_object
 from nemo_diffgemma.schema import ConfigurationError
 
 
@@ -18,9 +19,7 @@ class Text:
         self.directory = directory
         self.tokenizer: Any = None
         if directory is not None and (directory / "tokenizer.json").is_file():
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(directory)
+            self.tokenizer = _read_tokenizer(directory)
 
     def encode(self, prompt: str, chat: bool) -> list[int]:
         """Ids of a prompt, in the chat template where there is one and `chat` is true.
@@ -58,6 +57,22 @@ class Text:
             return ""
         known = sorted(token for token in self.tokenizer.get_vocab() if len(token) == 1)
         return f"They are: {''.join(known)}"
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    """Raises `ConfigurationError` naming the file that is damaged."""
+    from transformers import AutoTokenizer
+
+    for file in map(directory.joinpath, ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")):
+        if file.is_file():
+            read_object(file, ConfigurationError)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # of the tokenizers library, or whatever a wrong type leads transformers to
+        raise ConfigurationError(
+            f"the tokenizer in {directory} cannot be read ({' '.join(str(error).split())[:300]}); copy tokenizer.json and "
+            "tokenizer_config.json again from the checkpoint"
+        ) from None
 
 
 def tell(found: Generation, prompt: Sequence[int], text: Text, results: Results) -> dict[str, Any]:

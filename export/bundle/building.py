@@ -40,6 +40,7 @@ from export.graph.weights import Weight, check_layout, check_tensors, engine_wei
 from export.quantization import schemes
 from export.quantization.calibration import calibrate
 from export.quantization.qdq import quantize_graph
+from nemo_diffgemma.checkpoint.assets import FOLDERS
 from nemo_diffgemma.cli.child_process import call_in_child, peak_memory
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
@@ -269,6 +270,8 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, 
 def link_checkpoint(checkpoint: Path, target: Path, skip: Sequence[str]) -> None:
     """The files of a released-format directory, without another copy of the tensors where the disk allows it."""
     for file in sorted(checkpoint.iterdir()):
+        if file.is_dir() and file.name in FOLDERS:
+            shutil.copytree(file, target / file.name)
         if not file.is_file() or file.name.startswith(".") or file.name in skip:
             continue
         if file.suffix == ".safetensors":

@@ -18,8 +18,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +36,7 @@ from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.parallel.team import ALONE, Team
+from nemo_diffgemma.scratch import follow_umask, scratch_directory
 
 FORMAT = 2
 CHECKPOINT, TRITON = "checkpoint", "triton"
@@ -152,24 +151,20 @@ def writing(target: Path, team: Team = ALONE) -> Iterator[Path]:
     The same for all processes of `team`; the first makes and renames it.
     """
     partial = target
-    with team.all_or_none():
-        check_free(target)
-        if team.is_rank_zero:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    partial = team.from_rank_zero(partial)
-    try:
+    with contextlib.ExitStack() as stack:
+        with team.all_or_none():
+            check_free(target)
+            if team.is_rank_zero:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = stack.enter_context(scratch_directory(target.absolute().parent, target.name))
+        partial = team.from_rank_zero(partial)
         yield partial
         with team.all_or_none():
             if team.is_rank_zero:
+                follow_umask(partial)
                 if target.exists():
                     target.rmdir()
-                partial.chmod(0o755)
                 partial.rename(target)
-    except BaseException:
-        if team.is_rank_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_descriptions(

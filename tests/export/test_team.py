@@ -154,7 +154,7 @@ def test_a_build_that_is_ended_leaves_nothing_behind(checkpoint, tmp_path, stage
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     children: list[psutil.Process] = []
     until = time.monotonic() + 240
-    while not (list(out.parent.glob(".bundle.partial-*/checkpoint")) if stage == "tracing" else children):
+    while not (list(out.parent.glob(".bundle.*.partial/checkpoint")) if stage == "tracing" else children):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
         children = [child for child in psutil.Process(process.pid).children() if has_loaded(child, LOADED[stage])]
