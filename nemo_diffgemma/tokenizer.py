@@ -70,8 +70,8 @@ def _read_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # of the tokenizers library, or whatever a wrong type leads transformers to
         raise ConfigurationError(
-            f"the tokenizer in {directory} cannot be read ({' '.join(str(error).split())[:300]}); copy tokenizer.json and "
-            "tokenizer_config.json again from the checkpoint"
+            f"the tokenizer in {directory} cannot be read ({' '.join(str(error).split())[:300]}); copy tokenizer.json "
+            "and tokenizer_config.json again from the checkpoint"
         ) from None
 
 
