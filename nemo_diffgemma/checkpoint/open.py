@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
-from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.config import ConfigError, ModelConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.agreement import agree_error
 from nemo_diffgemma.scratch import obstacle
@@ -42,18 +42,22 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Diffus
 
     Raises `CheckpointError`, `ConfigError` or `LayoutError`, on every rank.
     """
-    found, error = "", None
-    try:
-        found = format_of(path)
-    except CheckpointError as missing:
-        error = missing
-    agree_error(error)
+    format, config, error = "", None, None
     place = Path(path).expanduser()
-    if found == "huggingface":
+    try:
+        format = format_of(place)
+        if format == "sharded":
+            config = ModelConfig.from_pretrained(place / sharded.ASSETS)
+            sharded.check(config, place)  # before memory is taken for sizes that may be wrong
+    except (CheckpointError, ConfigError) as failure:
+        error = failure
+    agree_error(error)
+    if format == "huggingface":
         return DiffusionGemma.from_huggingface(place, dtype)
-    if found == "nemo":
+    if format == "nemo":
         return DiffusionGemma.from_huggingface(nemo_archive.unpack(place) / nemo_archive.WEIGHTS, dtype)
-    network = DiffusionGemma(ModelConfig.from_pretrained(place / sharded.ASSETS), dtype)
+    assert config is not None
+    network = DiffusionGemma(config, dtype)
     sharded.load_sharded(network, place)
     return network.eval()
 

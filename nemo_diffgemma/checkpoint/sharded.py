@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_diffgemma.checkpoint import huggingface, tensor_files
 from nemo_diffgemma.checkpoint.assets import write_assets as _write_assets
-from nemo_diffgemma.checkpoint.names import text_tensors
+from nemo_diffgemma.checkpoint.names import released_name, released_shape, released_tensors, text_tensors
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
+from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.json_files import brief, read_object
 from nemo_diffgemma.model.network import Network
@@ -160,9 +161,8 @@ def load_sharded(network: Network, directory: str | Path) -> None:
     Raises `CheckpointError` on every rank, before any weight is set unless a file of the right size is damaged inside.
     """
     source = Path(directory)
-    state = sharded_state_dict(network)
-    agree_error(_error(lambda: _check(state, source)))
-    read_tensors(state, source)
+    agree_error(_error(lambda: check(network.model, source)))
+    read_tensors(sharded_state_dict(network), source)
     network.file_dtypes = file_dtypes(source)
     network.assets = source / ASSETS
 
@@ -215,20 +215,26 @@ def described_tensors(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
 
 
-def _check(state: Mapping[str, ShardedTensor], directory: Path) -> None:
-    found = keys(directory)
-    file_dtypes(directory)
-    missing = [key for key in state if key not in found]
+def check(config: ModelConfig, directory: str | Path) -> None:
+    """Raise `CheckpointError` unless a sharded checkpoint holds the tensors of `config`; reads no tensor."""
+    source = Path(directory)
+    shapes = {key.removeprefix(MODEL): shape for key, shape in keys(source).items() if key.startswith(MODEL)}
+    file_dtypes(source)
+    expected = released_tensors(config)
+    stored = {released_name(name): (name, shape) for name, shape in shapes.items()}
+    missing = [name for name in expected if name not in stored]
     if missing:
         raise CheckpointError(
-            f"{directory} lacks {len(missing)} tensors of this model, first {', '.join(missing[:3])}; are the sizes "
+            f"{source} lacks {len(missing)} tensors of this model, first {', '.join(missing[:3])}; are the sizes "
             f"those of its {ASSETS}/config.json?"
         )
-    for key, tensor in state.items():
-        if found[key] != tuple(tensor.global_shape):
+    for released, shape in expected.items():
+        name, whole = stored[released]
+        padded = (config.padded_vocab_size, *whole[1:]) if name == "embed_tokens.weight" else whole
+        if released_shape(name, whole, config) != shape or padded != whole:
             raise CheckpointError(
-                f"tensor {key} has shape {list(found[key])} in {directory}, but this model makes it "
-                f"{list(tensor.global_shape)}; are the sizes those of its {ASSETS}/config.json?"
+                f"tensor {name} has shape {list(whole)} in {source}, but this model makes another of it (in a released "
+                f"file {list(shape)}); are the sizes those of its {ASSETS}/config.json?"
             )
 
 
@@ -252,11 +258,12 @@ def file_dtypes(directory: Path) -> dict[str, str]:
         dtypes = read_object(file, CheckpointError)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error}); copy {directory} again") from None
-    unknown = next((name for name, dtype in dtypes.items() if dtype not in tensor_files.DTYPES), None)
+    known = tuple(tensor_files.DTYPES)
+    unknown = next((name for name, dtype in dtypes.items() if dtype not in known), None)
     if unknown is not None:
         raise CheckpointError(
             f"{file} is damaged: it gives {brief(unknown)} the type {brief(dtypes[unknown])}, expected one of "
-            f"{', '.join(tensor_files.DTYPES)}; copy {directory} again"
+            f"{', '.join(known)}; copy {directory} again"
         )
     return dtypes
 

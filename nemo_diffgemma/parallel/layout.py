@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.json_files import brief, is_whole
 
 
 class LayoutError(UserError):
@@ -32,8 +33,8 @@ class ParallelLayout:
 
     def __post_init__(self) -> None:
         for axis, size in vars(self).items():
-            if not isinstance(size, int) or size < 1:
-                raise LayoutError(f"layout {axis}={size!r} must be a whole number of at least 1")
+            if not is_whole(size, 1):
+                raise LayoutError(f"layout {axis}={brief(size)} must be a whole number of at least 1")
         for axis in ("pipeline", "context"):
             if getattr(self, axis) != 1:
                 raise LayoutError(
@@ -63,8 +64,11 @@ class ParallelLayout:
         """Raise `LayoutError` where the sizes of `config` cannot be divided by this layout."""
         self._divides(
             "tensor",
-            {"attention heads": config.num_attention_heads, "rows of intermediate_size": config.intermediate_size},
-            limit=config.padded_vocab_size,
+            {
+                "attention heads": config.num_attention_heads,
+                "rows of intermediate_size": config.intermediate_size,
+                "rows of the padded vocabulary": config.padded_vocab_size,
+            },
         )
         for name in ("num_key_value_heads", "num_global_key_value_heads"):
             heads = getattr(config, name)
@@ -73,18 +77,14 @@ class ParallelLayout:
                     f"layout tensor={self.tensor} and {name}={heads}: one must divide the other; use tensor="
                     f"{_choices(heads)} or a multiple of {heads}"
                 )
-        self._divides("expert", {"experts": config.num_experts}, limit=config.num_experts)
-        self._divides(
-            "expert_tensor",
-            {"rows of moe_intermediate_size": config.moe_intermediate_size},
-            limit=config.moe_intermediate_size,
-        )
+        self._divides("expert", {"experts": config.num_experts})
+        self._divides("expert_tensor", {"rows of moe_intermediate_size": config.moe_intermediate_size})
 
-    def _divides(self, axis: str, counts: dict[str, int], limit: int) -> None:
+    def _divides(self, axis: str, counts: dict[str, int]) -> None:
         size = getattr(self, axis)
         for what, count in counts.items():
-            if count % size or limit % size:
-                fitting = math.gcd(math.gcd(*counts.values()), limit)
+            if count % size:
+                fitting = math.gcd(*counts.values())
                 raise LayoutError(
                     f"layout {axis}={size} cannot divide {count} {what}; "
                     f"use {axis}={_choices(fitting)} (see conf/parallel/*.yaml)"

@@ -56,7 +56,13 @@ def test_the_released_model_is_cut_over_every_size_its_heads_allow(tensor):
     ParallelLayout(tensor=tensor, expert=128).check(RELEASED)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "2"])
+def test_the_vocabulary_is_named_where_it_is_what_cannot_be_divided():
+    config = dataclasses.replace(RELEASED, vocab_size=100, num_attention_heads=256, intermediate_size=256)
+    with pytest.raises(LayoutError, match="tensor=256 cannot divide 128 rows of the padded vocabulary; use tensor=1, 2"):
+        ParallelLayout(tensor=256).check(config)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, 10**30])
 def test_a_size_is_a_whole_number(value):
     with pytest.raises(LayoutError, match="must be a whole number of at least 1"):
         ParallelLayout(tensor=value)
