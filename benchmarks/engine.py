@@ -56,7 +56,7 @@ def seconds(call: Callable[[], object], engine: Engine, repeats: int) -> float:
 def one_step(engine: Engine, ids: torch.Tensor) -> Callable[[], object]:
     """A call of `step` as the first of a canvas, with everything on the device."""
     rows, canvas = ids.shape[0], (ids.shape[0], engine.config.canvas_length)
-    context = engine.encode(ids.to(engine.device), engine.empty([0] * rows))
+    context = engine.encode(ids.to(engine.device), engine.start([0] * rows))
     inputs = {
         "canvas": torch.randint(engine.config.vocab_size, canvas),
         "soft": engine.no_signal(rows),

@@ -11,9 +11,10 @@ from torch import Tensor
 from nemo_diffgemma.checkpoint import huggingface
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ConfigError, ModelConfig
-from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
+from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, StepInputs, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig, accept
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.cache import Cache
 from nemo_diffgemma.model.initialisation import initialise
 from nemo_diffgemma.model.network import Network
@@ -66,11 +67,12 @@ class DiffusionGemma(Network):
         """Generate whole canvases after [B, S] prompts (left padded by `attention_mask`).
 
         `sampler` None takes the checkpoint's settings. `noise` replaces the noise keyed by `seed`: an int keys row r by
-        (seed, r); one int a row keys each row as if it were alone. `observe` sees every denoising step.
+        (seed, r); one int a row keys each row as if it were alone. `observe` sees every denoising step. Raises
+        `UserError` for ids outside of the vocabulary, masks that are no left padding, and settings that mean nothing.
         """
         self.check_ids(input_ids)
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
+            raise UserError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
         sampler = sampler or self.sampler_defaults
         sampler.check_ids(self.model.vocab_size)
         if noise is None:
@@ -88,37 +90,37 @@ class DiffusionGemma(Network):
             observe=observe,
         )
 
-    def sampling_step(
-        self,
-        canvas: Tensor,
-        cache: Cache | None,
-        *,
-        context: Tensor | None,
-        first: tuple[int, ...],
-        soft: Tensor | None,
-        temperature: float,
-        entropy_bound: float,
-        uniforms: Tensor,
-        replacements: Tensor,
-        last: bool,
-    ) -> Settled:
-        """One denoising step and its sampling, as generation asks for it."""
-        found, cache = self.denoising_step(
-            canvas,
-            cache,
-            context=context,
-            first=first,
-            soft=soft,
-            temperature=temperature,
-            uniforms=uniforms,
-            last=last,
+    def start(self, first_positions: Sequence[int]) -> Cache:
+        """A cache of sequences without context, whose first tokens will have these positions."""
+        return Cache.empty(first_positions)
+
+    @torch.no_grad()
+    def sampling_step(self, inputs: StepInputs, cache: Cache) -> Settled:
+        """One denoising step and its sampling; new context joins the pass that denoises the canvases behind it."""
+        context = inputs.context or ()
+        lengths = [len(ids) for ids in context] or [0] * len(cache.sequences)
+        places = [
+            (index, span.end + new) for index, (span, new) in enumerate(zip(cache.sequences, lengths, strict=True))
+        ]
+        tokens = torch.cat([*context, inputs.canvas.flatten()])
+        stream = self.stream(cache.sequences, lengths, places)
+        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft)
+        assert result.canvas_hidden is not None
+        statistics = self.statistics(
+            result.canvas_hidden, inputs.temperature, inputs.uniforms.flatten(), soft_embedding=not inputs.last
         )
-        assert found.sample_N is not None
-        entropy = found.entropy_N.view(canvas.shape)
-        accepted = accept(entropy, entropy_bound)
-        canvas = torch.where(accepted, found.sample_N.view(canvas.shape), replacements)
-        argmax = found.argmax_N.view(canvas.shape)
-        return Settled(canvas, argmax, entropy, accepted, found.soft_embedding_NH, cache)
+        assert statistics.sample_N is not None
+        shape, soft = inputs.canvas.shape, statistics.soft_embedding_NH
+        entropy = statistics.entropy_N.view(shape)
+        accepted = accept(entropy, inputs.entropy_bound)
+        return Settled(
+            canvas=torch.where(accepted, statistics.sample_N.view(shape), inputs.replacements),
+            argmax=statistics.argmax_N.view(shape),
+            entropy=entropy,
+            accepted=accepted,
+            soft=None if soft is None else soft.view(*shape, -1),
+            cache=result.cache.trimmed(self.model) if context else cache,
+        )
 
     def init_weights(self, seed: int) -> None:
         """Fill matrices with N(0, initializer_range), everything else with ones: a function of (seed, tensor name)."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from export.graph.model import Model, Weights
 from export.graph.tracing import past_names
 from export.graph.weights import key_value_heads
 from export.quantization.calibration import SimulatedWeights
-from nemo_diffgemma.diffusion.generate import Settled
+from nemo_diffgemma.diffusion.generate import Settled, StepInputs
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
@@ -63,7 +62,6 @@ class Trajectory:
     input_ids: Tensor
     seed: int
     sampler: SamplerConfig
-    first: tuple[int, ...]
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     steps: tuple[Settled, ...]
     experts: tuple[tuple[Tensor, ...], ...]
@@ -108,15 +106,20 @@ def trajectory(network: DiffusionGemma, input_ids: Tensor, sampler: SamplerConfi
     experts: list[tuple[Tensor, ...]] = []
     for remaining in range(sampler.max_denoising_steps, 0, -1):
         with chosen_experts(network) as chosen:
-            exact = network.sampling_step(canvas, cache, soft=soft, **_asked(sampler, noise, remaining, cache.first))
+            exact = network.sampling_step(_step(sampler, noise, remaining, canvas, soft), cache)
         if dist.get_world_size() > 1:  # a last bit that differs would send the others elsewhere
             decided = tensors_of_rank_zero({name: getattr(exact, name) for name in _COMPARED})
             exact = exact._replace(cache=None, **decided)
         canvas, soft = exact.canvas, exact.soft
         settled.append(exact._replace(cache=None, **{name: getattr(exact, name).cpu() for name in _COMPARED}))
         experts.append(tuple(map_TE.nonzero()[:, 1].view(len(map_TE), -1).cpu() for map_TE in chosen))
-    past = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in cache.layers)
-    return Trajectory(input_ids.cpu(), seed, sampler, cache.first, past, tuple(settled), tuple(experts))
+    past = tuple((_by_row(layer.keys, rows), _by_row(layer.values, rows)) for layer in cache.layers)
+    return Trajectory(input_ids.cpu(), seed, sampler, past, tuple(settled), tuple(experts))
+
+
+def _by_row(x_KGD: Tensor, rows: int) -> Tensor:
+    """Keys or values of rows of equal length, as the graphs have them: [B, G, P, D]."""
+    return x_KGD.view(rows, -1, *x_KGD.shape[1:]).transpose(1, 2).cpu()
 
 
 @torch.no_grad()
@@ -124,7 +127,7 @@ def in_lockstep(engine: Engine, exact: Trajectory, model: Model | None = None) -
     """Differences of `encode` and of every step of a trajectory; with `model` also of the routing."""
     rows, config = exact.input_ids.shape[0], engine.config
     noise = KeyedNoise.for_rows(exact.seed, rows, config.canvas_length, config.vocab_size, engine.device)
-    context = engine.encode(exact.input_ids.to(engine.device), engine.empty(exact.first))
+    context = engine.encode(exact.input_ids.to(engine.device), engine.start([0] * rows))
     found = Differences()
     buffers = _buffers(context, config.num_hidden_layers)
     for layer, (whole, past) in enumerate(zip(exact.keys_values, buffers, strict=True)):
@@ -134,16 +137,16 @@ def in_lockstep(engine: Engine, exact: Trajectory, model: Model | None = None) -
     canvas, signal = noise.initial(0), None
     shares: list[list[float]] = []
     for index, (ours, chosen) in enumerate(zip(exact.steps, exact.experts, strict=True)):
-        asked = _asked(exact.sampler, noise, exact.sampler.max_denoising_steps - index, exact.first)
-        theirs = engine.sampling_step(canvas, context, soft=signal, **asked)
+        step = _step(exact.sampler, noise, exact.sampler.max_denoising_steps - index, canvas, signal)
+        theirs = engine.sampling_step(step, context)
         found.add("entropy", ours.entropy, theirs.entropy)
-        found.add("soft", ours.soft, theirs.soft.flatten(0, 1))
+        found.add("soft", ours.soft, theirs.soft)
         found.argmax.append(_share(ours.argmax, theirs.argmax))
         found.canvas.append(_share(ours.canvas, theirs.canvas))
         if model is not None:
             shares.append([_same_experts(a, b) for a, b in zip(chosen, model.routed, strict=True)])
         canvas = ours.canvas.to(engine.device)
-        signal = ours.soft.view(rows, config.canvas_length, -1).to(engine.device, engine.dtype)
+        signal = ours.soft.to(engine.device, engine.dtype)
     if shares:
         found.routing = torch.tensor(shares).mean(0).tolist()
     return found
@@ -157,17 +160,16 @@ def tokens_agree(
     return (sequences.cpu() == theirs.cpu()).all(-1).tolist()
 
 
-def _asked(sampler: SamplerConfig, noise: KeyedNoise, remaining: int, first: tuple[int, ...]) -> dict[str, Any]:
-    """What both are asked for in one step, besides canvas and signal."""
-    return {
-        "context": None,
-        "first": first,
-        "temperature": sampler.temperature(remaining),
-        "entropy_bound": sampler.entropy_bound,
-        "uniforms": noise.uniforms(0, remaining),
-        "replacements": noise.replacements(0, remaining),
-        "last": False,
-    }
+def _step(sampler: SamplerConfig, noise: KeyedNoise, remaining: int, canvas: Tensor, soft: Tensor | None) -> StepInputs:
+    """A step as both are given it; neither leaves out the signal of the last."""
+    return StepInputs(
+        canvas,
+        noise.uniforms(0, remaining),
+        noise.replacements(0, remaining),
+        sampler.temperature(remaining),
+        sampler.entropy_bound,
+        soft,
+    )
 
 
 def _buffers(context: Context, layers: int) -> list[tuple[Tensor, ...]]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from export.engine.onnx_session import Session, Tensors
 from export.graph.model import empty_context
 from export.graph.tracing import past_names, present_names
 from nemo_diffgemma.config import SLIDING, ModelConfig
-from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, generate
+from nemo_diffgemma.diffusion.generate import CanvasInputs, Denoised, Generation, Settled, StepInputs, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
@@ -38,7 +38,10 @@ class EngineError(UserError):
 
 @dataclass(frozen=True)
 class Context:
-    """What the canvases see: `length` columns of `first.shape[0]` rows, in the buffers of each rank of this process."""
+    """What the canvases see: `length` columns of left-padded rows, in the buffers of each rank of this process.
+
+    `first` [B] is the left padding of each row, under the name of the graphs' input.
+    """
 
     first: Tensor
     length: int
@@ -142,16 +145,6 @@ class Engine:
         """One denoising step; `inputs` are the step's own (canvas, soft, temperature, ...)."""
         return self._denoise("step", context, inputs)
 
-    def empty(self, first: Sequence[int]) -> Context:
-        """No context yet, of rows with that left padding."""
-        buffers = empty_context(self.config, self.layout, len(first), self.dtype, self.device)
-        past = {
-            name: buffer
-            for layer, pair in enumerate(buffers)
-            for name, buffer in zip(past_names(layer), pair, strict=True)
-        }
-        return Context(torch.tensor(first, device=self.device), 0, tuple(dict(past) for _ in self._ranks))
-
     def no_signal(self, rows: int) -> Tensor:
         """The self-conditioning signal of a first step."""
         shape = (rows, self.config.canvas_length, self.config.hidden_size)
@@ -174,64 +167,57 @@ class Engine:
 
     # -- what generation asks for ------------------------------------------------------------------------------------
 
-    def sampling_step(
-        self,
-        canvas: Tensor,
-        cache: Context | None,
-        *,
-        context: Tensor | None,
-        first: tuple[int, ...],
-        soft: Tensor | None,
-        temperature: float,
-        entropy_bound: float,
-        uniforms: Tensor,
-        replacements: Tensor,
-        last: bool,
-    ) -> Settled:
-        """One denoising step of [B, C] canvases; new context columns are encoded first."""
-        cache = self._extended(cache, context, first)
-        found = self.step(
+    def start(self, first_positions: Sequence[int]) -> Context:
+        """No context yet, of rows whose first tokens will have these positions: that many columns are padding."""
+        buffers = empty_context(self.config, self.layout, len(first_positions), self.dtype, self.device)
+        past = {
+            name: buffer
+            for layer, pair in enumerate(buffers)
+            for name, buffer in zip(past_names(layer), pair, strict=True)
+        }
+        return Context(torch.tensor(first_positions, device=self.device), 0, tuple(dict(past) for _ in self._ranks))
+
+    def sampling_step(self, inputs: StepInputs, cache: Context) -> Settled:
+        """One denoising step of [B, C] canvases; new context is encoded first."""
+        cache = self._extended(cache, inputs.context)
+        outputs = self.step(
             cache,
             {
-                "canvas": canvas,
-                "soft": self.no_signal(canvas.shape[0]) if soft is None else soft,
-                "temperature": torch.tensor(temperature, dtype=torch.float32),
-                "entropy_bound": torch.tensor(entropy_bound, dtype=torch.float32),
-                "uniforms": uniforms,
-                "replacements": replacements,
+                "canvas": inputs.canvas,
+                "soft": self.no_signal(inputs.canvas.shape[0]) if inputs.soft is None else inputs.soft,
+                "temperature": torch.tensor(inputs.temperature, dtype=torch.float32),
+                "entropy_bound": torch.tensor(inputs.entropy_bound, dtype=torch.float32),
+                "uniforms": inputs.uniforms,
+                "replacements": inputs.replacements,
             },
         )
         return Settled(
-            found["next_canvas"], found["argmax"], found["entropy"], found["accepted"], found["next_soft"], cache
+            canvas=outputs["next_canvas"],
+            argmax=outputs["argmax"],
+            entropy=outputs["entropy"],
+            accepted=outputs["accepted"],
+            soft=outputs["next_soft"],
+            cache=cache,
         )
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` holds in every process that runs ranks of this engine."""
         return flag if self._alone else all_ranks(flag, self.device)
 
-    def _extended(self, cache: Context | None, context: Tensor | None, first: tuple[int, ...]) -> Context:
-        if context is None:
-            assert cache is not None
+    def _extended(self, cache: Context, context: Sequence[Tensor] | None) -> Context:
+        """With the new ids of every row, which are put into left-padded columns: that is what the graphs take."""
+        if not context:
             return cache
-        return self.encode(context, cache or self.empty(first))
+        padding = cache.first.tolist() if cache.length == 0 else [0] * len(context)
+        rows = [F.pad(ids, (columns, 0)) for ids, columns in zip(context, padding, strict=True)]
+        return self.encode(torch.stack(rows), cache)
 
-    def _denoise_canvas(
-        self,
-        network: Any,
-        cache: Context | None,
-        context: Tensor,
-        first: tuple[int, ...],
-        index: int,
-        finished: Tensor,
-        sampler: SamplerConfig,
-        noise: Noise,
-        observe: None,
-    ) -> tuple[Tensor, Context, Tensor]:
+    def _denoise_canvas(self, inputs: CanvasInputs, cache: Context) -> tuple[Tensor, Context, Tensor]:
         """All steps of a canvas in one call of `loop`; its randomness is drawn beforehand."""
-        cache = self._extended(cache, context, first)
+        cache, index, sampler, noise = self._extended(cache, inputs.context), inputs.index, inputs.sampler, inputs.noise
         steps = range(sampler.max_denoising_steps, 0, -1)
         canvas = noise.initial(index).to(self.device)
-        found = self._denoise(
+        outputs = self._denoise(
             "loop",
             cache,
             {
@@ -243,7 +229,7 @@ class Engine:
                 "replacements": torch.stack([noise.replacements(index, n) for n in steps]).to(self.device),
             },
         )
-        return found["argmax"], cache, (~finished).long() * len(steps)
+        return outputs["argmax"], cache, (~inputs.finished_B).long() * len(steps)
 
     def _check(self, input_ids: Tensor, max_new_tokens: int) -> None:
         config, limits = self.config, self.limits

@@ -1,6 +1,6 @@
 """Training data: what an example is, how examples become batches, and the Sudoku task."""
 
-from nemo_diffgemma.data.example import Batch, Batches, Example, collate
+from nemo_diffgemma.data.example import Batches, Example, collate
 from nemo_diffgemma.data.sudoku import (
     SudokuDataset,
     SudokuTask,
@@ -20,7 +20,6 @@ __all__ = [
     "PAD_ID",
     "SEP_ID",
     "VOCABULARY",
-    "Batch",
     "Batches",
     "Example",
     "SudokuDataset",

@@ -1,18 +1,18 @@
 """From examples to batches: what every dataset of this package returns, and who gets which example at which step.
 
-    dataset[index] -> Example;   Batches -> indices of a step;   collate -> Batch
+dataset[index] -> Example;   Batches -> indices of a step;   collate -> Rows
 
-    to_batch = partial(collate, canvas_length=16, eos_token_id=1, pad_token_id=0)
-    DataLoader(dataset, batch_sampler=Batches(64, replica, replicas), collate_fn=to_batch)
-
-Shapes: B examples of this batch, S tokens of its longest row.
+to_rows = partial(collate, canvas_length=16, eos_token_id=1)
+DataLoader(dataset, batch_sampler=Batches(64, replica, replicas), collate_fn=to_rows)
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from nemo_diffgemma.diffusion.rows import Rows
+from nemo_diffgemma.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Example:
     """One prompt and its clean response, as token ids, before batching.
 
     `sample` is the index in the data stream: noise is keyed by it, so it must not depend on the layout.
-    Raises ValueError where prompt or response is empty.
+    Raises `UserError` where prompt or response is empty.
     """
 
     prompt: tuple[int, ...]
@@ -29,51 +29,33 @@ class Example:
 
     def __post_init__(self) -> None:
         if not self.prompt or not self.response:
-            raise ValueError(
+            raise UserError(
                 f"example {self.sample} has {len(self.prompt)} prompt and {len(self.response)} response tokens; "
                 "both need at least 1: a prompt may be just <bos>, and an empty response is left out of the data"
             )
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Examples as right-padded tensors.
+def collate(examples: Sequence[Example], canvas_length: int, eos_token_id: int) -> Rows:
+    """The rows of `examples`, in their order; nothing is cut or padded.
 
-    A row is its prompt, its response, <eos> up to a whole number of canvases, then padding. The <eos> fill is as real
-    as the response (attended, corrupted, supervised): that is how a model learns to end. Row b has
-    `(lengths_B[b] - prompt_lengths_B[b]) / canvas_length` canvases, without remainder.
-    """
+    A row is its prompt, its response, and <eos> up to a whole number of canvases. This fill is as real as the response
+    (attended, corrupted, supervised): that is how a model learns to end.
 
-    tokens_BS: Tensor  # int64
-    prompt_lengths_B: Tensor  # int64
-    lengths_B: Tensor  # int64: prompt, response and fill; columns from here on are padding
-    samples_B: Tensor  # int64: Example.sample of each row
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
-
-
-def collate(examples: Sequence[Example], canvas_length: int, eos_token_id: int, pad_token_id: int) -> Batch:
-    """A Batch of `examples`, in their order; S is the longest row, nothing is cut.
-
-    Raises ValueError for no examples or a canvas shorter than 1.
+    Raises `UserError` for no examples or a canvas shorter than 1.
     """
     if not examples:
-        raise ValueError("no examples to collate; expected at least 1")
+        raise UserError("no examples to collate; expected at least 1")
     if canvas_length < 1:
-        raise ValueError(f"canvas_length={canvas_length}; expected at least 1, as in the model's config.json")
-    rows = []
+        raise UserError(f"canvas_length={canvas_length}; expected at least 1, as in the model's config.json")
+    tokens: list[int] = []
+    lengths = []
     for example in examples:
         fill = -len(example.response) % canvas_length
-        rows.append([*example.prompt, *example.response, *[eos_token_id] * fill])
-    longest = max(map(len, rows))
-    return Batch(
-        tokens_BS=torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows]),
-        prompt_lengths_B=torch.tensor([len(example.prompt) for example in examples]),
-        lengths_B=torch.tensor([len(row) for row in rows]),
-        samples_B=torch.tensor([example.sample for example in examples]),
-    )
+        row = [*example.prompt, *example.response, *[eos_token_id] * fill]
+        lengths.append(len(row))
+        tokens += row
+    prompts = [len(example.prompt) for example in examples]
+    return Rows(torch.tensor(tokens), prompts, lengths, [example.sample for example in examples])
 
 
 class Batches:
@@ -84,7 +66,7 @@ class Batches:
     `steps`: the length of the whole run, so that a resumed run differs in `first_step` only (None: without end). Every
     iteration starts at `first_step` again.
 
-    Raises ValueError where the batch does not divide, `replica` is not one of `replicas`, or the run ends before
+    Raises `UserError` where the batch does not divide, `replica` is not one of `replicas`, or the run ends before
     `first_step`.
     """
 
@@ -92,16 +74,16 @@ class Batches:
         self, global_batch_size: int, replica: int, replicas: int, first_step: int = 0, steps: int | None = None
     ) -> None:
         if not 0 <= replica < replicas:
-            raise ValueError(f"replica={replica} of replicas={replicas}; expected 0 <= replica < replicas")
+            raise UserError(f"replica={replica} of replicas={replicas}; expected 0 <= replica < replicas")
         if global_batch_size < 1 or global_batch_size % replicas:
             below = global_batch_size // replicas * replicas
             advice = [f"data.global_batch_size={size}" for size in (below, below + replicas) if size > 0]
-            raise ValueError(
+            raise UserError(
                 f"data.global_batch_size={global_batch_size} cannot be shared by {replicas} data-parallel replicas; "
                 f"expected a positive multiple of {replicas}: use {' or '.join(advice)}"
             )
         if first_step < 0 or (steps is not None and steps < first_step):
-            raise ValueError(
+            raise UserError(
                 f"first_step={first_step} in a run of steps={steps}; expected 0 <= first_step <= steps, counted "
                 f"from the start of the run: use trainer.max_steps={max(first_step, 0)} or more"
             )

@@ -3,12 +3,12 @@
 The final tokens of a canvas enter the context in the same pass that first denoises the next one. Everything random
 comes from a `Noise`, so tokens depend neither on the batch nor on the layout. Semantics of transformers' `generate`.
 
-Shapes: B rows, S prompt columns, C canvas positions.
+Shapes: B rows, S prompt columns, C canvas positions, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +19,28 @@ from nemo_diffgemma.diffusion.noise import Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig, StableAndConfident, pad_after_eos
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """What one denoising step of a canvas of each sequence is given, besides the cached context.
+
+    `canvas` [B, C] are the noised ids, `soft` [B, C, H] the self-conditioning signal of the step before (None at the
+    first); `context` are ids that each sequence gets before its canvas, none for some or all. `temperature` and
+    `entropy_bound` (nats) are the sampler's; a candidate is read at `uniforms` [B, C], what is not accepted becomes
+    `replacements` [B, C]. After the `last` step nobody needs a signal.
+    """
+
+    canvas: Tensor
+    uniforms: Tensor
+    replacements: Tensor
+    temperature: float
+    entropy_bound: float
+    soft: Tensor | None = None
+    context: Sequence[Tensor] | None = None
+    last: bool = False
+
+
 class Settled(NamedTuple):
-    """One denoising step with its sampling: [B, C] each, `soft` the next step's self-conditioning signal."""
+    """One denoising step with its sampling, [B, C] each; `soft` [B, C, H] is the next step's signal."""
 
     canvas: Tensor
     argmax: Tensor
@@ -33,24 +53,28 @@ class Settled(NamedTuple):
 class Denoiser(Protocol):
     """What generation needs of a network or an engine."""
 
-    def sampling_step(
-        self,
-        canvas: Tensor,
-        cache: Any,
-        *,
-        context: Tensor | None,
-        first: tuple[int, ...],
-        soft: Any,
-        temperature: float,
-        entropy_bound: float,
-        uniforms: Tensor,
-        replacements: Tensor,
-        last: bool,
-    ) -> Settled:
-        """Denoise [B, C] canvases once after the cached context and the new `context` [B, S], and sample."""
+    def start(self, first_positions: Sequence[int]) -> Any:
+        """A cache of sequences without context, whose first tokens will have these positions."""
+
+    def sampling_step(self, inputs: StepInputs, cache: Any) -> Settled:
+        """Denoise the canvases once after the cached and the new context, and sample."""
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` holds on every rank."""
+
+
+@dataclass(frozen=True)
+class CanvasInputs:
+    """What the denoising of one canvas of each sequence is given: `index` counts canvases from 0.
+
+    `context` are the ids that each sequence gets before it, `finished_B` the sequences that have met an EOS id.
+    """
+
+    index: int
+    context: Sequence[Tensor]
+    finished_B: Tensor
+    sampler: SamplerConfig
+    noise: Noise
 
 
 class Denoised(NamedTuple):
@@ -76,28 +100,33 @@ class Generation:
 def generate(
     network: Denoiser,
     input_ids: Tensor,
-    first: tuple[int, ...],
+    left_padding: Sequence[int],
     *,
     canvas_length: int,
     max_new_tokens: int,
     sampler: SamplerConfig,
     noise: Noise,
     observe: Callable[[Denoised], None] | None = None,
-    denoise_canvas: Callable[..., tuple[Tensor, Any, Tensor]] | None = None,
+    denoise_canvas: Callable[[CanvasInputs, Any], tuple[Tensor, Any, Tensor]] | None = None,
 ) -> Generation:
     """Generate whole canvases until `max_new_tokens` are reached (rounded up) or every row has met an EOS id.
 
-    `first` is the left padding of each row; `observe` is called after every step. `denoise_canvas` is for an engine
-    that runs all steps of a canvas in one call; it takes and gives what `stepwise` does.
+    Left padding ends here: a row behind three columns of it is a sequence that starts at position 3. `observe` is
+    called after every step. `denoise_canvas` is for an engine that runs all steps of a canvas in one call; it gives
+    what `stepwise` does.
     """
     rows, prompt = input_ids.shape
     finished_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
     forwards_B = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
-    sequences, context, cache = input_ids, input_ids, None
+    cache = network.start(left_padding)
+    context = [row[columns:] for row, columns in zip(input_ids.unbind(), left_padding, strict=True)]
+    sequences = input_ids
     for index in range(-(-max_new_tokens // canvas_length)):
-        final_BC, cache, live_B = (denoise_canvas or stepwise)(
-            network, cache, context, first, index, finished_B, sampler, noise, observe
-        )
+        inputs = CanvasInputs(index, context, finished_B, sampler, noise)
+        if denoise_canvas is not None:
+            final_BC, cache, live_B = denoise_canvas(inputs, cache)
+        else:
+            final_BC, cache, live_B = stepwise(network, inputs, cache, observe)
         forwards_B += live_B
         finished_before_B = finished_B
         if sampler.eos_ids:
@@ -106,7 +135,7 @@ def generate(
             if sampler.pad_token_id is not None:
                 final_BC = pad_after_eos(final_BC, sampler.eos_ids, sampler.pad_token_id)
                 final_BC = final_BC.masked_fill(finished_before_B[:, None], sampler.pad_token_id)
-        sequences, context = torch.cat([sequences, final_BC], dim=1), final_BC
+        sequences, context = torch.cat([sequences, final_BC], dim=1), list(final_BC.unbind())
         if network.agree(bool(finished_B.all())):
             break
     new = sequences[:, prompt:]
@@ -117,35 +146,28 @@ def generate(
 
 
 def stepwise(
-    network: Denoiser,
-    cache: Any,
-    context_BS: Tensor,
-    first: tuple[int, ...],
-    index: int,
-    finished_B: Tensor,
-    sampler: SamplerConfig,
-    noise: Noise,
-    observe: Callable[[Denoised], None] | None,
+    network: Denoiser, inputs: CanvasInputs, cache: Any, observe: Callable[[Denoised], None] | None
 ) -> tuple[Tensor, Any, Tensor]:
     """Denoise one canvas -> its final tokens [B, C], the cache with its context, and live steps of each row [B]."""
-    canvas_BC = noise.initial(index).to(context_BS.device)
+    index, sampler, finished_B = inputs.index, inputs.sampler, inputs.finished_B
+    device = finished_B.device
+    canvas_BC = inputs.noise.initial(index).to(device)
     done_B, live_B = torch.zeros_like(finished_B), torch.zeros_like(finished_B, dtype=torch.long)
     stop = StableAndConfident(sampler)
     best_BC, soft = canvas_BC, None
     for remaining in range(sampler.max_denoising_steps, 0, -1):
         live_B += ~(done_B | finished_B)
-        settled = network.sampling_step(
-            canvas_BC,
-            cache,
-            context=context_BS if soft is None else None,
-            first=first,
-            soft=soft,
+        step = StepInputs(
+            canvas=canvas_BC,
+            uniforms=inputs.noise.uniforms(index, remaining).to(device),
+            replacements=inputs.noise.replacements(index, remaining).to(device),
             temperature=sampler.temperature(remaining),
             entropy_bound=sampler.entropy_bound,
-            uniforms=noise.uniforms(index, remaining).to(canvas_BC.device),
-            replacements=noise.replacements(index, remaining).to(canvas_BC.device),
+            soft=soft,
+            context=inputs.context if remaining == sampler.max_denoising_steps else None,
             last=remaining == 1,
         )
+        settled = network.sampling_step(step, cache)
         canvas_BC, soft, cache = settled.canvas, settled.soft, settled.cache
         # a row that is done keeps its answer; what else becomes of it touches nobody
         best_BC = torch.where(done_B[:, None], best_BC, settled.argmax)

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.errors import UserError
+
 _GOLDEN, _MIX1, _MIX2 = (
     0x9E3779B97F4A7C15 - (1 << 64),
     0xBF58476D1CE4E5B9 - (1 << 64),
@@ -48,12 +50,20 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def keyed_bits(*key: Tensor | int) -> Tensor:
-    """64 random bits as int64 for every broadcast combination of the key's parts."""
+def keyed_bits(seed: Tensor | int, *key: Tensor | int) -> Tensor:
+    """64 random bits as int64 for every broadcast combination of the key's parts. Raises `UserError` for the seed."""
+    if isinstance(seed, int):
+        check_seed(seed)
     state = torch.zeros((), dtype=torch.int64)
-    for part in key:
+    for part in (seed, *key):
         state = _mix(state.to(part.device) ^ _mix(part)) if isinstance(part, Tensor) else _mix(state ^ _mix_int(part))
     return state
+
+
+def check_seed(seed: int) -> None:
+    """Raise `UserError` unless the seed is a signed integer of 64 bits."""
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise UserError(f"seed={seed}; expected an integer from -2^63 to 2^63 - 1")
 
 
 def _mix_int(value: int) -> int:
@@ -81,6 +91,8 @@ class KeyedNoise:
         vocab_size: int,
         device: torch.device | None = None,
     ) -> None:
+        for seed in seeds:
+            check_seed(seed)
         self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)[:, None]
         self._samples = torch.tensor(samples, dtype=torch.int64, device=device)[:, None]
         self._positions = torch.arange(canvas_length, device=device)
@@ -90,11 +102,14 @@ class KeyedNoise:
     def for_rows(
         seed: int | Sequence[int], rows: int, canvas_length: int, vocab_size: int, device: torch.device | None = None
     ) -> KeyedNoise:
-        """An int keys row r by (seed, r); one int a row keys each as if it were alone, by (seed[r], 0)."""
+        """An int keys row r by (seed, r); one int a row keys each as if it were alone, by (seed[r], 0).
+
+        Raises `UserError` for another number of seeds, or one that has more than 64 bits.
+        """
         if isinstance(seed, int):
             return KeyedNoise([seed] * rows, range(rows), canvas_length, vocab_size, device)
         if len(seed) != rows:
-            raise ValueError(f"{len(seed)} seeds for {rows} rows; give one int, or one int for each row")
+            raise UserError(f"{len(seed)} seeds for {rows} rows; give one int, or one int for each row")
         return KeyedNoise(list(seed), [0] * rows, canvas_length, vocab_size, device)
 
     def _bits(self, purpose: int, canvas: int, step: int) -> Tensor:

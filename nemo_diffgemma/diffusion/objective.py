@@ -9,7 +9,7 @@ signal, whose prediction is shown to the scored pass for half of the examples.
 Ours: any set of canvases of a row is scored at once, each at a noise level of its own; everything random is keyed by
 (seed, sample, canvas), so neither batch nor layout changes it.
 
-Shapes: B rows, S columns, M canvases of C tokens over all rows, H hidden.
+Shapes: T tokens of all rows, one row behind the other, M canvases of C tokens over all rows, N positions, H hidden.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from nemo_diffgemma.diffusion.noise import (
     to_ids,
     to_uniforms,
 )
+from nemo_diffgemma.diffusion.rows import Rows
+from nemo_diffgemma.errors import UserError
 
 
 @dataclass
 class ObjectiveConfig:
-    """What is minimised."""
+    """What is minimised. Raises `UserError` for values that mean nothing."""
 
     canvases_per_example: int = 1  # scored at once, chosen uniformly without replacement; 0: all of them
     autoregressive_weight: float = 1.0
@@ -45,25 +47,37 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         if self.reduction not in ("example", "token"):
-            raise ValueError(f"objective.reduction={self.reduction!r}; use 'example' or 'token'")
+            raise UserError(f"objective.reduction={self.reduction!r}; use 'example' or 'token'")
         if not 0.0 <= self.self_conditioning_probability <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"objective.self_conditioning_probability={self.self_conditioning_probability}; expected 0 to 1"
             )
         if not 0.0 <= self.noise_floor < 1.0:
-            raise ValueError(f"objective.noise_floor={self.noise_floor}; expected at least 0 and below 1")
+            raise UserError(f"objective.noise_floor={self.noise_floor}; expected at least 0 and below 1")
         if self.canvases_per_example < 0 or self.autoregressive_weight < 0:
-            raise ValueError("objective.canvases_per_example and objective.autoregressive_weight cannot be negative")
+            raise UserError("objective.canvases_per_example and objective.autoregressive_weight cannot be negative")
+
+
+class Encoded(Protocol):
+    """Result of encoding clean rows: states [T, H] of all tokens, and what canvases need of them."""
+
+    @property
+    def context_hidden(self) -> Tensor | None: ...
+
+    @property
+    def cache(self) -> Any: ...
 
 
 class TrainableNetwork(Protocol):
     """What the objective needs of a network."""
 
-    def encode_clean(self, tokens_BS: Tensor) -> Any:
-        """Causal pass with gradient -> a cache with `hidden_BSH`."""
+    def encode_clean(self, tokens_T: Tensor, lengths: Sequence[int]) -> Encoded:
+        """Causal pass with gradient over rows of these lengths."""
 
-    def canvas_hidden(self, canvas_MC: Tensor, canvases: Sequence[Any], cache: Any, soft_NH: Tensor | None) -> Tensor:
-        """Final hidden states [M*C, H]."""
+    def canvas_hidden(
+        self, canvas_MC: Tensor, canvases: Sequence[tuple[int, int]], cache: Any, soft_MCH: Tensor | None
+    ) -> Tensor:
+        """Final hidden states [M*C, H] of canvases (row, start)."""
 
     def soft_embedding(self, hidden_NH: Tensor) -> Tensor:
         """Self-conditioning signal, differentiable in the token table only."""
@@ -72,18 +86,9 @@ class TrainableNetwork(Protocol):
         """Weighted sum of cross-entropies, and the cross-entropies."""
 
 
-class Rows(NamedTuple):
-    """Clean rows: prompt, response and EOS fill up to whole canvases, right padded. CPU copies of the lengths."""
-
-    tokens_BS: Tensor
-    prompt_lengths: list[int]
-    lengths: list[int]  # whole rows without padding
-    samples: list[int]  # keys of the noise
-
-
 @dataclass(frozen=True)
-class Place:
-    """A canvas of a row and the context column where it starts; `index` counts canvases of the response."""
+class Canvas:
+    """A canvas of a row and the position where it starts; `index` counts canvases of the response."""
 
     row: int
     start: int
@@ -122,13 +127,13 @@ class Loss(NamedTuple):
     autoregressive: Tensor
 
 
-def choose_canvases(rows: Rows, canvas_length: int, wanted: int, seed: int) -> list[Place]:
+def choose_canvases(rows: Rows, canvas_length: int, wanted: int, seed: int) -> list[Canvas]:
     """`wanted` canvases of each row (0: all), uniformly without replacement, keyed by (seed, sample)."""
-    places = []
+    canvases = []
     for row, (prompt, length, sample) in enumerate(zip(rows.prompt_lengths, rows.lengths, rows.samples, strict=True)):
         count, rest = divmod(length - prompt, canvas_length)
         if rest or count < 1 or prompt < 1:
-            raise ValueError(
+            raise UserError(
                 f"row {row} has a prompt of {prompt} and a response of {length - prompt} tokens; expected at least one "
                 f"prompt token and whole canvases of {canvas_length} (fill the last one with EOS)"
             )
@@ -136,13 +141,13 @@ def choose_canvases(rows: Rows, canvas_length: int, wanted: int, seed: int) -> l
         if wanted and wanted < count:
             ranks = keyed_bits(seed, sample, CHOICE, torch.arange(count)).argsort()
             chosen = sorted(ranks[:wanted].tolist())  # type: ignore[assignment]
-        places += [Place(row, prompt + index * canvas_length, index) for index in chosen]
-    return places
+        canvases += [Canvas(row, prompt + index * canvas_length, index) for index in chosen]
+    return canvases
 
 
 def corrupt(
     rows: Rows,
-    places: Sequence[Place],
+    canvases: Sequence[Canvas],
     canvas_length: int,
     vocab_size: int,
     seed: int,
@@ -154,13 +159,11 @@ def corrupt(
 
     t is uniform in [noise_floor, 1) for each canvas, or `level` for all. The new id may be the old one.
     """
-    device = rows.tokens_BS.device
+    device, offsets = rows.tokens_T.device, rows.offsets
     inside = torch.arange(canvas_length, device=device)
-    starts_M = torch.tensor([place.start for place in places], device=device)
-    rows_M = torch.tensor([place.row for place in places], device=device)
-    clean_MC = rows.tokens_BS[rows_M[:, None], starts_M[:, None] + inside]
-    samples_M1 = torch.tensor([rows.samples[place.row] for place in places], device=device)[:, None]
-    index_M1 = torch.tensor([place.index for place in places], device=device)[:, None]
+    numbers = [(rows.samples[c.row], c.index, offsets[c.row] + c.start) for c in canvases]
+    samples_M1, index_M1, starts_M1 = torch.tensor(numbers).to(device)[:, :, None].unbind(1)
+    clean_MC = rows.tokens_T[starts_M1 + inside]
 
     def bits(purpose: int, position: Tensor | int) -> Tensor:
         return keyed_bits(seed, samples_M1, purpose, index_M1, position)
@@ -174,15 +177,15 @@ def corrupt(
     return Corrupted(noised_MC, clean_MC, levels_M1[:, 0])
 
 
-def count(rows: Rows, places: Sequence[Place], canvas_length: int) -> Counts:
+def count(rows: Rows, canvases: Sequence[Canvas], canvas_length: int) -> Counts:
     """Counts of one batch, to be added over micro-batches and replicas."""
-    return Counts(len(rows.samples), len(places) * canvas_length, sum(length - 1 for length in rows.lengths))
+    return Counts(len(rows), len(canvases) * canvas_length, sum(length - 1 for length in rows.lengths))
 
 
 def objective(
     network: TrainableNetwork,
     rows: Rows,
-    places: Sequence[Place],
+    canvases: Sequence[Canvas],
     corrupted: Corrupted,
     config: ObjectiveConfig,
     seed: int,
@@ -194,62 +197,73 @@ def objective(
     gives the same numbers; encoding once costs 3P + 7N token passes a step against 4P + 8N, for P prompt tokens and N
     response tokens all of whose canvases are scored.)
     """
-    seen = None if config.autoregressive_weight > 0 else max(place.start for place in places)
-    cache = network.encode_clean(rows.tokens_BS[:, :seen])  # without the encoder's loss nobody reads what comes after
-    canvases = [(place.row, place.start) for place in places]
-    soft = None
+    lengths = _lengths_read(rows, canvases, config)
+    encoded = network.encode_clean(rows.prefixes(lengths), lengths)
+    places = [(canvas.row, canvas.start) for canvas in canvases]
+    soft_MCH = None
     if config.self_conditioning_probability > 0:  # on every rank, whatever its coins: experts are shared
         with torch.no_grad():
-            hidden = network.canvas_hidden(corrupted.noised_MC, canvases, cache, None)
-        canvas_length = corrupted.noised_MC.shape[1]
-        shown = self_conditioned(rows, places, config.self_conditioning_probability, seed)
-        soft = network.soft_embedding(hidden) * shown.repeat_interleave(canvas_length)[:, None].to(hidden.dtype)
-    hidden = network.canvas_hidden(corrupted.noised_MC, canvases, cache, soft)
+            hidden = network.canvas_hidden(corrupted.noised_MC, places, encoded.cache, None)
+        shown_M = self_conditioned(rows, canvases, config.self_conditioning_probability, seed)
+        soft_MCH = network.soft_embedding(hidden).view(*corrupted.noised_MC.shape, -1)
+        soft_MCH = soft_MCH * shown_M[:, None, None].to(hidden.dtype)
+    hidden = network.canvas_hidden(corrupted.noised_MC, places, encoded.cache, soft_MCH)
     diffusion, _ = network.cross_entropy(
-        hidden, corrupted.clean_MC.flatten(), _canvas_weights(rows, places, corrupted.noised_MC, config, totals)
+        hidden, corrupted.clean_MC.flatten(), _canvas_weights(rows, canvases, corrupted.noised_MC, config, totals)
     )
     total, autoregressive = diffusion, diffusion.new_zeros(())
     if config.autoregressive_weight > 0:
-        autoregressive = _autoregressive(network, rows, cache.hidden_BSH, config, totals)
+        assert encoded.context_hidden is not None
+        autoregressive = _autoregressive(network, rows, encoded.context_hidden, config, totals)
         total = total + config.autoregressive_weight * autoregressive
     return Loss(total, diffusion.detach(), autoregressive.detach())
 
 
-def self_conditioned(rows: Rows, places: Sequence[Place], probability: float, seed: int) -> Tensor:
+def _lengths_read(rows: Rows, canvases: Sequence[Canvas], config: ObjectiveConfig) -> list[int]:
+    """How much of each row is encoded: without the encoder's loss nobody reads what comes after its last canvas."""
+    if config.autoregressive_weight > 0:
+        return list(rows.lengths)
+    lengths = [0] * len(rows)
+    for canvas in canvases:
+        lengths[canvas.row] = max(lengths[canvas.row], canvas.start)
+    return lengths
+
+
+def self_conditioned(rows: Rows, canvases: Sequence[Canvas], probability: float, seed: int) -> Tensor:
     """Which canvases are shown the first pass's prediction: one coin an example, [M] bool."""
-    samples_M = torch.tensor([rows.samples[place.row] for place in places], device=rows.tokens_BS.device)
-    return to_uniforms(keyed_bits(seed, samples_M, COIN)) < probability
+    samples_M = torch.tensor([rows.samples[canvas.row] for canvas in canvases])
+    return (to_uniforms(keyed_bits(seed, samples_M, COIN)) < probability).to(rows.tokens_T.device)
 
 
 def _canvas_weights(
-    rows: Rows, places: Sequence[Place], noised_MC: Tensor, config: ObjectiveConfig, totals: Counts
+    rows: Rows, canvases: Sequence[Canvas], noised_MC: Tensor, config: ObjectiveConfig, totals: Counts
 ) -> Tensor:
     """Weight of each canvas position, [M*C]."""
     canvas_length = noised_MC.shape[1]
     if config.reduction == "token":
         return torch.full((noised_MC.numel(),), 1.0 / totals.canvas_tokens, device=noised_MC.device)
-    scored = [0] * len(rows.samples)
-    for place in places:
-        scored[place.row] += canvas_length
-    weights_M = torch.tensor([1.0 / (scored[place.row] * totals.examples) for place in places])
+    scored = [0] * len(rows)
+    for canvas in canvases:
+        scored[canvas.row] += canvas_length
+    weights_M = torch.tensor([1.0 / (scored[canvas.row] * totals.examples) for canvas in canvases])
     return weights_M.to(noised_MC.device).repeat_interleave(canvas_length)
 
 
 def _autoregressive(
-    network: TrainableNetwork, rows: Rows, hidden_BSH: Tensor, config: ObjectiveConfig, totals: Counts
+    network: TrainableNetwork, rows: Rows, hidden_TH: Tensor, config: ObjectiveConfig, totals: Counts
 ) -> Tensor:
     """Next-token loss of the encoder over every pair inside a row: prompt, response and EOS fill."""
-    columns = torch.arange(rows.tokens_BS.shape[1] - 1)
-    lengths_B1 = torch.tensor(rows.lengths)[:, None]
-    valid_BS = columns < lengths_B1 - 1
+    lengths_B = torch.tensor(rows.lengths)
+    last_B = lengths_B.cumsum(0) - 1
+    has_next_T = torch.ones(int(lengths_B.sum()), dtype=torch.bool).index_fill(0, last_B, False)
     if config.reduction == "token":
-        weights_BS = valid_BS / totals.next_tokens
+        weights_N = torch.full((len(has_next_T) - len(rows),), 1.0 / totals.next_tokens)
     else:
-        weights_BS = valid_BS / ((lengths_B1 - 1).clamp_min(1) * totals.examples)
-    picked = valid_BS.to(rows.tokens_BS.device)  # padding costs nothing
+        pairs_B = lengths_B - 1
+        weights_N = (1.0 / (pairs_B.clamp_min(1) * totals.examples)).repeat_interleave(pairs_B)
+    device = hidden_TH.device
+    tokens_N = has_next_T.nonzero()[:, 0].to(device)
     loss, _ = network.cross_entropy(
-        hidden_BSH[:, :-1][picked],
-        rows.tokens_BS[:, 1:][picked],
-        weights_BS.to(rows.tokens_BS.device)[picked],
+        hidden_TH.index_select(0, tokens_N), rows.tokens_T.index_select(0, tokens_N + 1), weights_N.to(device)
     )
     return loss

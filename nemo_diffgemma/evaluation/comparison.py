@@ -34,7 +34,8 @@ def compare_passes(
     first: Any = None  # logits without self-conditioning
     their_cache: Any = None
     with chosen_experts(network) as ours:
-        hidden = network.encode_clean(prompts.to(device())).hidden_BSH
+        tokens = prompts.to(device()).flatten()
+        hidden = network.encode_clean(tokens, [prompts.shape[1]] * len(prompts)).context_hidden.view(*prompts.shape, -1)
     cache = network.encode(prompts)
 
     def encode() -> Any:

@@ -16,7 +16,8 @@ import torch
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import collate, encode_puzzle, solve_rate, tasks
 from nemo_diffgemma.diffusion.noise import KeyedNoise
-from nemo_diffgemma.diffusion.objective import Rows, choose_canvases, corrupt
+from nemo_diffgemma.diffusion.objective import choose_canvases, corrupt
+from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.groups import device
@@ -38,13 +39,7 @@ def held_out_rows(data: DataGroup, model: ModelConfig, wanted: int | None = None
     """
     tasks.check(data, model)
     examples = tasks.held_out_examples(data, data.test_puzzles if wanted is None else wanted)
-    batch = collate(examples, model.canvas_length, tasks.fill_id(model), model.pad_token_id)
-    return Rows(
-        batch.tokens_BS.to(device()),
-        batch.prompt_lengths_B.tolist(),
-        batch.lengths_B.tolist(),
-        batch.samples_B.tolist(),
-    )
+    return collate(examples, model.canvas_length, tasks.fill_id(model)).to(device())
 
 
 @torch.no_grad()
@@ -53,15 +48,15 @@ def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], 
 
     Without self-conditioning: what the first denoising step of a canvas with that much noise has to go by.
     """
-    places = choose_canvases(rows, network.model.canvas_length, 0, seed)
-    cache = network.encode_clean(rows.tokens_BS)
-    canvases = [(place.row, place.start) for place in places]
+    canvases = choose_canvases(rows, network.model.canvas_length, 0, seed)
+    cache = network.encode_clean(rows.tokens_T, rows.lengths).cache
+    places = [(canvas.row, canvas.start) for canvas in canvases]
     losses = {}
     for level in levels:
         corrupted = corrupt(
-            rows, places, network.model.canvas_length, network.model.vocab_size, seed, level=float(level)
+            rows, canvases, network.model.canvas_length, network.model.vocab_size, seed, level=float(level)
         )
-        hidden = network.canvas_hidden(corrupted.noised_MC, canvases, cache, None)
+        hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
         labels = corrupted.clean_MC.flatten()
         weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
         losses[float(level)] = float(network.cross_entropy(hidden, labels, weights)[0])

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nemo_diffgemma.config import GLOBAL, ModelConfig
+from nemo_diffgemma.model.cache import KeyValue
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm
 from nemo_diffgemma.model.rotary import rotate
-from nemo_diffgemma.model.segments import KeyValue, Stream, attend
+from nemo_diffgemma.model.segment_attention import attend
+from nemo_diffgemma.model.segments import Stream
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_tensor
 
@@ -125,7 +127,7 @@ class Attention(nn.Module):
 
     def forward(
         self, x_TH: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None
-    ) -> tuple[Tensor, KeyValue | None]:
+    ) -> tuple[Tensor, KeyValue]:
         """Gathered [T, H] -> this rank's tokens of the output [T/tp, H], and keys and values of the context."""
         q, k, v = self.project(x_TH, rotary)
         out, context = attend(q, k, v, stream, self.window, past)

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.noise import check_seed
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.sharding import shard_of
 
@@ -16,7 +17,9 @@ def initialise(network: Network, seed: int) -> None:
     """Matrices from N(0, initializer_range), everything else ones. Each rank draws the full matrix and keeps its part.
 
     Expert matrices are drawn expert by expert, so a rank draws only those that it holds.
+    Raises `UserError` for a seed of more than 64 bits.
     """
+    check_seed(seed)
     std = network.model.initializer_range
     for name, tensor in network.named_parameters():
         if tensor.ndim == 1:

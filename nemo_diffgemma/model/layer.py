@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.model.attention import Attention, column_parallel, row_parallel
+from nemo_diffgemma.model.cache import KeyValue
 from nemo_diffgemma.model.experts import MixtureOfExperts
 from nemo_diffgemma.model.norm import RMSNorm
-from nemo_diffgemma.model.segments import KeyValue, Stream
+from nemo_diffgemma.model.segments import Stream
 from nemo_diffgemma.parallel.groups import device
 
 
@@ -88,7 +89,7 @@ class Layer(nn.Module):
         stream: Stream,
         past: KeyValue | None,
         selective: bool = False,
-    ) -> tuple[Tensor, KeyValue | None]:
+    ) -> tuple[Tensor, KeyValue]:
         """This rank's tokens [T/tp, H] -> the same after the layer, and the context's keys and values.
 
         `is_canvas` is [T/tp, 1], or one bool where all tokens are of one kind; `past` holds cached keys and values,
@@ -107,7 +108,7 @@ class Layer(nn.Module):
 
     def _attend(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None, selective: bool
-    ) -> tuple[Tensor, KeyValue | None]:
+    ) -> tuple[Tensor, KeyValue]:
         if selective:
             return recompute(self.self_attn, x, rotary, stream, past)
         return self.self_attn(x, rotary, stream, past)

@@ -1,10 +1,10 @@
 """The network: token table, layers, final norm and head over a stream of context and canvas tokens.
 
-`run` is the one pass of which everything else is a use: context tokens (prompt, clean response) and canvases together
-or apart, with or without cached context. `encode`, `denoise` and `denoising_step` are inference; training encodes the
-clean sequence once with gradient and runs its canvases against those keys and values.
+`run` is the one pass of which everything else is a use: new context (prompts, clean responses) and canvases of any
+sequences, together or apart, with or without cached context. `encode` and `denoise` are inference; training encodes
+clean sequences once with gradient and runs their canvases against those keys and values.
 
-Shapes: B rows, S context columns, M canvases of C tokens, T tokens of the stream, H hidden, V vocabulary.
+Shapes: B rows, S prompt columns, M canvases of C tokens, T tokens of the stream, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model import vocabulary
-from nemo_diffgemma.model.cache import Cache
+from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.embedding import TokenTable
 from nemo_diffgemma.model.layer import Layer, gather_tokens, recompute
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
-from nemo_diffgemma.model.segments import Canvas, KeyValue, Stream, left_padding
+from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
@@ -36,16 +37,13 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 class Pass(NamedTuple):
-    """Result of one pass: final hidden states of all its canvas tokens [M*C, H], and the context for later passes."""
+    """Result of one pass: final hidden states in the stream's order, and the context for later passes.
+
+    `canvas_hidden` [M*C, H] are those of all canvas tokens, `context_hidden` those of the new context where asked for.
+    """
 
     canvas_hidden: Tensor | None
-    cache: Cache
-
-
-class Step(NamedTuple):
-    """One denoising step over B canvases: statistics of `B*C` positions, and the context."""
-
-    statistics: vocabulary.Statistics
+    context_hidden: Tensor | None
     cache: Cache
 
 
@@ -76,51 +74,41 @@ class Network(MegatronModule):
 
     def run(
         self,
-        context_BS: Tensor | None,
-        canvas_MC: Tensor | None = None,
-        canvases: Sequence[tuple[int, int]] = (),
+        tokens: Tensor,
+        stream: Stream,
         *,
         cache: Cache | None = None,
-        first: tuple[int, ...] | None = None,
-        soft_NH: Tensor | None = None,
+        soft_MCH: Tensor | None = None,
         need_context_hidden: bool = False,
     ) -> Pass:
-        """Run new context columns and canvases in one pass.
+        """Run the tokens of a stream without its padding, that is new context and then canvases, in one pass.
 
-        `first` is the left padding of each row (given once, then kept in the cache). `soft_NH` [M*C, H] is the
-        self-conditioning signal of the canvases, unscaled; None is no signal. With gradient enabled the returned
-        cache carries gradient.
+        `stream` continues the sequences of `cache`. `soft_MCH` [M, C, H] is the self-conditioning signal of the
+        canvases, unscaled; None is no signal. With gradient enabled the returned cache carries gradient.
         """
-        if first is None:
-            first = cache.first if cache is not None else (0,) * (0 if context_BS is None else context_BS.shape[0])
-        stream = Stream(
-            first=first,
-            context=0 if context_BS is None else context_BS.shape[1],
-            cached=0 if cache is None else cache.length,
-            canvases=tuple(Canvas(*canvas) for canvas in canvases),
-            canvas_length=0 if canvas_MC is None else canvas_MC.shape[1],
-            multiple=self.groups.tp.size(),
-        )
-        x, is_canvas = self._embed(stream, context_BS, canvas_MC, soft_NH)
+        x, is_canvas = self._embed(stream, tokens, soft_MCH)
         x, layers = self._run_layers(x, is_canvas, stream, cache)
         return self._finish(self.norm(x), stream, layers, need_context_hidden)
 
-    def _embed(
-        self, stream: Stream, context_BS: Tensor | None, canvas_MC: Tensor | None, soft_NH: Tensor | None
-    ) -> tuple[Tensor, Tensor | bool]:
+    def stream(
+        self, sequences: tuple[Span, ...], contexts: Sequence[int] = (), canvases: Sequence[tuple[int, int]] = ()
+    ) -> Stream:
+        """The stream of new tokens of each sequence (`contexts`, how many) and of canvases (sequence, start)."""
+        places = tuple((sequence, start) for sequence, start in canvases)
+        return stream_of(sequences, tuple(contexts), places, self.model.canvas_length, self.groups.tp.size())
+
+    def _embed(self, stream: Stream, tokens: Tensor, soft_MCH: Tensor | None) -> tuple[Tensor, Tensor | bool]:
         """This rank's tokens of the stream, [T/tp, H], and which of them are canvas tokens."""
-        parts = [ids.flatten() for ids in (context_BS, canvas_MC) if ids is not None]
-        if stream.padding:
-            parts.append(parts[0].new_full((stream.padding,), self.model.pad_token_id))
-        x = self.embed_tokens.look_up(torch.cat(parts))
-        if canvas_MC is None:
+        x = self.embed_tokens.look_up(nn.functional.pad(tokens, (0, stream.padding), value=self.model.pad_token_id))
+        if not stream.canvases:
             return x, False
-        if soft_NH is not None:
+        soft_TH = None
+        if soft_MCH is not None:
             around = (stream.context_tokens, stream.padding)
-            soft_NH = nn.functional.pad(soft_NH * self.embed_tokens.scale, (0, 0, *around))
-            soft_NH = self._scatter(soft_NH)
-        conditioned = self.self_conditioning(x, soft_NH)
-        if stream.context == 0:
+            soft_TH = nn.functional.pad(soft_MCH.flatten(0, 1) * self.embed_tokens.scale, (0, 0, *around))
+            soft_TH = self._scatter(soft_TH)
+        conditioned = self.self_conditioning(x, soft_TH)
+        if not stream.contexts:
             return conditioned, True
         is_canvas = self._local(stream.canvas_mask(x.device))[:, None]
         return torch.where(is_canvas, conditioned, x), is_canvas
@@ -133,7 +121,7 @@ class Network(MegatronModule):
         level = self.recompute if torch.is_grad_enabled() else "none"
         kept = []
         for index, layer in enumerate(self.layers):
-            past = None if cache is None else cache.layers[index]
+            past = cache.layers[index] if cache is not None and cache.layers else None
             args = (x, is_canvas, rotary[self.model.layer_kind(index)], stream, past)
             x, context = recompute(layer, *args) if level == "full" else layer(*args, selective=level == "selective")
             kept.append(context)
@@ -143,12 +131,11 @@ class Network(MegatronModule):
         canvas_hidden = context_hidden = None
         if stream.canvases or need_context_hidden:
             x = gather_tokens(x, self.groups.tp)
-            end = stream.context_tokens + stream.canvas_tokens
             if stream.canvases:
-                canvas_hidden = x[stream.context_tokens : end]
+                canvas_hidden = x[stream.context_tokens : stream.context_tokens + stream.canvas_tokens]
             if need_context_hidden:
-                context_hidden = x[: stream.context_tokens].view(stream.rows, stream.context, -1)
-        return Pass(canvas_hidden, Cache(stream.first, tuple(layers), stream.cached + stream.context, context_hidden))
+                context_hidden = x[: stream.context_tokens]
+        return Pass(canvas_hidden, context_hidden, Cache(stream.sequences_after, tuple(layers)))
 
     def _scatter(self, x: Tensor) -> Tensor:
         """All tokens, equal on every rank -> this rank's; the backward gathers."""
@@ -161,10 +148,15 @@ class Network(MegatronModule):
 
     @torch.no_grad()
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Cache:
-        """Causal pass over [B, S] ids (left padding by `attention_mask`) -> what canvases need of it."""
+        """Causal pass over [B, S] ids (left padding by `attention_mask`) -> what canvases need of it.
+
+        Raises `UserError` for ids outside of the vocabulary and for masks that are no left padding.
+        """
         self.check_ids(input_ids)
-        first = left_padding(input_ids, attention_mask)
-        return self._trim(self.run(input_ids.to(device()), first=first).cache)
+        padding = left_padding(input_ids, attention_mask)
+        tokens = torch.cat(without_padding(input_ids.to(device()), padding))
+        stream = self.stream(Cache.empty(padding).sequences, [input_ids.shape[1] - columns for columns in padding])
+        return self.run(tokens, stream).cache.trimmed(self.model)
 
     @torch.no_grad()
     def denoise(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
@@ -172,55 +164,33 @@ class Network(MegatronModule):
 
         `self_conditioning_logits` [B, C, V] are the tempered logits of the step before.
         """
-        self.check_canvas(canvas, cache.rows)
-        soft = None
+        self.check_canvas(canvas, len(cache.sequences))
+        soft_MCH = None
         if self_conditioning_logits is not None:
-            soft = vocabulary.soft_embedding_of_logits(
+            soft_NH = vocabulary.soft_embedding_of_logits(
                 self_conditioning_logits.flatten(0, 1).to(device()), self.embed_tokens.weight, self.embed_tokens.shard
             )
-        hidden = self._canvas_pass(canvas, cache, soft).canvas_hidden
-        assert hidden is not None
+            soft_MCH = soft_NH.view(*canvas.shape, -1)
+        places = [(index, span.end) for index, span in enumerate(cache.sequences)]
+        hidden = self.canvas_hidden(canvas.to(device()), places, cache, soft_MCH)
         logits = vocabulary.logits(
             hidden, self.embed_tokens.weight, self.embed_tokens.shard, self.model.final_logit_softcapping
         )
         return logits.view(*canvas.shape, -1)
 
-    @torch.no_grad()
-    def denoising_step(
-        self,
-        canvas: Tensor,
-        cache: Cache | None,
-        *,
-        context: Tensor | None = None,
-        first: tuple[int, ...] | None = None,
-        soft: Tensor | None = None,
-        temperature: float = 1.0,
-        uniforms: Tensor | None = None,
-        last: bool = False,
-    ) -> Step:
-        """One denoising step of [B, C] canvases; new `context` columns [B, S] before them join the same pass.
-
-        After the `last` step nobody needs a self-conditioning signal.
-        """
-        if context is None:
-            assert cache is not None
-            done = self._canvas_pass(canvas, cache, soft)
-        else:
-            start = (0 if cache is None else cache.length) + context.shape[1]
-            canvases = [Canvas(row, start) for row in range(canvas.shape[0])]
-            done = self.run(context, canvas, canvases, cache=cache, first=first, soft_NH=soft)
-            done = Pass(done.canvas_hidden, self._trim(done.cache))
-        assert done.canvas_hidden is not None
-        found = vocabulary.statistics(
-            done.canvas_hidden,
+    def statistics(
+        self, hidden_NH: Tensor, temperature: float, uniforms_N: Tensor, soft_embedding: bool
+    ) -> vocabulary.Statistics:
+        """What a denoising step needs of the tempered distribution of some positions."""
+        return vocabulary.statistics(
+            hidden_NH,
             self.embed_tokens.weight,
             self.embed_tokens.shard,
             softcap=self.model.final_logit_softcapping,
             temperature=temperature,
-            uniforms_N=None if uniforms is None else uniforms.flatten(),
-            soft_embedding=not last,
+            uniforms_N=uniforms_N,
+            soft_embedding=soft_embedding,
         )
-        return Step(found, done.cache)
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` holds on every rank: ranks of an expert group must leave a loop together."""
@@ -230,25 +200,19 @@ class Network(MegatronModule):
         dist.all_reduce(vote, op=dist.ReduceOp.MIN)
         return bool(vote.item())
 
-    def _canvas_pass(self, canvas: Tensor, cache: Cache, soft: Tensor | None) -> Pass:
-        canvases = [Canvas(row, cache.length) for row in range(cache.rows)]
-        return self.run(None, canvas.to(device()), canvases, cache=cache, soft_NH=soft)
-
-    def _trim(self, cache: Cache) -> Cache:
-        layers = tuple(Cache.trimmed(self.model, index, kept) for index, kept in enumerate(cache.layers))
-        return Cache(cache.first, layers, cache.length)
-
     # -- training ------------------------------------------------------------------------------------------------
 
-    def encode_clean(self, tokens_BS: Tensor) -> Cache:
-        """Causal pass over clean, right-padded rows, with gradient; the cache keeps all columns and `hidden_BSH`."""
-        return self.run(tokens_BS, need_context_hidden=True).cache
+    def encode_clean(self, tokens_T: Tensor, lengths: Sequence[int]) -> Pass:
+        """Causal pass over clean sequences, one behind the other, with gradient; the cache keeps every position."""
+        stream = self.stream(Cache.empty([0] * len(lengths)).sequences, lengths)
+        return self.run(tokens_T, stream, need_context_hidden=True)
 
     def canvas_hidden(
-        self, canvas_MC: Tensor, canvases: Sequence[tuple[int, int]], cache: Cache, soft_NH: Tensor | None
+        self, canvas_MC: Tensor, canvases: Sequence[tuple[int, int]], cache: Cache, soft_MCH: Tensor | None
     ) -> Tensor:
-        """Final hidden states [M*C, H] of any set of canvases of the encoded rows."""
-        hidden = self.run(None, canvas_MC, canvases, cache=cache, soft_NH=soft_NH).canvas_hidden
+        """Final hidden states [M*C, H] of any set of canvases (sequence, start) of the cached sequences."""
+        stream = self.stream(cache.sequences, canvases=canvases)
+        hidden = self.run(canvas_MC.flatten(), stream, cache=cache, soft_MCH=soft_MCH).canvas_hidden
         assert hidden is not None
         return hidden
 
@@ -272,24 +236,24 @@ class Network(MegatronModule):
     # -- input checks --------------------------------------------------------------------------------------------
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError unless `ids` is [B, S] of at least one token, all inside the vocabulary."""
+        """Raise `UserError` unless `ids` is [B, S] of at least one token, all inside the vocabulary."""
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.shape[0] == 0:
-            raise ValueError(
+            raise UserError(
                 f"input_ids has shape {list(ids.shape)}; expected [rows, tokens] with at least one token (an empty "
                 f"prompt needs at least the <bos> token, id {self.model.bos_token_id})"
             )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.model.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"token ids range from {low} to {high}, but this model has {self.model.vocab_size} ids (0 to "
                 f"{self.model.vocab_size - 1}); was the prompt made with another tokenizer?"
             )
 
     def check_canvas(self, canvas: Tensor, rows: int) -> None:
-        """Raise ValueError unless `canvas` is [rows, canvas_length] inside the vocabulary."""
+        """Raise `UserError` unless `canvas` is [rows, canvas_length] inside the vocabulary."""
         expected = [rows, self.model.canvas_length]
         if list(canvas.shape) != expected:
-            raise ValueError(
+            raise UserError(
                 f"canvas has shape {list(canvas.shape)}; expected {expected}, that is one canvas of "
                 f"canvas_length={self.model.canvas_length} tokens for each encoded row"
             )

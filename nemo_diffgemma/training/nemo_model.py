@@ -31,9 +31,10 @@ from torch.utils.data import DataLoader
 from nemo_diffgemma.checkpoint import nemo_archive
 from nemo_diffgemma.checkpoint.open import DTYPES, load_network
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data import Batch, Batches, collate, tasks
+from nemo_diffgemma.data import Batches, collate, tasks
 from nemo_diffgemma.diffusion.generate import Generation
-from nemo_diffgemma.diffusion.objective import Counts, Loss, Rows, choose_canvases, corrupt, count, objective
+from nemo_diffgemma.diffusion.objective import Counts, Loss, choose_canvases, corrupt, count, objective
+from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.model.network import RECOMPUTE
 from nemo_diffgemma.parallel.groups import device, process_groups
@@ -152,13 +153,8 @@ class DiffusionGemmaModel(ModelPT):
     def _loader(self, examples: Any, batches: Iterable[list[int]]) -> DataLoader:
         assert self.network is not None
         model = self.network.model
-        together = partial(
-            collate,
-            canvas_length=model.canvas_length,
-            eos_token_id=tasks.fill_id(model),
-            pad_token_id=model.pad_token_id,
-        )
-        return DataLoader(examples, batch_sampler=batches, collate_fn=together)
+        to_rows = partial(collate, canvas_length=model.canvas_length, eos_token_id=tasks.fill_id(model))
+        return DataLoader(examples, batch_sampler=batches, collate_fn=to_rows)
 
     def train_dataloader(self) -> DataLoader:
         self.setup_training_data()  # now, when a resumed run knows its step
@@ -170,7 +166,7 @@ class DiffusionGemmaModel(ModelPT):
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Rows, batch_idx: int) -> None:
         """One optimizer step on this replica's share of the global batch."""
         started = time.perf_counter()
         settings, step = self.settings, self.trainer.global_step + 1
@@ -198,14 +194,14 @@ class DiffusionGemmaModel(ModelPT):
         self.log_dict(logged, batch_size=1)
 
     @torch.no_grad()
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Rows, batch_idx: int) -> dict[str, Tensor]:
         """The objective on held-out rows, which every replica holds alike."""
         loss, _ = self.accumulate(batch, backward=False)
         value = torch.tensor(loss[0])
-        self.log("val_loss", value, batch_size=len(batch.samples_B))
+        self.log("val_loss", value, batch_size=len(batch))
         return {"val_loss": value}
 
-    def accumulate(self, batch: Batch, backward: bool, micro_batch_size: int = 0) -> tuple[list[float], int]:
+    def accumulate(self, batch: Rows, backward: bool, micro_batch_size: int = 0) -> tuple[list[float], int]:
         """Total, diffusion and autoregressive loss of the global batch, and its tokens; gradients if `backward`.
 
         Each is a mean over the rows of all replicas, also where these hold the same ones.
@@ -213,16 +209,18 @@ class DiffusionGemmaModel(ModelPT):
         assert self.network is not None
         network, settings = self.network, self.settings
         config, length = settings.network.objective, network.model.canvas_length
-        parts = [(rows, choose_canvases(rows, length, config.canvases_per_example, settings.seed)) for rows in
-                 micro_batches(batch, micro_batch_size)]  # fmt: skip
-        counts = sum((count(rows, places, length) for rows, places in parts), Counts(0, 0, 0))
+        parts = [
+            (rows, choose_canvases(rows, length, config.canvases_per_example, settings.seed))
+            for rows in micro_batches(batch, micro_batch_size)
+        ]
+        counts = sum((count(rows, canvases, length) for rows, canvases in parts), Counts(0, 0, 0))
         totals = Counts(*_sum_over_replicas(torch.tensor(astuple(counts), device=device())).tolist())
         shares = torch.zeros(3, dtype=torch.float64, device=device())
-        for rows, places in parts:
+        for rows, canvases in parts:
             corrupted = corrupt(
-                rows, places, length, network.model.vocab_size, settings.seed, noise_floor=config.noise_floor
+                rows, canvases, length, network.model.vocab_size, settings.seed, noise_floor=config.noise_floor
             )
-            loss: Loss = objective(network, rows, places, corrupted, config, settings.seed, totals)
+            loss: Loss = objective(network, rows, canvases, corrupted, config, settings.seed, totals)
             if backward:
                 loss.total.backward()
             shares += torch.stack([part.detach().double() for part in loss])
@@ -318,21 +316,15 @@ def _require_finite(name: str, value: float, step: int) -> None:
         )
 
 
-def micro_batches(batch: Batch, size: int) -> list[Rows]:
-    """The rows of a batch, `size` at a time (0: all), without columns that are padding in all of them."""
-    rows = len(batch.samples_B)
-    size = size or rows
-    if rows % size:
+def micro_batches(batch: Rows, size: int) -> list[Rows]:
+    """The rows of a batch, `size` at a time (0: all)."""
+    size = size or len(batch)
+    if len(batch) % size:
         raise ConfigurationError(
-            f"data.micro_batch_size={size} does not divide the {rows} examples that each replica has of a batch; use "
-            "a divisor, or 0 for all at once"
+            f"data.micro_batch_size={size} does not divide the {len(batch)} examples that each replica has of a batch; "
+            "use a divisor, or 0 for all at once"
         )
-    lengths = batch.lengths_B.tolist()
-    prompts, samples = batch.prompt_lengths_B.tolist(), batch.samples_B.tolist()
-    return [
-        Rows(batch.tokens_BS[cut, : max(lengths[cut])], prompts[cut], lengths[cut], samples[cut])
-        for cut in (slice(start, start + size) for start in range(0, rows, size))
-    ]
+    return batch.split(size)
 
 
 def _sum_over_replicas(values: Tensor) -> Tensor:

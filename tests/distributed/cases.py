@@ -39,20 +39,29 @@ def answer(
     """Logits of a canvas after a prompt and finished canvases, each committed in the pass of a denoising step."""
     cache = model.encode(input_ids, attention_mask)
     for tokens in finished:
-        cache = model.denoising_step(canvas.to(device()), cache, context=tokens.to(device())).cache
+        cache = committed(model, cache, tokens, canvas)
     return model.denoise(canvas, cache, self_conditioning_logits).cpu()
+
+
+def committed(model: Any, cache: Any, tokens: Tensor, canvas: Tensor) -> Any:
+    """The cache with finished canvases [B, C], which join the pass of the first denoising step of the next ones."""
+    from nemo_diffgemma.diffusion.generate import StepInputs
+
+    canvas, context = canvas.to(device()), list(tokens.to(device()))
+    inputs = StepInputs(canvas, torch.zeros(canvas.shape, device=device()), canvas, 1.0, 0.1, context=context)
+    return model.sampling_step(inputs, cache).cache
 
 
 def gradients(
     path: str,
     layout: dict[str, int],
-    rows: tuple[Tensor, list[int], list[int], list[int]],
+    rows: Any,
     objective: dict[str, Any],
     seed: int = 5,
     recompute: str = "none",
     micro_batches: int = 1,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss of the objective, and every whole gradient by its released name (rank 0; empty elsewhere).
+    """Loss of the objective over some `Rows`, and every whole gradient by its released name (rank 0; empty elsewhere).
 
     Megatron's DDP and `finalize_model_grads` reduce the gradients, as in training. With replicas, each takes its share
     of the rows.
@@ -75,12 +84,14 @@ def gradients(
     config = method.ObjectiveConfig(**objective)
     data = process_groups().dp
     loss = torch.zeros((), device=device())
-    whole = method.Rows(rows[0].to(device()), *rows[1:])
-    totals = method.count(whole, _places(model, whole, config, seed), model.model.canvas_length)
-    for part in _shares(whole, data.rank(), data.size(), micro_batches):
-        places = _places(model, part, config, seed)
-        noised = method.corrupt(part, places, model.model.canvas_length, model.model.vocab_size, seed)
-        result = method.objective(model, part, places, noised, config, seed, totals)
+    whole, length = rows.to(device()), model.model.canvas_length
+    wanted = config.canvases_per_example
+    totals = method.count(whole, method.choose_canvases(whole, length, wanted, seed), length)
+    shares = whole.split(len(whole) // data.size() // micro_batches)
+    for part in shares[data.rank() * micro_batches : (data.rank() + 1) * micro_batches]:
+        canvases = method.choose_canvases(part, length, wanted, seed)
+        noised = method.corrupt(part, canvases, length, model.model.vocab_size, seed)
+        result = method.objective(model, part, canvases, noised, config, seed, totals)
         result.total.backward()
         loss += result.total.detach()
     finalize_model_grads([ddp])
@@ -93,20 +104,6 @@ def gradients(
             declare(parameter, shard)
     model.file_dtypes = {}
     return float(loss), {released_name(name): tensor for name, tensor in full_tensors(model, names)}
-
-
-def _places(model: Any, rows: Any, config: Any, seed: int) -> Any:
-    from nemo_diffgemma.diffusion.objective import choose_canvases
-
-    return choose_canvases(rows, model.model.canvas_length, config.canvases_per_example, seed)
-
-
-def _shares(rows: Any, rank: int, replicas: int, micro_batches: int) -> Any:
-    """This replica's rows, cut into micro-batches."""
-    size = len(rows.samples) // replicas // micro_batches
-    for index in range(micro_batches):
-        cut = slice((rank * micro_batches + index) * size, (rank * micro_batches + index + 1) * size)
-        yield type(rows)(*(part[cut] for part in rows))
 
 
 def generate(path: str, layout: dict[str, int], asked: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -135,6 +132,8 @@ def influence(
 
     The largest absolute gradient over the hidden axis, so 0 is exactly no influence.
     """
+    from nemo_diffgemma.model.cache import Cache
+
     model = load(path, layout)
     model.recompute = recompute
     looked_up: list[Tensor] = []
@@ -145,10 +144,12 @@ def influence(
         return looked_up[-1]
 
     model.embed_tokens.look_up = keeping
+    rows, columns = context.shape
     if joint:
-        hidden = model.run(context.to(device()), canvas.to(device()), canvases).canvas_hidden
+        stream = model.stream(Cache.empty([0] * rows).sequences, [columns] * rows, canvases)
+        hidden = model.run(torch.cat([context.flatten(), canvas.flatten()]).to(device()), stream).canvas_hidden
     else:
-        cache = model.encode_clean(context.to(device()))
+        cache = model.encode_clean(context.flatten().to(device()), [columns] * rows).cache
         hidden = model.canvas_hidden(canvas.to(device()), canvases, cache, None)
     found = []
     for states in hidden.view(len(canvases), -1):

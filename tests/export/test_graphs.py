@@ -129,7 +129,7 @@ def test_left_padding_and_stopping_are_those_of_pytorch(checkpoint, engines):
 def test_what_lies_in_a_buffer_before_the_context_is_not_seen(checkpoint, engines):
     """Buffers may be longer than the context: engines of fixed sizes are fed with padded ones."""
     engine = engines()
-    context = engine.encode(prompts(1, 5), engine.empty((0,)))
+    context = engine.encode(prompts(1, 5), engine.start((0,)))
     noise = KeyedNoise.for_rows(0, 1, 4, 64)
     inputs = {
         "canvas": noise.initial(0),

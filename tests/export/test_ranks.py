@@ -81,7 +81,7 @@ def decided() -> tuple[dict[str, Tensor], bool, bool]:
     """What an engine of this rank says after a step in which the ranks differ, and two votes."""
     config, rank = kit.config("base"), dist.get_rank()
     engine = Engine(config, TWO, torch.float32, {"step": Differs()}, kit.LIMITS, Path(), [rank])
-    found = engine.step(engine.empty([0] * ROWS), {})
+    found = engine.step(engine.start([0] * ROWS), {})
     return found, engine.agree(True), engine.agree(rank == 0)
 
 

@@ -88,7 +88,7 @@ def numbers(path: Path, provider: str, length: int, calls: int = 1) -> list[dict
     generator = torch.Generator().manual_seed(length)
     vocabulary, canvas = engine.config.vocab_size, (2, engine.config.canvas_length)
     ids = torch.randint(vocabulary, (2, length), generator=generator)
-    context = engine.encode(ids.to(engine.device), engine.empty([0, 1]))
+    context = engine.encode(ids.to(engine.device), engine.start([0, 1]))
     results = [{name: tensor.cpu() for name, tensor in context.past[0].items()}]
     soft = engine.no_signal(2)
     for _ in range(calls):
@@ -121,7 +121,7 @@ def error_of_long_prompt(path: Path, provider: str) -> str:
     from export.engine.engine import EngineError
 
     engine = _open(path, provider)
-    past = engine.empty([0])
+    past = engine.start([0])
     grown = {name: tensor.new_zeros(1, tensor.shape[1], 65, tensor.shape[3]) for name, tensor in past.past[0].items()}
     try:
         engine.encode(torch.ones(1, 2, dtype=torch.long), type(past)(past.first, 65, (grown,)))

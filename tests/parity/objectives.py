@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.diffusion import objective as method
+from nemo_diffgemma.diffusion.rows import Rows
 from tests.reference import SIZES
 from tests.reference import objective as reference_objective
 
@@ -39,20 +40,19 @@ def asked(size: str, name: str) -> dict[str, Any]:
     objective, coins = OBJECTIVES[name]
     length = SIZES[size]["canvas_length"]
     lengths = [prompt + canvases * length for prompt, canvases in zip(PROMPTS, CANVASES, strict=True)]
-    tokens = torch.randint(
-        SIZES[size]["vocab_size"], (len(PROMPTS), max(lengths) + 1), generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(SIZES[size]["vocab_size"], (sum(lengths),), generator=generator)
     fallen = _coins(range(64), method.ObjectiveConfig(**objective).self_conditioning_probability)
     samples: list[int] = []
     for wanted in coins:
         samples.append(next(s for s in range(64) if s not in samples and fallen[s] == wanted))
-    return dict(rows=(tokens, list(PROMPTS), lengths, samples), objective=objective, seed=SEED)
+    return dict(rows=Rows(tokens, PROMPTS, lengths, samples), objective=objective, seed=SEED)
 
 
 def _coins(samples: Any, probability: float) -> list[bool]:
-    rows = method.Rows(torch.zeros(len(samples), 1, dtype=torch.long), [1] * len(samples), [1] * len(samples), samples)
-    places = [method.Place(row, 0, 0) for row in range(len(samples))]
-    return method.self_conditioned(rows, places, probability, SEED).tolist()
+    rows = Rows(torch.zeros(len(samples), dtype=torch.long), [1] * len(samples), [1] * len(samples), samples)
+    canvases = [method.Canvas(row, 0, 0) for row in range(len(samples))]
+    return method.self_conditioned(rows, canvases, probability, SEED).tolist()
 
 
 @functools.cache
@@ -60,18 +60,18 @@ def by_transformers(reference: Any, size: str, name: str) -> Step:
     """One canvas of one row at a time, each after its own prefix; the noised canvases are ours."""
     objective, coins = OBJECTIVES[name]
     config = method.ObjectiveConfig(**objective)
-    rows = method.Rows(*asked(size, name)["rows"])
+    rows = asked(size, name)["rows"]
     length, vocabulary = SIZES[size]["canvas_length"], SIZES[size]["vocab_size"]
-    places = method.choose_canvases(rows, length, config.canvases_per_example, SEED)
-    noised_MC = method.corrupt(rows, places, length, vocabulary, SEED).noised_MC
+    canvases = method.choose_canvases(rows, length, config.canvases_per_example, SEED)
+    noised_MC = method.corrupt(rows, canvases, length, vocabulary, SEED).noised_MC
     noised = [
-        [(place.index, noised_MC[i]) for i, place in enumerate(places) if place.row == row]
+        [(canvas.index, noised_MC[i]) for i, canvas in enumerate(canvases) if canvas.row == row]
         for row in range(len(PROMPTS))
     ]
     reference.zero_grad()
     loss, _ = reference_objective(
         reference,
-        rows.tokens_BS,
+        rows.tokens_T.split(rows.lengths),
         rows.prompt_lengths,
         rows.lengths,
         noised,

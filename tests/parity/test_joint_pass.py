@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_diffgemma.model.cache import Cache
 from tests.distributed import cases
 from tests.parity.questions import TOLERANCE
 
@@ -23,17 +24,29 @@ def model(single, checkpoint):
     return cases.load(checkpoint("base"), {})
 
 
+def joint_pass(model, context, canvas, canvases, soft=None):
+    rows, columns = context.shape
+    stream = model.stream(Cache.empty([0] * rows).sequences, [columns] * rows, canvases)
+    tokens = torch.cat([context.flatten(), canvas.flatten()])
+    return model.run(tokens, stream, soft_MCH=soft, need_context_hidden=True)
+
+
+def encoded(model, context):
+    rows, columns = context.shape
+    return model.encode_clean(context.flatten(), [columns] * rows)
+
+
 @pytest.mark.parametrize("signal", [False, True], ids=["no_signal", "signal"])
 def test_one_pass_equals_encoding_first(model, signal):
     context, canvas = tokens()
-    soft = torch.randn(canvas.numel(), 32, generator=torch.Generator().manual_seed(1)) if signal else None
+    soft = torch.randn(*canvas.shape, 32, generator=torch.Generator().manual_seed(1)) if signal else None
     with torch.no_grad():
-        joint = model.run(context, canvas, CANVASES, soft_NH=soft, need_context_hidden=True)
-        cache = model.encode_clean(context)
-        apart = model.canvas_hidden(canvas, CANVASES, cache, soft)
+        joint = joint_pass(model, context, canvas, CANVASES, soft)
+        first = encoded(model, context)
+        apart = model.canvas_hidden(canvas, CANVASES, first.cache, soft)
     assert joint.canvas_hidden.sub(apart).abs().max() < TOLERANCE
-    assert joint.cache.hidden_BSH.sub(cache.hidden_BSH).abs().max() < TOLERANCE
-    for together, alone in zip(joint.cache.layers, cache.layers, strict=True):
+    assert joint.context_hidden.sub(first.context_hidden).abs().max() < TOLERANCE
+    for together, alone in zip(joint.cache.layers, first.cache.layers, strict=True):
         assert together.keys.sub(alone.keys).abs().max() < TOLERANCE
         assert together.values.sub(alone.values).abs().max() < TOLERANCE
 
@@ -44,16 +57,17 @@ def test_context_may_come_in_pieces(model):
     late = [(row, start) for row, start in CANVASES if start >= 9]
     canvas = canvas[: len(late)]
     with torch.no_grad():
-        whole = model.run(context, canvas, late)
+        whole = joint_pass(model, context, canvas, late)
         cache = model.encode(context[:, :9])
-        pieces = model.run(context[:, 9:], canvas, late, cache=cache)
+        stream = model.stream(cache.sequences, [COLUMNS - 9] * ROWS, late)
+        pieces = model.run(torch.cat([context[:, 9:].flatten(), canvas.flatten()]), stream, cache=cache)
     assert pieces.canvas_hidden.sub(whole.canvas_hidden).abs().max() < TOLERANCE
 
 
 def test_a_canvas_of_many_is_the_canvas_alone(model):
     context, canvas = tokens()
     with torch.no_grad():
-        cache = model.encode_clean(context)
+        cache = encoded(model, context).cache
         all_at_once = model.canvas_hidden(canvas, CANVASES, cache, None).view(len(CANVASES), 4, -1)
         for index, place in enumerate(CANVASES):
             alone = model.canvas_hidden(canvas[index : index + 1], [place], cache, None)
@@ -98,7 +112,7 @@ def test_no_context_token_hears_a_canvas_or_a_later_token(model):
 
     model.embed_tokens.look_up = keeping
     try:
-        hidden = model.run(context, canvas, CANVASES, need_context_hidden=True).cache.hidden_BSH
+        hidden = joint_pass(model, context, canvas, CANVASES).context_hidden.view(ROWS, COLUMNS, -1)
     finally:
         del model.embed_tokens.look_up
     for column in (0, 7, 8, 20):

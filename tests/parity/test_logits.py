@@ -48,7 +48,8 @@ def test_encoder_states(both, size):
     theirs, ours = both(size)
     tokens = question(theirs, "plain", 20).input_ids
     with torch.no_grad():
-        states = ours.encode_clean(tokens).hidden_BSH
+        states = ours.encode_clean(tokens.flatten(), [tokens.shape[1]] * len(tokens)).context_hidden
+    states = states.view(*tokens.shape, -1)
     assert states.sub(encoder_states(theirs, tokens)).abs().max() < TOLERANCE
 
 
@@ -59,18 +60,18 @@ def test_a_finished_canvas_leaves_the_cache_of_one_long_prompt(both, context):
     asked = question(theirs, "after_3_canvases", context)
     cache = ours.encode(asked.input_ids, asked.attention_mask)
     for tokens in asked.finished:
-        cache = ours.denoising_step(asked.canvas, cache, context=tokens).cache
+        cache = cases.committed(ours, cache, tokens, asked.canvas)
     everything = torch.cat([asked.input_ids, *asked.finished], dim=1)
     mask = torch.nn.functional.pad(asked.attention_mask, (0, everything.shape[1] - context), value=1)
     whole = ours.encode(everything, mask)
-    assert cache.length == whole.length == everything.shape[1]
+    end, padding = everything.shape[1], (asked.attention_mask == 0).sum(1).tolist()
+    assert cache.sequences == whole.sequences == tuple((first, end) for first in padding)
     for layer, (stepwise, at_once) in enumerate(zip(cache.layers, whole.layers, strict=True)):
-        kept = everything.shape[1] if ours.layers[layer].self_attn.window is None else ours.model.sliding_window - 1
-        assert stepwise.offset == at_once.offset == everything.shape[1] - kept
-        for row, first in enumerate(cache.first):
-            real = slice(max(first - stepwise.offset, 0), None)
-            assert stepwise.keys[row, :, real].sub(at_once.keys[row, :, real]).abs().max() < TOLERANCE
-            assert stepwise.values[row, :, real].sub(at_once.values[row, :, real]).abs().max() < TOLERANCE
+        most = end if ours.layers[layer].self_attn.window is None else ours.model.sliding_window - 1
+        assert stepwise.kept == at_once.kept == tuple((max(first, end - most), end) for first in padding)
+        assert len(stepwise.keys) == sum(span.length for span in stepwise.kept)
+        assert stepwise.keys.sub(at_once.keys).abs().max() < TOLERANCE
+        assert stepwise.values.sub(at_once.values).abs().max() < TOLERANCE
 
 
 def test_no_signal_is_a_zero_signal_and_not_zero_logits(both):
@@ -79,11 +80,11 @@ def test_no_signal_is_a_zero_signal_and_not_zero_logits(both):
     asked = question(theirs, "plain", 9)
     cache = ours.encode(asked.input_ids)
     nothing = ours.denoise(asked.canvas, cache)
-    zeros = torch.zeros(asked.canvas.numel(), ours.model.hidden_size)
+    zeros = torch.zeros(*asked.canvas.shape, ours.model.hidden_size)
     canvases = [(row, 9) for row in range(3)]
-    without = ours.run(None, asked.canvas, canvases, cache=cache)
-    silent = ours.run(None, asked.canvas, canvases, cache=cache, soft_NH=zeros)
-    assert torch.equal(without.canvas_hidden, silent.canvas_hidden)
+    without = ours.canvas_hidden(asked.canvas, canvases, cache, None)
+    silent = ours.canvas_hidden(asked.canvas, canvases, cache, zeros)
+    assert torch.equal(without, silent)
 
     zero_logits = torch.zeros_like(nothing)
     assert ours.denoise(asked.canvas, cache, zero_logits).sub(nothing).abs().max() > 0.1

@@ -15,7 +15,7 @@ from tests.reference.forward import denoise, encode, head
 
 def objective(
     model,
-    tokens_BS: Tensor,
+    tokens: Sequence[Tensor],
     prompt_lengths: Sequence[int],
     lengths: Sequence[int],
     noised: Sequence[Sequence[tuple[int, Tensor]]],
@@ -26,7 +26,8 @@ def objective(
     vocabulary: int | None = None,
     first_pass: list[list[Tensor]] | None = None,
 ) -> tuple[Tensor, dict]:
-    """Loss and its parts. Canvas c of a row is tokens[P + cC : P + (c+1)C], with P its prompt length.
+    """Loss and its parts. `tokens` are the ids of each row; canvas c of a row is [P + cC : P + (c+1)C] of
+    them, with P its prompt length.
 
     `noised[b]` lists the canvases of row b that are scored, as (c, noised ids [C]). The encoder reads the clean tokens
     before canvas c, the decoder the noised ids; every one of the C positions is scored against its clean token. Where
@@ -50,16 +51,16 @@ def objective(
     canvas_length = model.config.canvas_length
     diffusion_losses, next_token_losses, firsts, seconds = [], [], [], []  # per row: losses of its tokens
 
-    for row, tokens in enumerate(tokens_BS):
+    for row, ids in enumerate(tokens):
         losses, first_row, second_row = [], [], []
         for position, (index, noised_ids) in enumerate(noised[row]):
             start = int(prompt_lengths[row]) + index * canvas_length
-            clean = tokens[start : start + canvas_length]
+            clean = ids[start : start + canvas_length]
             if start + canvas_length > int(lengths[row]):
                 raise ValueError(
                     f"row {row}: canvas {index} ends at {start + canvas_length}, after its {lengths[row]} tokens"
                 )
-            cache, _ = encode(model, tokens[None, :start])
+            cache, _ = encode(model, ids[None, :start])
             if first_pass is None:
                 with torch.no_grad():
                     first = denoise(model, noised_ids[None], cache)
@@ -76,7 +77,7 @@ def objective(
         firsts.append(first_row)
         seconds.append(second_row)
 
-        whole = tokens[: int(lengths[row])]
+        whole = ids[: int(lengths[row])]
         _, states = encode(model, whole[None])
         next_token_losses.append(cross_entropy(head(model, states[0, :-1]), whole[1:], reduction="none"))
 

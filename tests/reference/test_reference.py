@@ -390,7 +390,7 @@ def example(model, rows: int = 2, canvases: int = 2, prompt: int = 6) -> dict:
     for row in range(rows):
         chosen = range(canvases) if row == 0 else [0]
         noised.append([(c, torch.randint(lowest, vocabulary, (length,), generator=generator)) for c in chosen])
-    return dict(tokens_BS=tokens, prompt_lengths=prompts, lengths=lengths, noised=noised)
+    return dict(tokens=tokens, prompt_lengths=prompts, lengths=lengths, noised=noised)
 
 
 @pytest.mark.parametrize(

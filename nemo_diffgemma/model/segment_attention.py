@@ -1,0 +1,181 @@
+"""Attention of a stream, scale 1, without any `[T, keys]` tensor; `attend` hides which kernel runs.
+
+Segments of equal geometry (as many queries, as many context keys) run as one batch of torch's
+`scaled_dot_product_attention`; where a stream is one such batch of canvases, or of whole prompts, nothing of it is
+copied but for the keys of the context and of the canvas, which have to lie together. On CUDA all other streams are one
+call of FlexAttention a layer, whose keys are those of all contexts and then those of all canvases.
+
+Shapes: T tokens of the stream, N query heads, G key/value heads, D head width (heads of this rank), m segments of a
+group, C queries of each, K keys of each.
+"""
+
+from __future__ import annotations
+
+import functools
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_diffgemma.model.cache import KeyValue, extended
+from nemo_diffgemma.model.segments import Kind, Stream
+from nemo_diffgemma.model.visibility import Group, Visibility
+
+_QUERY_BLOCK = 512  # rows of a causal mask at a time, where a mask is needed at all
+
+
+class Kernel(Enum):
+    """What computes the attention of one layer."""
+
+    GROUPS = "scaled_dot_product_attention of each group"
+    GROUPS_REPEATED_HEADS = "the same, with the key heads of causal groups repeated for each query head"
+    FLEX = "flex_attention of the whole stream"
+
+
+def choose_kernel(device_type: str, dtype: torch.dtype, head_dim: int, uniform: bool) -> Kernel:
+    """The kernel for a layer; `uniform` says that the stream is one unmasked group of each kind.
+
+    Grouped heads on CUDA: flash attention takes them up to a width of 256 in half precision, without a mask; torch's
+    memory-efficient kernel never does, and what is left is the math kernel, which holds `[heads, T, keys]`. Repeated
+    heads run in the memory-efficient one. FlexAttention takes powers of two from 16 up.
+    """
+    if device_type != "cuda":
+        return Kernel.GROUPS
+    if not uniform and head_dim >= 16 and head_dim & (head_dim - 1) == 0:
+        return Kernel.FLEX
+    if uniform and head_dim <= 256 and dtype in (torch.bfloat16, torch.float16):
+        return Kernel.GROUPS
+    return Kernel.GROUPS_REPEATED_HEADS
+
+
+def attend(
+    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, stream: Stream, window: int | None, past: KeyValue | None
+) -> tuple[Tensor, KeyValue]:
+    """Attention of every token of the stream -> `[T, N*D]`, and the keys of cached plus new context.
+
+    Padding sees nothing: its rows are zero.
+    """
+    context = extended(past, k_TGD, v_TGD, stream)
+    visibility = Visibility.of(stream, window, context.kept)
+    kernel = choose_kernel(q_TND.device.type, q_TND.dtype, q_TND.shape[2], visibility.is_uniform)
+    if kernel is Kernel.FLEX:
+        return attend_as_one(q_TND, k_TGD, v_TGD, visibility, context), context
+    repeat = kernel is Kernel.GROUPS_REPEATED_HEADS
+    return attend_by_groups(q_TND, k_TGD, v_TGD, visibility, context, repeat), context
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+def attend_by_groups(
+    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, visibility: Visibility, context: KeyValue, repeat_heads: bool
+) -> Tensor:
+    """One batch of `scaled_dot_product_attention` for each group of equal geometry; longer causal ones in blocks."""
+    pieces = []
+    for group in visibility.groups:
+        q_mNCD = group.queries.of(q_TND).transpose(1, 2)
+        keys, values = group.keys.of(context.keys), group.keys.of(context.values)
+        if group.kind is Kind.CANVAS:
+            keys = torch.cat([keys, group.queries.of(k_TGD)], dim=1)
+            values = torch.cat([values, group.queries.of(v_TGD)], dim=1)
+            out = _unmasked(q_mNCD, keys.transpose(1, 2), values.transpose(1, 2))
+        else:
+            out = _causal(q_mNCD, keys.transpose(1, 2), values.transpose(1, 2), group, visibility, repeat_heads)
+        pieces.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    order = visibility.order(out.device)
+    if order is not None:
+        out = out.index_select(0, order)
+    padding = visibility.stream.padding
+    return F.pad(out, (0, 0, 0, padding)) if padding else out
+
+
+def _unmasked(q_mNCD: Tensor, k_mGKD: Tensor, v_mGKD: Tensor) -> Tensor:
+    """Every query sees every key, so the query heads of one key head are just more queries."""
+    m, heads, length, width = q_mNCD.shape
+    q = q_mNCD.reshape(m, k_mGKD.shape[1], -1, width)
+    # not a view: the memory-efficient kernel gives its output in an order of its own
+    return F.scaled_dot_product_attention(q, k_mGKD, v_mGKD, scale=1.0).reshape(m, heads, length, width)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, group: Group, visibility: Visibility, repeat_heads: bool) -> Tensor:
+    """Causal attention of [m, N, C, D] queries, the first of which stands `group.ahead` keys after the first key."""
+    if repeat_heads and k.shape[1] < q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if not visibility.needs_mask(group):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=k.shape[1] < q.shape[1])
+    queries, ahead, window = q.shape[2], group.ahead, visibility.window
+    narrow = window is not None and k.shape[2] > window
+    block = max(window, 64) if narrow and window is not None else _QUERY_BLOCK
+    outs = []
+    for start in range(0, queries, block):
+        end = min(start + block, queries)
+        low = max(0, ahead + start - window + 1) if narrow and window is not None else 0
+        mask = _band(end - start, ahead + start - low, window if narrow else None, q.device)
+        keys = slice(low, ahead + end)
+        outs.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:end],
+                k[:, :, keys],
+                v[:, :, keys],
+                attn_mask=mask,
+                scale=1.0,
+                enable_gqa=k.shape[1] < q.shape[1],
+            )
+        )
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+@functools.lru_cache(maxsize=64)
+def _band(queries: int, ahead: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, ahead + queries] bool: key not after the query and, with a window, among its last `window` keys."""
+    distance = torch.arange(ahead, ahead + queries, device=device)[:, None] - torch.arange(
+        ahead + queries, device=device
+    )
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+# -- one call ----------------------------------------------------------------------------------------------------------
+
+
+def attend_as_one(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, visibility: Visibility, context: KeyValue) -> Tensor:
+    """One call of FlexAttention over the keys of all contexts and then of all canvases."""
+    stream = visibility.stream
+    canvases = slice(stream.context_tokens, stream.context_tokens + stream.canvas_tokens)
+
+    def keys(of_context: Tensor, of_stream: Tensor) -> Tensor:
+        flat = torch.cat([of_context, of_stream[canvases]]) if stream.canvases else of_context
+        return flat[None].transpose(1, 2)
+
+    out = _flex_attention(q_TND.device.type)(
+        q_TND[None].transpose(1, 2),
+        keys(context.keys, k_TGD),
+        keys(context.values, v_TGD),
+        block_mask=visibility.block_mask(q_TND.device),
+        scale=1.0,
+        enable_gqa=k_TGD.shape[1] < q_TND.shape[1],
+        kernel_options=flex_options(q_TND.dtype, q_TND.shape[2]),
+    )
+    return out.transpose(1, 2).flatten(2)[0]
+
+
+@functools.cache
+def _flex_attention(device_type: str) -> Any:
+    """Compiled for CUDA, once for all lengths; as it is on a CPU, where only tests call it (it has no backward)."""
+    from torch.nn.attention.flex_attention import flex_attention  # loads torch's compiler
+
+    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+
+
+def flex_options(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
+    """Options of its Triton kernel. torch's own blocks need more shared memory than GPUs have for heads above 256.
+
+    Bytes in shared memory: head_dim * element * (queries + 2 * keys), at 512 96 KB in either precision.
+    """
+    options: dict[str, Any] = {"BACKEND": "TRITON"}  # not its decoding kernel for short streams: one order of sums
+    if head_dim > 256:
+        block = 16 if dtype == torch.float32 else 32
+        options |= {"fwd_BLOCK_M": block, "fwd_BLOCK_N": block, "num_stages": 1}
+    return options
