@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from nemo_diffgemma.model.cache import Cache
 from nemo_diffgemma.model.initialisation import initialise
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.model.segments import left_padding
+from nemo_diffgemma.non_finite import raise_non_finite
 from nemo_diffgemma.parallel.agreement import agree_error
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.layout import LayoutError
@@ -121,6 +123,10 @@ class DiffusionGemma(Network):
             soft=None if soft is None else soft.view(*shape, -1),
             cache=result.cache.trimmed(self.model) if context else cache,
         )
+
+    def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
+        """Raise `NonFiniteError` naming the tensor or layer where NaN or infinity begins when `run` runs again."""
+        raise_non_finite(self, run)
 
     def init_weights(self, seed: int) -> None:
         """Fill matrices with N(0, initializer_range), everything else with ones: a function of (seed, tensor name)."""

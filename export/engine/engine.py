@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,12 +18,22 @@ from torch.nn import functional as F
 from export.engine.onnx_session import Session, Tensors
 from export.graph.model import empty_context
 from export.graph.tracing import past_names, present_names
+from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import SLIDING, ModelConfig
-from nemo_diffgemma.diffusion.generate import CanvasInputs, Denoised, Generation, Settled, StepInputs, generate
+from nemo_diffgemma.diffusion.generate import (
+    CanvasInputs,
+    Denoised,
+    DenoisedCanvas,
+    Generation,
+    Settled,
+    StepInputs,
+    generate,
+)
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.segments import left_padding
+from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
 from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.parallel.team import tensors_of_rank_zero
@@ -58,6 +69,24 @@ class Limits:
     batch: int
     context: int
     chunk: int
+
+
+class _Watched:
+    """A session that remembers which of its outputs were not finite, in `not_finite`."""
+
+    def __init__(self, graph: str, session: Session) -> None:
+        self._graph, self._session = graph, session
+        self.not_finite: list[str] = []
+
+    def run(self, shared: Tensors, ranked: Sequence[Tensors]) -> list[dict[str, Tensor]]:
+        outputs = self._session.run(shared, ranked)
+        for rank in outputs:
+            self.not_finite += [
+                f"output {name} of the graph {self._graph}"
+                for name, tensor in rank.items()
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+            ]
+        return outputs
 
 
 class Engine:
@@ -204,6 +233,24 @@ class Engine:
         """Whether `flag` holds in every process that runs ranks of this engine."""
         return flag if self._alone else all_ranks(flag, self.device)
 
+    def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
+        """Raise `EngineError` naming the tensor of the checkpoint, or the output of a graph, that is not finite."""
+        with TensorFiles(self.assets) as files:
+            weight = first_non_finite((name, files.open(file).get_tensor(name)) for name, file in files.files.items())
+        if weight is not None:
+            raise EngineError(f"{weight}, so nothing that these engines compute is a number; {DAMAGED}")
+        watched = {name: _Watched(name, session) for name, session in self._sessions.items()}
+        before, self._sessions = self._sessions, watched
+        try:
+            run()
+        finally:
+            self._sessions = before
+        output = next((text for session in watched.values() for text in session.not_finite), "a result")
+        raise EngineError(
+            f"{output} is not finite (NaN or infinite), though all weights are; values are too large for {self.dtype} "
+            "or for the quantisation: build with dtype=bfloat16 or float32, or without quantization="
+        )
+
     def _extended(self, cache: Context, context: Sequence[Tensor] | None) -> Context:
         """With the new ids of every row, which are put into left-padded columns: that is what the graphs take."""
         if not context:
@@ -212,7 +259,7 @@ class Engine:
         rows = [F.pad(ids, (columns, 0)) for ids, columns in zip(context, padding, strict=True)]
         return self.encode(torch.stack(rows), cache)
 
-    def _denoise_canvas(self, inputs: CanvasInputs, cache: Context) -> tuple[Tensor, Context, Tensor]:
+    def _denoise_canvas(self, inputs: CanvasInputs, cache: Context) -> DenoisedCanvas:
         """All steps of a canvas in one call of `loop`; its randomness is drawn beforehand."""
         cache, index, sampler, noise = self._extended(cache, inputs.context), inputs.index, inputs.sampler, inputs.noise
         steps = range(sampler.max_denoising_steps, 0, -1)
@@ -229,7 +276,8 @@ class Engine:
                 "replacements": torch.stack([noise.replacements(index, n) for n in steps]).to(self.device),
             },
         )
-        return outputs["argmax"], cache, (~inputs.finished_B).long() * len(steps)
+        live_B = (~inputs.finished_B).long() * len(steps)
+        return DenoisedCanvas(outputs["argmax"], cache, live_B, outputs["entropy"].isfinite().all())
 
     def _check(self, input_ids: Tensor, max_new_tokens: int) -> None:
         config, limits = self.config, self.limits

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,9 @@ class Denoiser(Protocol):
     def agree(self, flag: bool) -> bool:
         """Whether `flag` holds on every rank."""
 
+    def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
+        """Raise an error that names what is not finite first when `run` does again what gave NaN or infinity."""
+
 
 @dataclass(frozen=True)
 class CanvasInputs:
@@ -75,6 +79,19 @@ class CanvasInputs:
     finished_B: Tensor
     sampler: SamplerConfig
     noise: Noise
+
+
+class DenoisedCanvas(NamedTuple):
+    """A canvas of each sequence after its last step.
+
+    `tokens` [B, C], the cache with the context before them, live steps of each row [B], and whether all entropies of
+    the steps were finite, [] bool.
+    """
+
+    tokens: Tensor
+    cache: Any
+    live: Tensor
+    finite: Tensor
 
 
 class Denoised(NamedTuple):
@@ -107,13 +124,13 @@ def generate(
     sampler: SamplerConfig,
     noise: Noise,
     observe: Callable[[Denoised], None] | None = None,
-    denoise_canvas: Callable[[CanvasInputs, Any], tuple[Tensor, Any, Tensor]] | None = None,
+    denoise_canvas: Callable[[CanvasInputs, Any], DenoisedCanvas] | None = None,
 ) -> Generation:
     """Generate whole canvases until `max_new_tokens` are reached (rounded up) or every row has met an EOS id.
 
     Left padding ends here: a row behind three columns of it is a sequence that starts at position 3. `observe` is
     called after every step. `denoise_canvas` is for an engine that runs all steps of a canvas in one call; it gives
-    what `stepwise` does.
+    what `stepwise` does. NaN and infinity, in weights or activations, end in the error of `Denoiser.raise_non_finite`.
     """
     rows, prompt = input_ids.shape
     finished_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
@@ -122,11 +139,9 @@ def generate(
     context = [row[columns:] for row, columns in zip(input_ids.unbind(), left_padding, strict=True)]
     sequences = input_ids
     for index in range(-(-max_new_tokens // canvas_length)):
-        inputs = CanvasInputs(index, context, finished_B, sampler, noise)
-        if denoise_canvas is not None:
-            final_BC, cache, live_B = denoise_canvas(inputs, cache)
-        else:
-            final_BC, cache, live_B = stepwise(network, inputs, cache, observe)
+        denoise = denoise_canvas or partial(stepwise, network, observe=observe)
+        again = partial(denoise, CanvasInputs(index, context, finished_B, sampler, noise), cache)
+        final_BC, cache, live_B, finite = again()
         forwards_B += live_B
         finished_before_B = finished_B
         if sampler.eos_ids:
@@ -136,7 +151,10 @@ def generate(
                 final_BC = pad_after_eos(final_BC, sampler.eos_ids, sampler.pad_token_id)
                 final_BC = final_BC.masked_fill(finished_before_B[:, None], sampler.pad_token_id)
         sequences, context = torch.cat([sequences, final_BC], dim=1), list(final_BC.unbind())
-        if network.agree(bool(finished_B.all())):
+        all_finished, all_finite = torch.stack([finished_B.all(), finite]).tolist()  # one wait for the host
+        if not network.agree(all_finite):
+            network.raise_non_finite(again)
+        if network.agree(all_finished):
             break
     new = sequences[:, prompt:]
     # a tensor in either case: an int divided by a tensor is rounded twice
@@ -147,14 +165,15 @@ def generate(
 
 def stepwise(
     network: Denoiser, inputs: CanvasInputs, cache: Any, observe: Callable[[Denoised], None] | None
-) -> tuple[Tensor, Any, Tensor]:
-    """Denoise one canvas -> its final tokens [B, C], the cache with its context, and live steps of each row [B]."""
+) -> DenoisedCanvas:
+    """Denoise one canvas of each sequence, until all are stable or have had all steps."""
     index, sampler, finished_B = inputs.index, inputs.sampler, inputs.finished_B
     device = finished_B.device
     canvas_BC = inputs.noise.initial(index).to(device)
     done_B, live_B = torch.zeros_like(finished_B), torch.zeros_like(finished_B, dtype=torch.long)
     stop = StableAndConfident(sampler)
     best_BC, soft = canvas_BC, None
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for remaining in range(sampler.max_denoising_steps, 0, -1):
         live_B += ~(done_B | finished_B)
         step = StepInputs(
@@ -172,8 +191,9 @@ def stepwise(
         # a row that is done keeps its answer; what else becomes of it touches nobody
         best_BC = torch.where(done_B[:, None], best_BC, settled.argmax)
         done_B = done_B | stop(best_BC, settled.entropy)
+        finite = finite & settled.entropy.isfinite().all()
         if observe is not None:
             observe(Denoised(index, remaining, best_BC, settled.accepted, settled.entropy, done_B))
         if remaining == 1 or network.agree(bool(done_B.all())):
             break
-    return best_BC, cache, live_B
+    return DenoisedCanvas(best_BC, cache, live_B, finite)

@@ -6,6 +6,7 @@ Shapes: B rows, S prompt tokens, C canvas positions, H hidden, N tokens, E exper
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_diffgemma.diffusion.noise import KeyedNoise
-from nemo_diffgemma.parallel.agreement import on_rank_zero
+from nemo_diffgemma.parallel.agreement import all_ranks, on_rank_zero
 from nemo_diffgemma.parallel.groups import device
 
 
@@ -29,7 +30,10 @@ def compare_passes(
     """One encoder pass and two denoising passes, the second with self-conditioning."""
 
     def note(name: str, ours: Tensor, theirs: Tensor) -> None:
-        differences[name] = max(differences.get(name, 0.0), float((ours.cpu() - theirs).abs().max()))
+        if not all_ranks(bool(ours.isfinite().all()), device()):
+            network.raise_non_finite(lambda: network.denoise(canvas, network.encode(prompts)))
+        gaps = (ours.cpu() - theirs).abs().nan_to_num(nan=math.inf)  # NaN is above no tolerance
+        differences[name] = max(differences.get(name, 0.0), float(gaps.max()))
 
     first: Any = None  # logits without self-conditioning
     their_cache: Any = None

@@ -8,6 +8,7 @@ All functions are collective, and give the same on every rank. Shapes: M canvase
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,6 +61,8 @@ def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], 
         labels = corrupted.clean_MC.flatten()
         weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
         losses[float(level)] = float(network.cross_entropy(hidden, labels, weights)[0])
+    if not network.agree(all(map(math.isfinite, losses.values()))):
+        network.raise_non_finite(lambda: canvas_losses(network, rows, levels, seed))
     return losses
 
 

@@ -212,6 +212,14 @@ def load_where_a_rank_fails(path: str, layout: dict[str, int], rank: int, at: st
         load(path, layout)
 
 
+def generate_with_nan_on_the_last_rank(path: str, layout: dict[str, int]) -> None:
+    """One entry of a matrix that only the last rank holds."""
+    model = load(path, layout)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    model.generate(torch.arange(12).view(2, 6), max_new_tokens=4)
+
+
 def save_where_the_disk_is_full(path: str, layout: dict[str, int], target: str, after: int) -> None:
     """Write several files, of which the one after `after` fails on the rank that writes."""
     from nemo_diffgemma.checkpoint import huggingface
