@@ -42,6 +42,7 @@ GROUPS = {
         "tests/training/test_archive",
         "tests/training/test_run",
         "tests/parity/test_joint",
+        "tests/parity/test_mixed",
     ),
     "gpu": ("tests/gpu/",),
     "starts": ("tests/training/", "tests/launch/"),

@@ -11,40 +11,54 @@ from torch.utils.data import DataLoader
 
 from nemo_diffgemma.data import Batches, Example, SudokuDataset, SudokuTask, collate
 
-EOS, PAD = 1, 0
+EOS = 1
 ids = st.lists(st.integers(2, 63), min_size=1, max_size=20).map(tuple)
 examples = st.lists(st.builds(Example, ids, ids, st.integers(0, 2**40)), min_size=1, max_size=5)
 
 
 @given(examples, st.integers(1, 9))
-def test_row_is_prompt_response_eos_to_a_whole_canvas_then_padding(examples, canvas_length):
-    batch = collate(examples, canvas_length, EOS, PAD)
+def test_row_is_prompt_response_and_eos_to_a_whole_canvas(examples, canvas_length):
+    rows = collate(examples, canvas_length, EOS)
+    assert rows.tokens_T.dtype == torch.int64
     for row, example in enumerate(examples):
-        prompt, length = batch.prompt_lengths_B[row].item(), batch.lengths_B[row].item()
-        tokens = batch.tokens_BS[row].tolist()
+        prompt, length = rows.prompt_lengths[row], rows.lengths[row]
+        tokens = rows.tokens_T[rows.offsets[row] :][:length].tolist()
         canvases, rest = divmod(length - prompt, canvas_length)
         end = prompt + len(example.response)
         assert rest == 0
         assert (canvases - 1) * canvas_length < len(example.response) <= canvases * canvas_length
         assert tuple(tokens[:prompt]) == example.prompt
         assert tuple(tokens[prompt:end]) == example.response
-        assert tokens[end:length] == [EOS] * (length - end)
-        assert tokens[length:] == [PAD] * (len(tokens) - length)
-        assert batch.samples_B[row] == example.sample
-    assert batch.tokens_BS.shape == (len(examples), max(batch.lengths_B))
+        assert tokens[end:] == [EOS] * (length - end)
+        assert rows.samples[row] == example.sample
+    assert len(rows) == len(examples) and rows.tokens_T.shape == (sum(rows.lengths),)
+
+
+@given(examples, st.integers(1, 9), st.integers(1, 6))
+def test_rows_may_be_split_and_cut(examples, canvas_length, size):
+    """Into as many at a time as one likes, and to their beginnings: each row stays what it is."""
+    rows = collate(examples, canvas_length, EOS)
+    parts = rows.split(size)
+    assert [len(part) for part in parts[:-1]] == [size] * (len(parts) - 1) and sum(map(len, parts)) == len(rows)
+    assert torch.equal(torch.cat([part.tokens_T for part in parts]), rows.tokens_T)
+    for name in ("prompt_lengths", "lengths", "samples"):
+        assert list(chain(*(getattr(part, name) for part in parts))) == list(getattr(rows, name))
+    prompts = rows.prefixes(rows.prompt_lengths).split(rows.prompt_lengths)
+    assert [tuple(prompt.tolist()) for prompt in prompts] == [example.prompt for example in examples]
 
 
 def test_response_of_whole_canvases_gets_no_eos():
-    batch = collate([Example((2,), (5,) * 8, 0)], 4, EOS, PAD)
-    assert batch.tokens_BS.tolist() == [[2] + [5] * 8]
+    assert collate([Example((2,), (5,) * 8, 0)], 4, EOS).tokens_T.tolist() == [2] + [5] * 8
 
 
-def test_every_tensor_of_a_batch_is_int64_and_moves_along():
-    batch = collate([Example((2,), (5,), 0), Example((2, 3), (5, 6), 1)], 2, EOS, PAD)
-    moved = batch.to("meta")
-    for name in ("tokens_BS", "prompt_lengths_B", "lengths_B", "samples_B"):
-        assert getattr(batch, name).dtype == torch.int64
-        assert getattr(moved, name).device.type == "meta"
+def test_only_tokens_move_to_a_device():
+    """As Lightning moves a batch: what is read on the host stays there."""
+    from lightning.fabric.utilities.apply_func import move_data_to_device
+
+    rows = collate([Example((2,), (5,), 0), Example((2, 3), (5, 6), 1)], 2, EOS)
+    moved = move_data_to_device(rows, "meta")
+    assert moved.tokens_T.device.type == "meta"
+    assert (moved.prompt_lengths, moved.lengths, moved.samples) == ([1, 2], [3, 4], [0, 1])
 
 
 @pytest.mark.parametrize("prompt, response", [((), (5,)), ((2,), ())])
@@ -55,9 +69,9 @@ def test_empty_prompt_or_response_is_refused(prompt, response):
 
 def test_collate_refuses_what_has_no_canvas():
     with pytest.raises(ValueError, match="expected at least 1"):
-        collate([], 16, EOS, PAD)
+        collate([], 16, EOS)
     with pytest.raises(ValueError, match="canvas_length=0"):
-        collate([Example((2,), (5,), 0)], 0, EOS, PAD)
+        collate([Example((2,), (5,), 0)], 0, EOS)
 
 
 @given(replicas=st.integers(1, 6), size=st.integers(1, 5), steps=st.integers(1, 6))
@@ -103,14 +117,14 @@ def test_impossible_batches_say_what_to_type(arguments, message):
 
 def test_a_loader_reads_the_same_stream_whatever_the_number_of_replicas():
     dataset = SudokuDataset(SudokuTask())
-    to_batch = partial(collate, canvas_length=16, eos_token_id=EOS, pad_token_id=PAD)
+    to_rows = partial(collate, canvas_length=16, eos_token_id=EOS)
 
     def stream(replicas):
         samplers = [Batches(8, replica, replicas, first_step=3, steps=5) for replica in range(replicas)]
-        loaders = [DataLoader(dataset, batch_sampler=sampler, collate_fn=to_batch) for sampler in samplers]
+        loaders = [DataLoader(dataset, batch_sampler=sampler, collate_fn=to_rows) for sampler in samplers]
         assert all(len(loader) == 2 for loader in loaders)
         batches = [batch for step in zip(*loaders, strict=True) for batch in step]
-        return torch.cat([b.samples_B for b in batches]), torch.cat([b.tokens_BS for b in batches])
+        return torch.tensor([s for b in batches for s in b.samples]), torch.cat([b.tokens_T for b in batches])
 
     samples, tokens = stream(1)
     assert samples.tolist() == list(range(24, 40))

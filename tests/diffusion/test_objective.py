@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -11,23 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_diffgemma.diffusion.objective import (
+    Canvas,
     Counts,
     ObjectiveConfig,
-    Place,
-    Rows,
     choose_canvases,
     corrupt,
     count,
     objective,
     self_conditioned,
 )
+from nemo_diffgemma.diffusion.rows import Rows
 
 EOS = 1
 
 
 def rows_of(prompts: list[int], canvases: list[int], length: int = 4, vocabulary: int = 61, seed: int = 0) -> Rows:
     lengths = [prompt + n * length for prompt, n in zip(prompts, canvases, strict=True)]
-    tokens = torch.randint(vocabulary, (len(prompts), max(lengths) + 2), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
     return Rows(tokens, prompts, lengths, list(range(100, 100 + len(prompts))))
 
 
@@ -37,12 +38,13 @@ class Recorder:
     def __init__(self, rows: Rows) -> None:
         self.rows, self.scored, self.signals, self.gradient_free = rows, [], [], []
 
-    def encode_clean(self, tokens_BS):
-        shape = tokens_BS.shape
-        return SimpleNamespace(hidden_BSH=torch.arange(tokens_BS.numel()).view(*shape, 1).float())
+    def encode_clean(self, tokens_T, lengths):
+        assert len(tokens_T) == sum(lengths)
+        self.encoded = list(lengths)
+        return SimpleNamespace(context_hidden=torch.arange(len(tokens_T))[:, None].float(), cache=None)
 
-    def canvas_hidden(self, canvas_MC, canvases, cache, soft_NH):
-        self.signals.append(soft_NH)
+    def canvas_hidden(self, canvas_MC, canvases, cache, soft_MCH):
+        self.signals.append(soft_MCH)
         self.gradient_free.append(not torch.is_grad_enabled())
         return torch.arange(canvas_MC.numel())[:, None].float()
 
@@ -55,26 +57,31 @@ class Recorder:
 
 
 def scored(rows: Rows, config: ObjectiveConfig, level: float | None = None, totals: Counts | None = None):
-    places = choose_canvases(rows, 4, config.canvases_per_example, 0)
-    noised = corrupt(rows, places, 4, 61, 0, level=level)
+    canvases = choose_canvases(rows, 4, config.canvases_per_example, 0)
+    noised = corrupt(rows, canvases, 4, 61, 0, level=level)
     recorder = Recorder(rows)
-    loss = objective(recorder, rows, places, noised, config, 0, totals or count(rows, places, 4))
-    return loss, recorder, places
+    loss = objective(recorder, rows, canvases, noised, config, 0, totals or count(rows, canvases, 4))
+    return loss, recorder, canvases
+
+
+def responses(rows: Rows) -> torch.Tensor:
+    ids = rows.tokens_T.split(list(rows.lengths))
+    return torch.cat([row[prompt:] for row, prompt in zip(ids, rows.prompt_lengths, strict=True)])
 
 
 # -- which canvases --------------------------------------------------------------------------------------------------
 
 
 def test_canvases_are_counted_from_the_start_of_the_response():
-    assert choose_canvases(rows_of([3, 5], [2, 1]), 4, 0, seed=0) == [Place(0, 3, 0), Place(0, 7, 1), Place(1, 5, 0)]
+    assert choose_canvases(rows_of([3, 5], [2, 1]), 4, 0, seed=0) == [Canvas(0, 3, 0), Canvas(0, 7, 1), Canvas(1, 5, 0)]
 
 
 def test_canvases_are_chosen_uniformly_and_without_replacement():
     samples = range(4000)
-    rows = Rows(torch.zeros(4000, 21, dtype=torch.long), [1] * 4000, [21] * 4000, list(samples))
+    rows = Rows(torch.zeros(4000 * 21, dtype=torch.long), [1] * 4000, [21] * 4000, list(samples))
     chosen = choose_canvases(rows, 4, 2, seed=3)
-    assert len(chosen) == 8000 == len({(place.row, place.start) for place in chosen})
-    frequency = torch.bincount(torch.tensor([place.index for place in chosen])) / 4000
+    assert len(chosen) == 8000 == len({(canvas.row, canvas.start) for canvas in chosen})
+    frequency = torch.bincount(torch.tensor([canvas.index for canvas in chosen])) / 4000
     assert (frequency - 2 / 5).abs().max() < 5 * math.sqrt(0.4 * 0.6 / 4000)
 
 
@@ -82,7 +89,7 @@ def test_canvases_are_chosen_uniformly_and_without_replacement():
     ("prompt", "length"), [(3, 9), (3, 3), (0, 4)], ids=["a part of a canvas", "no response", "no prompt"]
 )
 def test_a_row_is_a_prompt_and_whole_canvases(prompt, length):
-    rows = Rows(torch.zeros(1, 9, dtype=torch.long), [prompt], [length], [0])
+    rows = Rows(torch.zeros(length, dtype=torch.long), [prompt], [length], [0])
     with pytest.raises(ValueError, match="at least one prompt token and whole canvases of 4"):
         choose_canvases(rows, 4, 1, seed=0)
 
@@ -95,8 +102,8 @@ def test_a_row_is_a_prompt_and_whole_canvases(prompt, length):
 def test_a_token_changes_with_probability_t_times_one_minus_one_over_v(level, vocabulary):
     """The new id is any id, the old one and special ones included."""
     rows = rows_of([2] * 300, [20] * 300, vocabulary=vocabulary)
-    places = choose_canvases(rows, 4, 0, seed=1)
-    noised = corrupt(rows, places, 4, vocabulary, 1, level=level)
+    canvases = choose_canvases(rows, 4, 0, seed=1)
+    noised = corrupt(rows, canvases, 4, vocabulary, 1, level=level)
     changed = (noised.noised_MC != noised.clean_MC).double().mean()
     expected = level * (1 - 1 / vocabulary)
     assert abs(changed - expected) <= 5 * math.sqrt(expected * (1 - expected) / noised.clean_MC.numel())
@@ -109,14 +116,13 @@ def test_a_token_changes_with_probability_t_times_one_minus_one_over_v(level, vo
 
 def test_a_canvas_is_the_response_and_never_the_prompt():
     rows = rows_of([3, 6], [2, 3])
-    places = choose_canvases(rows, 4, 0, seed=0)
-    noised = corrupt(rows, places, 4, 61, 0)
-    responses = [rows.tokens_BS[row, rows.prompt_lengths[row] : rows.lengths[row]] for row in range(2)]
-    assert torch.equal(noised.clean_MC.flatten(), torch.cat(responses))
+    canvases = choose_canvases(rows, 4, 0, seed=0)
+    noised = corrupt(rows, canvases, 4, 61, 0)
+    assert torch.equal(noised.clean_MC.flatten(), responses(rows))
 
 
 def test_eos_fill_is_corrupted_like_any_token():
-    tokens = torch.full((200, 42), EOS)
+    tokens = torch.full((200 * 42,), EOS)
     rows = Rows(tokens, [2] * 200, [42] * 200, list(range(200)))
     noised = corrupt(rows, choose_canvases(rows, 4, 0, 0), 4, 61, 0, level=0.5)
     assert abs((noised.noised_MC != EOS).double().mean() - 0.5 * 60 / 61) < 5 * math.sqrt(0.25 / 8000)
@@ -135,16 +141,18 @@ def test_noise_levels_are_uniform_from_the_floor_to_one(floor):
 @given(order=st.permutations(range(4)), seed=st.integers(0, 2**31))
 def test_noise_of_a_canvas_depends_on_its_sample_not_on_its_batch(order, seed):
     rows = rows_of([3, 5, 2, 9], [3, 1, 2, 2])
-    some = Rows(rows.tokens_BS[order], *([part[i] for i in order] for part in rows[1:]))
+    ids = rows.tokens_T.split(rows.lengths)
+    parts = (rows.prompt_lengths, rows.lengths, rows.samples)
+    some = Rows(torch.cat([ids[i] for i in order]), *([part[i] for i in order] for part in parts))
     both = []
     for these in (rows, some):
-        places = choose_canvases(these, 4, 2, seed)
-        noised = corrupt(these, places, 4, 61, seed)
-        coins = self_conditioned(these, places, 0.5, seed).tolist()
+        canvases = choose_canvases(these, 4, 2, seed)
+        noised = corrupt(these, canvases, 4, 61, seed)
+        coins = self_conditioned(these, canvases, 0.5, seed).tolist()
         both.append(
             {
-                (these.samples[place.row], place.index): (ids.tolist(), float(level), coin)
-                for place, ids, level, coin in zip(places, noised.noised_MC, noised.levels_M, coins, strict=True)
+                (these.samples[canvas.row], canvas.index): (ids.tolist(), float(level), coin)
+                for canvas, ids, level, coin in zip(canvases, noised.noised_MC, noised.levels_M, coins, strict=True)
             }
         )
     assert both[0] == both[1]
@@ -152,8 +160,8 @@ def test_noise_of_a_canvas_depends_on_its_sample_not_on_its_batch(order, seed):
 
 def test_coins_fall_by_example():
     rows = rows_of([2] * 3000, [2] * 3000)
-    places = choose_canvases(rows, 4, 0, 0)
-    coins = self_conditioned(rows, places, 0.3, seed=0).view(3000, 2)
+    canvases = choose_canvases(rows, 4, 0, 0)
+    coins = self_conditioned(rows, canvases, 0.3, seed=0).view(3000, 2)
     assert torch.equal(coins[:, 0], coins[:, 1])
     assert abs(coins[:, 0].double().mean() - 0.3) < 5 * math.sqrt(0.21 / 3000)
 
@@ -170,24 +178,30 @@ def test_every_position_of_a_canvas_is_scored_alike_whatever_the_noise(reduction
     loss, recorder, _ = scored(rows, config, level)
     ((positions, labels, weights),) = recorder.scored
     assert positions.tolist() == list(range(16))
-    responses = [rows.tokens_BS[row, rows.prompt_lengths[row] : rows.lengths[row]] for row in range(2)]
-    assert torch.equal(labels, torch.cat(responses))
+    assert torch.equal(labels, responses(rows))
     by_row = [1 / (2 * 12)] * 12 + [1 / (2 * 4)] * 4 if reduction == "example" else [1 / 16] * 16
     torch.testing.assert_close(weights, torch.tensor(by_row))
     assert float(loss.total) == pytest.approx(1.0)
 
 
 def test_next_tokens_are_scored_inside_a_row_only():
-    """Four tokens by hand: a prompt of two and ... three pairs; nothing from or to padding, prompt pairs included."""
-    tokens = torch.tensor([[10, 11, 12, 13, 14, 15, 0, 0], [20, 21, 22, 23, 24, 25, 26, 27]])
+    """Four tokens by hand: a prompt of two and ... three pairs; nothing from one row to the next, prompt pairs included."""
+    tokens = torch.tensor([10, 11, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25, 26, 27])
     rows = Rows(tokens, [2, 4], [6, 8], [0, 1])
     _, recorder, _ = scored(rows, ObjectiveConfig(canvases_per_example=0))
     positions, labels, weights = recorder.scored[1]
     assert labels.tolist() == [11, 12, 13, 14, 15, 21, 22, 23, 24, 25, 26, 27]
-    assert positions.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]  # each from the state one token earlier
+    assert positions.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]  # each from the state one token earlier
     torch.testing.assert_close(weights, torch.tensor([1 / (2 * 5)] * 5 + [1 / (2 * 7)] * 7))
     _, recorder, _ = scored(rows, ObjectiveConfig(canvases_per_example=0, reduction="token"))
     torch.testing.assert_close(recorder.scored[1][2], torch.full((12,), 1 / 12))
+
+
+def test_without_the_encoders_loss_nothing_behind_the_last_scored_canvas_is_encoded():
+    rows = rows_of([3, 6, 2], [3, 1, 2])
+    _, recorder, canvases = scored(rows, ObjectiveConfig(canvases_per_example=1, autoregressive_weight=0))
+    assert recorder.encoded == [canvas.start for canvas in canvases]
+    assert scored(rows, ObjectiveConfig(canvases_per_example=1))[1].encoded == list(rows.lengths)
 
 
 @pytest.mark.parametrize("reduction", ["example", "token"])
@@ -195,11 +209,10 @@ def test_shares_of_micro_batches_add_up_to_the_loss(reduction):
     """However rows are dealt: the denominators are the whole batch's."""
     rows = rows_of([3, 6, 2, 4], [3, 1, 2, 2])
     config = ObjectiveConfig(canvases_per_example=0, reduction=reduction)
-    whole, _, places = scored(rows, config)
-    totals = count(rows, places, 4)
-    parts = [Rows(*(part[cut] for part in rows)) for cut in (slice(0, 1), slice(1, 4))]
-    assert sum((count(p, choose_canvases(p, 4, 0, 0), 4) for p in parts[1:]), count(
-        parts[0], choose_canvases(parts[0], 4, 0, 0), 4)) == totals  # fmt: skip
+    whole, _, canvases = scored(rows, config)
+    totals = count(rows, canvases, 4)
+    parts = rows.split(3)
+    assert sum((count(p, choose_canvases(p, 4, 0, 0), 4) for p in parts), Counts(0, 0, 0)) == totals
     shares = [scored(part, config, totals=totals)[0] for part in parts]
     for name in ("total", "diffusion", "autoregressive"):
         assert float(sum(getattr(s, name) for s in shares)) == pytest.approx(float(getattr(whole, name)))
@@ -208,15 +221,17 @@ def test_shares_of_micro_batches_add_up_to_the_loss(reduction):
 def test_the_first_pass_has_no_gradient_and_is_run_whatever_the_coins():
     """Ranks that share experts run the same passes; where no coin fell the signal is zero, not zero logits."""
     rows = rows_of([3] * 6, [1] * 6)
-    _, recorder, places = scored(rows, ObjectiveConfig())
+    _, recorder, canvases = scored(rows, ObjectiveConfig())
     assert recorder.gradient_free == [True, False] and recorder.signals[0] is None
-    shown = self_conditioned(rows, places, 0.5, seed=0)
+    shown = self_conditioned(rows, canvases, 0.5, seed=0)
     assert 0 < shown.sum() < 6
-    assert torch.equal(recorder.signals[1][:, 0].view(6, 4), shown[:, None].expand(6, 4).float())
+    assert torch.equal(recorder.signals[1][:, :, 0], shown[:, None].expand(6, 4).float())
 
     never = rows_of([3] * 6, [1] * 6)
-    samples = [s for s in range(100) if not self_conditioned(Rows(never[0], [3], [7], [s]), [Place(0, 3, 0)], 0.5, 0)]
-    _, recorder, _ = scored(never._replace(samples=samples[:6]), ObjectiveConfig())
+    samples = [
+        s for s in range(100) if not self_conditioned(Rows(never.tokens_T, [3], [7], [s]), [Canvas(0, 3, 0)], 0.5, 0)
+    ]
+    _, recorder, _ = scored(dataclasses.replace(never, samples=samples[:6]), ObjectiveConfig())
     assert recorder.gradient_free == [True, False] and not recorder.signals[1].any()
 
     _, recorder, _ = scored(rows, ObjectiveConfig(self_conditioning_probability=0))

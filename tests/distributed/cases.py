@@ -72,10 +72,7 @@ def gradients(
         finalize_model_grads,
     )
 
-    from nemo_diffgemma.checkpoint.huggingface import full_tensors
-    from nemo_diffgemma.checkpoint.names import released_name
     from nemo_diffgemma.diffusion import objective as method
-    from nemo_diffgemma.parallel.sharding import declare, shard_of
 
     model = load(path, layout).train()
     model.recompute = recompute
@@ -96,6 +93,15 @@ def gradients(
         loss += result.total.detach()
     finalize_model_grads([ddp])
     torch.distributed.all_reduce(loss, group=data)
+    return float(loss), _whole_gradients(model)
+
+
+def _whole_gradients(model: Any) -> dict[str, Tensor]:
+    """Every reduced gradient by its released name (rank 0; empty elsewhere). The weights are lost."""
+    from nemo_diffgemma.checkpoint.huggingface import full_tensors
+    from nemo_diffgemma.checkpoint.names import released_name
+    from nemo_diffgemma.parallel.sharding import declare, shard_of
+
     names = [name for name, _ in model.named_parameters()]
     with torch.no_grad():
         for parameter in model.parameters():  # gather gradients with the machinery that gathers weights
@@ -103,7 +109,50 @@ def gradients(
             parameter.data = parameter.main_grad.clone()
             declare(parameter, shard)
     model.file_dtypes = {}
-    return float(loss), {released_name(name): tensor for name, tensor in full_tensors(model, names)}
+    return {released_name(name): tensor for name, tensor in full_tensors(model, names)}
+
+
+def mixed_passes(path: str, layout: dict[str, int], size: str, together: list[list[int]]) -> list[dict[str, Any]]:
+    """Of each member of `tests.parity.mixed`, run in one pass with those of its list: logits, states, sampled step."""
+    from tests.parity import mixed
+
+    model, members = load(path, layout), mixed.members(size)
+    results: dict[int, dict[str, Any]] = {}
+    with torch.no_grad():
+        for indices in together:
+            chosen = [members[index] for index in indices]
+            cache = mixed.encoded(model, chosen).trimmed(model.model)
+            step = model.sampling_step(mixed.step_of(chosen), cache)
+            for place, (index, outcome) in enumerate(zip(indices, mixed.pass_of(model, chosen, cache), strict=True)):
+                results[index] = dict(
+                    logits=mixed.logits_of(model, outcome),
+                    context=outcome.context_hidden.cpu(),
+                    keys_values=[x.cpu() for pair in outcome.keys_values for x in pair],
+                    **{name: getattr(step, name)[place].cpu() for name in ("argmax", "canvas", "entropy", "soft")},
+                )
+    return [results[index] for index in range(len(members))]
+
+
+def mixed_gradients(
+    path: str, layout: dict[str, int], size: str, together: list[list[int]], recompute: str = "none"
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss of `tests.parity.mixed` and every whole gradient; members of a list run in one pass behind their caches."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    from tests.parity import mixed
+
+    model, members = load(path, layout).train(), mixed.members(size)
+    model.recompute = recompute
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    ddp.zero_grad_buffer()
+    total = 0.0
+    for indices in together:
+        chosen = [members[index] for index in indices]
+        loss = mixed.loss_of(mixed.pass_of(model, chosen, mixed.encoded(model, chosen)), chosen)
+        (loss / process_groups().tp.size()).backward()  # every rank has all states, and their gradients are summed
+        total += float(loss.detach())
+    finalize_model_grads([ddp])
+    return total, _whole_gradients(model)
 
 
 def generate(path: str, layout: dict[str, int], asked: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -183,7 +183,8 @@ def test_canvas_loss_is_the_mean_cross_entropy_of_what_denoise_predicts(model_th
     network = DiffusionGemma.from_huggingface(model_that_reads_text)
     rows = held_out_rows(DataGroup(test_puzzles=5), network.model)
     corrupted = corrupt(rows, choose_canvases(rows, 16, 0, 7), 16, 64, 7, level=0.5)
-    logits = network.denoise(corrupted.noised_MC, network.encode(rows.tokens_BS[:, :18]))
+    prompts = rows.tokens_T.view(len(rows), -1)[:, :18]
+    logits = network.denoise(corrupted.noised_MC, network.encode(prompts))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), corrupted.clean_MC.flatten())
     assert canvas_losses(network, rows, [0.5], seed=7)[0.5] == pytest.approx(float(expected), abs=1e-5)
 

@@ -1,4 +1,4 @@
-"""Attention by segments is attention under the dense mask that says who sees whom.
+"""Attention by segments is attention under the dense mask that says who sees whom, whichever kernel computes it.
 
 The mask is written down from the definition, token against token, in float64.
 """
@@ -11,36 +11,53 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_diffgemma.model import segments
-from nemo_diffgemma.model.segments import Canvas, KeyValue, Stream, attend
+from nemo_diffgemma.model import segment_attention
+from nemo_diffgemma.model.cache import KeyValue, extended
+from nemo_diffgemma.model.segment_attention import (
+    Kernel,
+    attend,
+    attend_as_one,
+    attend_by_groups,
+    choose_kernel,
+    flex_options,
+)
+from nemo_diffgemma.model.segments import Kind, Segment, Span, Stream, stream_of
+from nemo_diffgemma.model.visibility import BLOCK, Visibility
 
 HEADS, WIDTH = 4, 8
+WINDOWS = [None, 1, 2, 3, 8, 100]
+
+
+def tokens_of(stream: Stream) -> list[tuple[str, int, int, int]]:
+    """(kind, segment, sequence, position) of cached positions and of the stream's tokens."""
+    cached = [
+        ("context", -1, sequence, position)
+        for sequence, span in enumerate(stream.sequences)
+        for position in range(span.first, span.end)
+    ]
+    new = [
+        (segment.kind.value, index, segment.sequence, segment.start + place)
+        for index, segment in enumerate(stream.segments)
+        for place in range(segment.length)
+    ]
+    return cached + new + [("padding", -1, -1, -1)] * stream.padding
 
 
 def visible(stream: Stream, window: int | None) -> Tensor:
-    """[T, keys] bool, keys being the cached columns of all rows and then the stream's tokens."""
-    cached = [("context", row, column) for row in range(stream.rows) for column in range(stream.cached)]
-    tokens = [
-        ("context", row, column)
-        for row in range(stream.rows)
-        for column in range(stream.cached, stream.cached + stream.context)
-    ]
-    tokens += [("canvas", index, None) for index in range(len(stream.canvases)) for _ in range(stream.canvas_length)]
-    tokens += [("padding", None, None)] * stream.padding
+    """[T, keys] bool, keys being the cached positions of all sequences and then the stream's tokens."""
+    tokens = tokens_of(stream)
 
     def sees(query, key) -> bool:
-        kind, of, column = query
-        key_kind, key_of, key_column = key
-        if kind == "context" and key_kind == "context":
-            near = window is None or column - key_column < window  # `window` keys, itself included
-            return of == key_of and stream.first[of] <= key_column <= column and near
-        if kind == "canvas" and key_kind == "context":
-            row, start = stream.canvases[of].row, stream.canvases[of].start
-            near = window is None or start - key_column < window  # the last window - 1 before its start
-            return row == key_of and stream.first[row] <= key_column < start and near
-        return kind == key_kind == "canvas" and of == key_of
+        kind, index, sequence, position = query
+        key_kind, key_index, key_sequence, key_position = key
+        if key_kind == "context" and kind in ("context", "canvas") and sequence == key_sequence:
+            if kind == "context":  # `window` keys, itself included
+                return key_position <= position and (window is None or position - key_position < window)
+            start = stream.segments[index].start  # the last window - 1 before its start
+            return key_position < start and (window is None or start - key_position < window)
+        return kind == key_kind == "canvas" and index == key_index
 
-    return torch.tensor([[sees(query, key) for key in cached + tokens] for query in tokens])
+    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens[-stream.tokens :]])
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -52,81 +69,234 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 @st.composite
-def streams(draw) -> tuple[Stream, int | None]:
-    rows = draw(st.integers(1, 3))
-    cached = draw(st.integers(0, 14))
-    context = draw(st.integers(0 if cached else 1, 14))
-    columns = cached + context
-    first = tuple(draw(st.integers(0, columns - 1)) for _ in range(rows))
-    # what is cached was trimmed, so a canvas of a later pass starts behind it
-    places = [(row, start) for row in range(rows) for start in range(max(first[row] + 1, cached), columns + 1)]
+def streams(draw, most: int = 14) -> tuple[Stream, int | None, bool]:
+    """A stream, a window, and whether the cached context was trimmed to it."""
+    trimmed = draw(st.booleans())
+    sequences, new = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        first = draw(st.sampled_from([0, 0, 3]))
+        cached = draw(st.sampled_from([0, 4, draw(st.integers(0, most))]))
+        sequences.append(Span(first, first + cached))
+        new.append(draw(st.sampled_from([0, 4, draw(st.integers(0, most))])))
+    places = [
+        (index, start)
+        for index, (span, more) in enumerate(zip(sequences, new, strict=True))
+        for start in range(max(span.first + 1, span.end if trimmed else 0), span.end + more + 1)
+    ]
     canvases = draw(st.lists(st.sampled_from(places), max_size=6)) if places else []
-    if not context and not canvases:
-        canvases = [places[0]]
-    window = draw(st.sampled_from([None, 1, 2, 3, 8, 100]))
-    stream = Stream(
-        first=first,
-        context=context,
-        cached=cached,
-        canvases=tuple(Canvas(*place) for place in canvases),
-        canvas_length=draw(st.integers(1, 5)) if canvases else 0,
-        multiple=draw(st.sampled_from([1, 2, 4])),
-    )
-    return stream, window
+    segments = [
+        Segment(index, Kind.CONTEXT, sequences[index].end, length) for index, length in enumerate(new) if length
+    ]
+    length = draw(st.integers(1, 5))
+    for sequence, start in canvases:
+        odd = draw(st.sampled_from([0, 0, 0, 1]))
+        segments.append(Segment(sequence, Kind.CANVAS, start, length + odd))
+    if not segments:
+        sequences.append(Span(0, 0))
+        segments = [Segment(len(sequences) - 1, Kind.CONTEXT, 0, 3)]
+    multiple = draw(st.sampled_from([1, 2, 4]))
+    return Stream(tuple(sequences), tuple(segments), multiple), draw(st.sampled_from(WINDOWS)), trimmed
 
 
-def check(stream: Stream, window: int | None, key_heads: int, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
+class Drawn:
+    """Random queries, keys and values of a stream and of what is cached, and attention under the dense mask."""
 
-    def draw(tokens: int, heads: int) -> Tensor:
-        return torch.randn(tokens, heads, WIDTH, generator=generator)
+    def __init__(
+        self, stream: Stream, window: int | None, trimmed: bool, key_heads: int, seed: int = 0, width: int = WIDTH
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
 
-    q, k, v = draw(stream.tokens, HEADS), draw(stream.tokens, key_heads), draw(stream.tokens, key_heads)
-    old_k, old_v = (draw(stream.rows * stream.cached, key_heads) for _ in range(2))
-    past = None
-    if stream.cached:
-        by_row = [old.view(stream.rows, stream.cached, key_heads, WIDTH).transpose(1, 2) for old in (old_k, old_v)]
-        dropped = 0 if window is None else max(0, stream.cached - (window - 1))
-        past = KeyValue(*(old[:, :, dropped:] for old in by_row), dropped)
-    out, kept = attend(q, k, v, stream, window, past)
-    truth = dense(q, torch.cat([old_k, k]), torch.cat([old_v, v]), visible(stream, window))
-    torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)
-    if stream.cached + stream.context:
-        assert kept is not None and kept.end == stream.cached + stream.context
+        def draw(tokens: int, heads: int) -> Tensor:
+            return torch.randn(tokens, heads, width, generator=generator)
+
+        self.stream, self.window = stream, window
+        self.q, self.k, self.v = (draw(stream.tokens, heads) for heads in (HEADS, key_heads, key_heads))
+        cached = sum(span.length for span in stream.sequences)
+        old_k, old_v = draw(cached, key_heads), draw(cached, key_heads)
+        self.past = KeyValue(old_k, old_v, stream.sequences) if cached else None
+        if self.past is not None and trimmed and window is not None:
+            self.past = self.past.last(window - 1)
+        mask = visible(stream, window)
+        self.truth = dense(self.q, torch.cat([old_k, self.k]), torch.cat([old_v, self.v]), mask)
+
+    def assert_true(self, out: Tensor) -> None:
+        torch.testing.assert_close(out.double(), self.truth, atol=1e-5, rtol=1e-5)
+
+    @property
+    def context(self) -> KeyValue:
+        return extended(self.past, self.k, self.v, self.stream)
+
+    @property
+    def visibility(self) -> Visibility:
+        return Visibility.of(self.stream, self.window, self.context.kept)
 
 
-@settings(max_examples=250)
+@settings(max_examples=200)
 @given(case=streams(), key_heads=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))
-def test_segments_are_the_dense_mask(case, key_heads, seed):
-    """Any left padding, cached columns, window, and set of canvases, several of a row and at one place included."""
-    check(*case, key_heads, seed)
+def test_attention_of_segments_is_that_of_the_dense_mask(case, key_heads, seed):
+    """Any first positions, cached and new lengths, windows and canvases, several at one place and none included."""
+    drawn = Drawn(*case, key_heads, seed)
+    out, context = attend(drawn.q, drawn.k, drawn.v, drawn.stream, drawn.window, drawn.past)
+    drawn.assert_true(out)
+    assert tuple(span.end for span in context.kept) == tuple(span.end for span in drawn.stream.sequences_after)
+    drawn.assert_true(attend_by_groups(drawn.q, drawn.k, drawn.v, drawn.visibility, context, repeat_heads=True))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=60)
+@given(case=streams(), key_heads=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))
+def test_flex_attention_of_the_whole_stream_is_that_of_the_dense_mask(case, key_heads, seed):
+    """In its eager form, which evaluates the same mask: the kernel itself needs a GPU."""
+    drawn = Drawn(*case, key_heads, seed)
+    drawn.assert_true(attend_as_one(drawn.q, drawn.k, drawn.v, drawn.visibility, drawn.context))
+
+
+@settings(max_examples=25)
+@given(case=streams(most=300))
+def test_blocks_of_the_flex_mask_are_those_that_some_query_sees(case):
+    """A kernel visits no other block, and evaluates no mask in those that every query sees whole."""
+    stream, window, trimmed = case
+    cached = sum(span.length for span in stream.sequences)
+    past = KeyValue(torch.zeros(cached, 1, 1), torch.zeros(cached, 1, 1), stream.sequences)
+    past = past.last(window - 1) if trimmed and window is not None else past
+    new = torch.zeros(stream.tokens, 1, 1)
+    visibility = Visibility.of(stream, window, extended(past, new, new, stream).kept)
+    mask = visibility.block_mask(torch.device("cpu"))
+    queries, keys = stream.tokens, visibility.context_keys + stream.canvas_tokens
+    seen = mask.mask_mod(0, 0, torch.arange(queries)[:, None], torch.arange(keys))
+    padded = torch.zeros(-(-queries // BLOCK) * BLOCK, -(-keys // BLOCK) * BLOCK, dtype=torch.bool)
+    padded[:queries, :keys] = seen
+    blocks = padded.view(-1, BLOCK, padded.shape[1] // BLOCK, BLOCK).transpose(1, 2)
+
+    def listed(numbers: Tensor, indices: Tensor) -> Tensor:
+        out = torch.zeros(blocks.shape[:2], dtype=torch.bool)
+        for row, (number, columns) in enumerate(zip(numbers[0, 0].tolist(), indices[0, 0].tolist(), strict=True)):
+            out[row, columns[:number]] = True
+        return out
+
+    whole = blocks.flatten(2).all(-1)
+    assert torch.equal(listed(mask.full_kv_num_blocks, mask.full_kv_indices), whole)
+    assert torch.equal(listed(mask.kv_num_blocks, mask.kv_indices), blocks.flatten(2).any(-1) & ~whole)
+
+
+def equal_rows(rows: int, context: int, cached: int = 0, canvases: bool = False) -> Stream:
+    places = tuple((row, cached + context) for row in range(rows)) if canvases else ()
+    return stream_of((Span(0, cached),) * rows, (context,) * rows, places, 4, 1)
+
+
+UNEQUAL = stream_of((Span(0, 3), Span(0, 5)), (), ((0, 3), (1, 5)), 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "stream", "window", "kernel"),
+    [
+        ("cpu", torch.float32, 256, UNEQUAL, None, Kernel.GROUPS),
+        ("cpu", torch.bfloat16, 512, equal_rows(2, 5), None, Kernel.GROUPS),
+        # batches of one geometry: the kernels that hold no scores
+        ("cuda", torch.bfloat16, 256, equal_rows(2, 5), 8, Kernel.GROUPS),
+        ("cuda", torch.bfloat16, 256, equal_rows(2, 0, cached=5, canvases=True), 8, Kernel.GROUPS),
+        ("cuda", torch.bfloat16, 512, equal_rows(2, 5, canvases=True), None, Kernel.GROUPS_REPEATED_HEADS),
+        ("cuda", torch.float32, 256, equal_rows(2, 5, canvases=True), 8, Kernel.GROUPS_REPEATED_HEADS),
+        # masks and unequal sequences: one call
+        ("cuda", torch.bfloat16, 256, equal_rows(2, 9), 8, Kernel.FLEX),
+        ("cuda", torch.bfloat16, 512, equal_rows(2, 4, cached=5), None, Kernel.FLEX),
+        ("cuda", torch.bfloat16, 512, UNEQUAL, None, Kernel.FLEX),
+        ("cuda", torch.float32, 16, UNEQUAL, 8, Kernel.FLEX),
+        # widths that FlexAttention does not take
+        ("cuda", torch.bfloat16, 8, UNEQUAL, 8, Kernel.GROUPS_REPEATED_HEADS),
+        ("cuda", torch.bfloat16, 96, UNEQUAL, None, Kernel.GROUPS_REPEATED_HEADS),
+    ],
+)
+def test_the_kernel_follows_from_device_dtype_width_and_geometry(device, dtype, head_dim, stream, window, kernel):
+    uniform = Visibility.of(stream, window, stream.sequences_after).is_uniform
+    assert choose_kernel(device, dtype, head_dim, uniform) is kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 256, 512])
+def test_blocks_of_wide_heads_fit_the_shared_memory_of_every_gpu(dtype, head_dim):
+    """99 KB on sm_120. Up to a width of 256 torch has blocks of its own for each GPU."""
+    options = flex_options(dtype, head_dim)
+    if head_dim <= 256:
+        assert options == {"BACKEND": "TRITON"}
+    else:
+        queries, keys = options["fwd_BLOCK_M"], options["fwd_BLOCK_N"]
+        assert min(queries, keys) >= 16
+        assert head_dim * dtype.itemsize * (queries + 2 * keys * options["num_stages"]) <= 99 << 10
 
 
 @pytest.mark.parametrize("window", [None, 8, 64, 70], ids=["global", "8", "64", "70"])
 @pytest.mark.parametrize("cached", [0, 9])
 def test_long_contexts_are_cut_into_blocks(monkeypatch, window, cached):
     """Longer than a block of queries, whose last one is short."""
-    monkeypatch.setattr(segments, "_QUERY_BLOCK", 32)
-    stream = Stream(first=(0, 3), context=150, cached=cached, canvases=(Canvas(1, 150), Canvas(0, 40)), canvas_length=4)
-    if cached and window is not None:  # the keys before the second canvas are there: its start is behind the cache
-        assert stream.canvases[1].start > cached
-    check(stream, window, 2)
+    monkeypatch.setattr(segment_attention, "_QUERY_BLOCK", 32)
+    sequences = (Span(0, cached), Span(3, 3 + cached))
+    stream = stream_of(sequences, (150, 147), ((1, cached + 150), (0, 40)), 4, 1)
+    drawn = Drawn(stream, window, False, 2)
+    drawn.assert_true(attend(drawn.q, drawn.k, drawn.v, stream, window, drawn.past)[0])
 
 
 def test_a_query_at_the_window_sees_the_key_after_the_first():
     """With a window of 8, query 8 sees keys 1 to 8; a canvas that starts at 8 sees keys 1 to 7 and itself."""
-    stream = Stream(first=(0,), context=9, canvases=(Canvas(0, 8), Canvas(0, 7)), canvas_length=2)
+    stream = stream_of((Span(0, 0),), (9,), ((0, 8), (0, 7)), 2, 1)
     for index, seen in ((8, range(1, 9)), (9, range(1, 8)), (11, range(0, 7))):
         q = torch.zeros(stream.tokens, HEADS, WIDTH)
         k = torch.zeros(stream.tokens, 1, WIDTH)
         v = torch.zeros(stream.tokens, 1, WIDTH)
-        v[: stream.context, 0, 0] = 2.0 ** torch.arange(9)  # equal scores: the mean of the values says which were seen
+        v[:9, 0, 0] = 2.0 ** torch.arange(9)  # equal scores: the mean of the values says which were seen
         out, _ = attend(q, k, v, stream, 8, None)
         own = 0 if index < 9 else 2
         assert float(out[index, 0]) * (len(seen) + own) == pytest.approx(sum(2.0**key for key in seen))
 
 
-@pytest.mark.parametrize(("first", "start"), [(0, 0), (3, 3), (0, 6)], ids=["no context", "padding only", "beyond"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("window", [None, 8])
+def test_equal_sequences_are_one_batch_of_views(rows, window):
+    """No gathered copies and no order to restore: prompts, and canvases behind them or behind what is cached."""
+    for stream in (equal_rows(rows, 5, canvases=True), equal_rows(rows, 0, cached=20, canvases=True)):
+        visibility = Visibility.of(stream, window, stream.sequences_after)
+        assert visibility.is_uniform and visibility.order(torch.device("cpu")) is None
+        x = torch.randn(max(stream.tokens, visibility.context_keys), 2, 3)
+        for group in visibility.groups:
+            assert group.queries.count == rows
+            for slices, total in ((group.queries, stream.tokens), (group.keys, visibility.context_keys)):
+                of = x[:total]
+                assert slices.of(of).untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
+def test_sequences_of_different_lengths_run_together_where_they_see_as_much():
+    """Canvases behind contexts longer than the window have one geometry in sliding layers, wherever they stand."""
+    stream = stream_of((Span(0, 20), Span(3, 31), Span(0, 11)), (), ((0, 20), (1, 31), (2, 11)), 4, 1)
+    assert [group.queries.count for group in Visibility.of(stream, 8, stream.sequences).groups] == [3]
+    assert [group.queries.count for group in Visibility.of(stream, None, stream.sequences).groups] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("first", "start"), [(0, 0), (3, 3), (0, 6)], ids=["no context", "first position", "beyond"])
 def test_a_canvas_needs_context_before_it(first, start):
     with pytest.raises(ValueError, match="a canvas needs at least one context token before it"):
-        Stream(first=(first,), context=5, canvases=(Canvas(0, start),), canvas_length=4)
+        stream_of((Span(first, first),), (5 - first,), ((0, start),), 4, 1)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [Segment(0, Kind.CANVAS, 2, 4), Segment(0, Kind.CONTEXT, 2, 3)],
+        [Segment(1, Kind.CONTEXT, 2, 3), Segment(0, Kind.CONTEXT, 2, 3)],
+        [Segment(0, Kind.CONTEXT, 2, 3), Segment(0, Kind.CONTEXT, 5, 3)],
+    ],
+    ids=["a canvas first", "another order", "one sequence twice"],
+)
+def test_context_comes_first_and_once(segments):
+    with pytest.raises(ValueError, match="context segments come before canvases, one of a sequence, in the order of"):
+        Stream((Span(0, 2), Span(0, 2)), tuple(segments))
+
+
+def test_context_continues_its_sequence():
+    with pytest.raises(ValueError, match="does not begin where"):
+        Stream((Span(0, 2),), (Segment(0, Kind.CONTEXT, 3, 3),))
+
+
+def test_a_canvas_that_would_see_dropped_keys_is_an_error():
+    stream = stream_of((Span(0, 20),), (), ((0, 15),), 4, 1)
+    with pytest.raises(ValueError, match="sees keys from position 8 on, but those before 13 were dropped"):
+        Visibility.of(stream, 8, (Span(13, 20),))
