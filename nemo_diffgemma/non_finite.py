@@ -49,10 +49,17 @@ DAMAGED = "the checkpoint is damaged, or was saved by a run that had diverged: u
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """What is wrong with the first (name, tensor) that holds NaN or infinity; None where all are finite."""
     for name, tensor in tensors:
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             count = int((~tensor.isfinite()).sum())
             return f"{name} holds NaN or infinity in {count} of its {tensor.numel()} entries"
     return None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, in one reading without a mask of its size; waits for the device."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # either is NaN where any entry is
 
 
 @contextmanager
@@ -64,7 +71,7 @@ def _watching(network: nn.Module) -> Any:
     def look(name: str, output: Any) -> None:
         calls[0] += 1
         for part in output if isinstance(output, tuple) else (output,):
-            if isinstance(part, Tensor) and part.is_floating_point() and not bool(part.isfinite().all()):
+            if isinstance(part, Tensor) and not is_finite(part):
                 outputs.append((calls[0], name, str(part.dtype).removeprefix("torch.")))
 
     handles = [

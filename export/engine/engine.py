@@ -33,7 +33,7 @@ from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.segments import left_padding
-from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
+from nemo_diffgemma.non_finite import DAMAGED, first_non_finite, is_finite
 from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.parallel.team import tensors_of_rank_zero
@@ -82,9 +82,7 @@ class _Watched:
         outputs = self._session.run(shared, ranked)
         for rank in outputs:
             self.not_finite += [
-                f"output {name} of the graph {self._graph}"
-                for name, tensor in rank.items()
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+                f"output {name} of the graph {self._graph}" for name, tensor in rank.items() if not is_finite(tensor)
             ]
         return outputs
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles
 from nemo_diffgemma.config import GLOBAL, ModelConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.non_finite import is_finite
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
 DECODER, ENCODER = "model.decoder.", "model.encoder.language_model."
@@ -209,7 +210,13 @@ def read_weights(
     try:
         with TensorFiles(checkpoint) as files:
             for name, weight in weights.items():
-                yield name, weight.of_rank(stored_slice(files, weight), rank).to(dtype)
+                tensor = weight.of_rank(stored_slice(files, weight), rank).to(dtype)
+                if not is_finite(tensor):
+                    raise WeightsError(
+                        f"{weight.key} in {checkpoint} holds NaN or infinity as {dtype}: the checkpoint is damaged, or "
+                        "has values too large for this type; use another, or dtype=bfloat16"
+                    )
+                yield name, tensor
     except CheckpointError as error:
         raise WeightsError(str(error)) from None
 

@@ -33,6 +33,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.config_keys import QUANTISED
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.network import Network
+from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
 from nemo_diffgemma.parallel.agreement import agree_error
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
@@ -102,11 +103,23 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], files: TensorFiles) -
 def load(network: Network, directory: str | Path) -> None:
     """Fill `network` from a released-format directory that `check` accepts.
 
-    Collective. Raises `CheckpointError` on every rank, with no weight set, where two copies of a weight differ.
+    Collective. Raises `CheckpointError` on every rank: with no weight set where two copies of a weight differ, and
+    where a weight is NaN or infinite.
     """
     agree_error(_error_of(lambda: _check_copies(Path(directory))))
     agree_error(_error_of(lambda: _fill(network, Path(directory))))
+    agree_error(_error_of(lambda: check_finite(network, Path(directory))))
     network.assets = Path(directory)
+
+
+def check_finite(network: Network, directory: Path) -> None:
+    """Raise `CheckpointError` where a weight of this rank is NaN or infinite.
+
+    An attention kernel may turn a query that is NaN into zeros, so results alone do not tell.
+    """
+    weight = first_non_finite((released_name(name), tensor) for name, tensor in text_tensors(network))
+    if weight is not None:
+        raise CheckpointError(f"{weight}, in {directory}: {DAMAGED}")
 
 
 def _error_of(work: Callable[[], None]) -> Exception | None:

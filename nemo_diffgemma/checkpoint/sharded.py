@@ -158,11 +158,13 @@ def _write_beside(network: Network, directory: Path) -> None:
 def load_sharded(network: Network, directory: str | Path) -> None:
     """Fill `network` from a sharded checkpoint of any layout: weights only, whatever else it holds.
 
-    Raises `CheckpointError` on every rank, before any weight is set unless a file of the right size is damaged inside.
+    Raises `CheckpointError` on every rank, before any weight is set unless a file of the right size is damaged inside
+    or a weight is NaN or infinite.
     """
     source = Path(directory)
     agree_error(_error(lambda: check(network.model, source)))
     read_tensors(sharded_state_dict(network), source)
+    agree_error(_error(lambda: huggingface.check_finite(network, source)))
     network.file_dtypes = file_dtypes(source)
     network.assets = source / ASSETS
 

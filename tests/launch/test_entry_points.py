@@ -242,6 +242,7 @@ def test_a_conversion_onto_something_is_refused_before_anything_is_read(model, t
 @pytest.mark.parametrize("content", [b'{"version": "1', b"[]", b'"\xe9"', b"{}", b'{"added_tokens": 3, "model": []}'])
 def test_a_damaged_tokenizer_is_named(model_that_reads_text, tmp_path, name, content):
     from launch.text import Text
+
     from nemo_diffgemma.errors import UserError
 
     shutil.copytree(model_that_reads_text, tmp_path / "model")
