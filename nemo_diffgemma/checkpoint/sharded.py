@@ -123,8 +123,8 @@ def save_sharded(
         _write_in_process()
         try:
             dist_checkpointing.save(state, str(paths[0]))
-        except (CheckpointException, OSError) as found:  # torch tells every rank what befell one of them
-            raise CheckpointError(f"cannot write {directory}: {_reason(found)}") from found
+        except (CheckpointException, OSError) as failure:  # torch tells every rank what befell one of them
+            raise CheckpointError(f"cannot write {directory}: {_reason(failure)}") from failure
         with huggingface.on_first_rank(partial):
             if partial is not None:
                 _write_beside(network, partial)
@@ -188,17 +188,17 @@ def read_common(directory: str | Path) -> dict[str, Any]:
 
     Collective. Raises `CheckpointError` on every rank.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
 
     def read() -> None:
         _check_sizes(Path(directory), _read_metadata(Path(directory)))
         try:
-            found.update(load_common_state_dict(str(directory)))
+            values.update(load_common_state_dict(str(directory)))
         except (*_UNREADABLE, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
 
     agree_error(_error(read))
-    return found
+    return values
 
 
 def keys(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -249,8 +249,8 @@ def _check_sizes(directory: Path, metadata: Any) -> None:
         file = directory / name
         size = file.stat().st_size if file.is_file() else None
         if size is None or size < end:
-            found = "lacks it" if size is None else f"has {size} of its {end} bytes or more"
-            raise CheckpointError(f"{directory} is not complete: of {name} it {found}; copy it again")
+            held = "lacks it" if size is None else f"has {size} of its {end} bytes or more"
+            raise CheckpointError(f"{directory} is not complete: of {name} it {held}; copy it again")
 
 
 def file_dtypes(directory: Path) -> dict[str, str]:

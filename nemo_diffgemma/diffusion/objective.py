@@ -14,6 +14,7 @@ Shapes: T tokens of all rows, one row behind the other, M canvases of C tokens o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -54,8 +55,10 @@ class ObjectiveConfig:
             )
         if not 0.0 <= self.noise_floor < 1.0:
             raise UserError(f"objective.noise_floor={self.noise_floor}; expected at least 0 and below 1")
-        if self.canvases_per_example < 0 or self.autoregressive_weight < 0:
-            raise UserError("objective.canvases_per_example and objective.autoregressive_weight cannot be negative")
+        if self.canvases_per_example < 0:
+            raise UserError(f"objective.canvases_per_example={self.canvases_per_example}; expected 0 (all) or more")
+        if not 0.0 <= self.autoregressive_weight < math.inf:
+            raise UserError(f"objective.autoregressive_weight={self.autoregressive_weight}; expected 0 or more")
 
 
 class Encoded(Protocol):

@@ -244,8 +244,9 @@ def test_the_first_pass_has_no_gradient_and_is_run_whatever_the_coins():
         (dict(reduction="sum"), "objective.reduction='sum'; use 'example' or 'token'"),
         (dict(self_conditioning_probability=1.5), "objective.self_conditioning_probability=1.5; expected 0 to 1"),
         (dict(noise_floor=1.0), "objective.noise_floor=1.0; expected at least 0 and below 1"),
-        (dict(canvases_per_example=-1), "cannot be negative"),
-        (dict(autoregressive_weight=-0.5), "cannot be negative"),
+        (dict(canvases_per_example=-1), "canvases_per_example=-1; expected 0"),
+        (dict(autoregressive_weight=-0.5), "autoregressive_weight=-0.5; expected 0"),
+        (dict(autoregressive_weight=float("nan")), "autoregressive_weight=nan; expected 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -58,9 +58,7 @@ def test_the_released_model_is_cut_over_every_size_its_heads_allow(tensor):
 
 def test_the_vocabulary_is_named_where_it_is_what_cannot_be_divided():
     config = dataclasses.replace(RELEASED, vocab_size=100, num_attention_heads=256, intermediate_size=256)
-    with pytest.raises(
-        LayoutError, match="tensor=256 cannot divide 128 rows of the padded vocabulary; use tensor=1, 2"
-    ):
+    with pytest.raises(LayoutError, match="tensor=256 cannot divide 128 rows of the padded vocabulary; use .*"):
         ParallelLayout(tensor=256).check(config)
 
 
