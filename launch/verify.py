@@ -24,6 +24,7 @@ from omegaconf import MISSING
 from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.cli.processes import launch
 from nemo_diffgemma.schema import ParallelGroup
+from nemo_diffgemma.scratch import scratch_directory
 
 _TRIES = 8  # prompts and noise with which rows are looked for whose tokens can be compared
 
@@ -49,8 +50,9 @@ def verify(config: VerifyConfig, results: Results) -> dict[str, Any]:
     from nemo_diffgemma.evaluation import comparison
 
     network = open_network(config.checkpoint, "float32")
-    with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
-        reference = load_reference(_released_format(config.checkpoint, network, Path(folder)))
+    # a converted checkpoint may be large: what a killed verification left is swept by the next one
+    with scratch_directory(Path(tempfile.gettempdir()), "nemo_diffgemma-verify", private=True) as folder:
+        reference = load_reference(_released_format(config.checkpoint, network, folder))
         window = network.model.sliding_window
         lengths = config.prompt_lengths or [max(1, window // 2), window + 3]
         differences: dict[str, float] = {}

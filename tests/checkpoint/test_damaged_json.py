@@ -56,7 +56,7 @@ def changed(document: Any, path: tuple, value: Any) -> Any:
     return copy
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     file=st.sampled_from(FILES),
     where=st.integers(0, 10**6),
