@@ -22,6 +22,7 @@ import torch
 
 from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout
 from nemo_diffgemma.diffusion import objective as method
+from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.parallel import initialize
 
 CANVAS = 64
@@ -54,13 +55,13 @@ def network(vocabulary: int) -> DiffusionGemma:
 def step(model: DiffusionGemma, prompt: int, canvases: int, scored: int) -> None:
     """Forward and backward of one row."""
     length = prompt + canvases * CANVAS
-    tokens = torch.randint(3, model.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    rows = method.Rows(tokens, [prompt], [length], [0])
+    tokens = torch.randint(3, model.model.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    rows = Rows(tokens, [prompt], [length], [0])
     config = method.ObjectiveConfig(canvases_per_example=scored)
-    places = method.choose_canvases(rows, CANVAS, scored, seed=0)
-    corrupted = method.corrupt(rows, places, CANVAS, model.model.vocab_size, seed=0)
-    totals = method.count(rows, places, CANVAS)
-    method.objective(model, rows, places, corrupted, config, 0, totals).total.backward()
+    canvases = method.choose_canvases(rows, CANVAS, scored, seed=0)
+    corrupted = method.corrupt(rows, canvases, CANVAS, model.model.vocab_size, seed=0)
+    totals = method.count(rows, canvases, CANVAS)
+    method.objective(model, rows, canvases, corrupted, config, 0, totals).total.backward()
     model.zero_grad(set_to_none=True)
 
 

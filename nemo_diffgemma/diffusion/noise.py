@@ -54,10 +54,12 @@ def keyed_bits(seed: Tensor | int, *key: Tensor | int) -> Tensor:
     """64 random bits as int64 for every broadcast combination of the key's parts. Raises `UserError` for the seed."""
     if isinstance(seed, int):
         check_seed(seed)
-    state = torch.zeros((), dtype=torch.int64)
+    state: Tensor | int = 0  # an int as long as no part is a tensor: nothing is copied to a device
     for part in (seed, *key):
-        state = _mix(state.to(part.device) ^ _mix(part)) if isinstance(part, Tensor) else _mix(state ^ _mix_int(part))
-    return state
+        mixed = _mix(part) if isinstance(part, Tensor) else _mix_int(part)
+        state = state ^ mixed
+        state = _mix(state) if isinstance(state, Tensor) else _mix_int(state)
+    return state if isinstance(state, Tensor) else torch.tensor(state)
 
 
 def check_seed(seed: int) -> None:

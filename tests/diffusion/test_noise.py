@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nemo_diffgemma.diffusion import noise
 from nemo_diffgemma.diffusion.noise import KeyedNoise, keyed_bits, to_ids, to_uniforms
+from nemo_diffgemma.errors import UserError
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 _64 = 2**64 - 1
@@ -32,6 +33,17 @@ def test_bits_are_splitmix64_folded_over_the_key(key, as_tensors):
         state = splitmix64(state ^ splitmix64(part & _64))
     bits = keyed_bits(*(torch.tensor([part]) if as_tensors else part for part in key))
     assert int(bits) & _64 == state
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 99999999999999999999])
+def test_a_seed_of_more_than_64_bits_is_named(seed):
+    for draw in (
+        lambda: KeyedNoise.for_rows(seed, 2, 4, 64),
+        lambda: KeyedNoise.for_rows([0, seed], 2, 4, 64),
+        lambda: keyed_bits(seed, 1),
+    ):
+        with pytest.raises(UserError, match=rf"^seed={seed}; expected an integer from -2\^63 to 2\^63 - 1$"):
+            draw()
 
 
 @settings(max_examples=100)

@@ -185,7 +185,7 @@ def test_every_position_of_a_canvas_is_scored_alike_whatever_the_noise(reduction
 
 
 def test_next_tokens_are_scored_inside_a_row_only():
-    """Four tokens by hand: a prompt of two and ... three pairs; nothing from one row to the next, prompt pairs included."""
+    """By hand: prompt pairs are among them, and no pair reaches from one row into the next."""
     tokens = torch.tensor([10, 11, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25, 26, 27])
     rows = Rows(tokens, [2, 4], [6, 8], [0, 1])
     _, recorder, _ = scored(rows, ObjectiveConfig(canvases_per_example=0))

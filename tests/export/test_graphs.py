@@ -112,9 +112,10 @@ def test_the_loop_gives_the_tokens_and_numbers_of_pytorch(checkpoint, engines, l
         assert torch.equal(found["accepted_count"], torch.stack([step.accepted.sum(-1) for step in exact]))
 
 
-def test_left_padding_and_stopping_are_those_of_pytorch(checkpoint, engines):
+@pytest.mark.parametrize("padding", [(0, 3, 10), (2, 3, 10)], ids=["some rows", "every row"])
+def test_left_padding_and_stopping_are_those_of_pytorch(checkpoint, engines, padding):
     ids = prompts(3, 11)
-    mask = (torch.arange(11) >= torch.tensor([[0], [3], [10]])).long()
+    mask = (torch.arange(11) >= torch.tensor(padding)[:, None]).long()
     sampler = SamplerConfig(
         max_denoising_steps=12, entropy_bound=5.0, confidence_threshold=1.0, eos_token_id=(1, 50), pad_token_id=0
     )

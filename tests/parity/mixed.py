@@ -21,9 +21,9 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One sequence: ids that are cached, ids that are new, and canvases [m, C] at `starts`, of which some have a signal.
+    """One sequence: cached ids, new ids, and canvases [m, C] that start at the positions `starts`.
 
-    Positions count from `first`.
+    Some canvases have a signal. The position of the first token is `first`.
     """
 
     first: int

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_diffgemma import SamplerConfig
+from nemo_diffgemma.errors import UserError
 from tests.distributed import cases
 
 IDS = torch.arange(12).view(2, 6)
@@ -53,6 +54,8 @@ BAD = {
         lambda m: m.generate(IDS, sampler=SamplerConfig(eos_token_id=61)),
         r"sampler.eos_token_id=61 is outside the vocabulary",
     ),
+    "a seed of 67 bits": (lambda m: m.generate(IDS, seed=10**20), "seed=100000000000000000000; expected an integer"),
+    "initial weights of such a seed": (lambda m: m.init_weights(-(10**20)), "seed=-100000000000000000000; expected an"),
     "too few seeds": (lambda m: m.generate(IDS, seed=[1]), "1 seeds for 2 rows; give one int, or one int for each row"),
 }
 
@@ -60,7 +63,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(model, name):
     call, message = BAD[name]
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(UserError) as raised:
         call(model)
     assert re.search(message, str(raised.value)), str(raised.value)
     assert "\n" not in str(raised.value)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_diffgemma.model import segment_attention
 from nemo_diffgemma.model.cache import KeyValue, extended
@@ -269,6 +270,44 @@ def test_sequences_of_different_lengths_run_together_where_they_see_as_much():
     stream = stream_of((Span(0, 20), Span(3, 31), Span(0, 11)), (), ((0, 20), (1, 31), (2, 11)), 4, 1)
     assert [group.queries.count for group in Visibility.of(stream, 8, stream.sequences).groups] == [3]
     assert [group.queries.count for group in Visibility.of(stream, None, stream.sequences).groups] == [1, 1, 1]
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operations that run; FlexAttention is one."""
+
+    supports_higher_order_operators = True
+
+    def __enter__(self):
+        self.names = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(getattr(function, "overloadpacket", function).__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("as_one", [False, True], ids=["groups", "flex"])
+def test_layers_behind_the_first_take_nothing_from_the_host(as_one):
+    """Indices, masks and ranges are made once a stream: no list becomes a tensor, no tensor a number."""
+    sequences = (Span(0, 20), Span(3, 31), Span(0, 11), Span(0, 0))
+    stream = stream_of(sequences, (0, 4, 4, 9), ((0, 20), (1, 35), (2, 13), (3, 9), (3, 4)), 4, 2)
+
+    def layer() -> None:
+        drawn = layers.pop()
+        if as_one:
+            attend_as_one(drawn.q, drawn.k, drawn.v, drawn.visibility, drawn.context)
+        else:
+            attend(drawn.q, drawn.k, drawn.v, stream, 8, drawn.past)
+
+    layers = [Drawn(stream, 8, False, 2, seed) for seed in range(2)]
+    with Recorded() as first:
+        layer()
+    with Recorded() as second:
+        layer()
+    from_host = {"arange", "lift_fresh", "lift_fresh_copy", "_to_copy", "_local_scalar_dense", "nonzero", "argsort"}
+    assert first.names & from_host
+    assert not second.names & from_host
 
 
 @pytest.mark.parametrize(("first", "start"), [(0, 0), (3, 3), (0, 6)], ids=["no context", "first position", "beyond"])
