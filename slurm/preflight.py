@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import socket
@@ -30,6 +30,9 @@ from typing import Any
 
 BROKEN_NODE = 87
 _SHM = "/dev/shm"
+# This process asks CUDA for its GPUs, and a copy of a process that has cannot use them: children are copies of a server
+# that has only imported torch, which takes seconds in each child that is started anew.
+_CHILDREN = multiprocessing.get_context("forkserver")
 
 
 def main() -> None:
@@ -45,6 +48,8 @@ def main() -> None:
     last = threading.Timer(arguments.timeout, report.give_up, [f"not done within {arguments.timeout:g} s (--timeout)"])
     last.daemon = True
     last.start()
+    _CHILDREN.set_forkserver_preload(["torch"])
+    multiprocessing.forkserver.ensure_running()  # imports torch beside the local checks
     check(arguments, nodes, report)
     report.write()
     os._exit(0)  # without waiting for what hangs
@@ -170,7 +175,7 @@ def _use_gpus() -> None:
 
 def _alone(work: Callable[..., None], seconds: float, *arguments: Any) -> bool:
     """Whether `work` succeeds in time in a process of its own, which may hang or die."""
-    child = multiprocessing.get_context("fork").Process(target=work, args=arguments, daemon=True)
+    child = _CHILDREN.Process(target=work, args=arguments, daemon=True)
     child.start()
     child.join(seconds)
     if child.is_alive():
