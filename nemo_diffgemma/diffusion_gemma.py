@@ -20,6 +20,7 @@ from nemo_diffgemma.model.cache import Cache
 from nemo_diffgemma.model.initialisation import initialise
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.model.segments import left_padding
+from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.non_finite import raise_non_finite
 from nemo_diffgemma.parallel.agreement import agree_error
 from nemo_diffgemma.parallel.groups import device
@@ -81,16 +82,17 @@ class DiffusionGemma(Network):
             noise = KeyedNoise.for_rows(
                 seed, input_ids.shape[0], self.model.canvas_length, self.model.vocab_size, device()
             )
-        return generate(
-            self,
-            input_ids.to(device()),
-            left_padding(input_ids, attention_mask),
-            canvas_length=self.model.canvas_length,
-            max_new_tokens=max_new_tokens,
-            sampler=sampler,
-            noise=noise,
-            observe=observe,
-        )
+        with reused_scratch():
+            return generate(
+                self,
+                input_ids.to(device()),
+                left_padding(input_ids, attention_mask),
+                canvas_length=self.model.canvas_length,
+                max_new_tokens=max_new_tokens,
+                sampler=sampler,
+                noise=noise,
+                observe=observe,
+            )
 
     def start(self, first_positions: Sequence[int]) -> Cache:
         """A cache of sequences without context, whose first tokens will have these positions."""

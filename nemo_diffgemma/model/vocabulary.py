@@ -14,7 +14,9 @@ Weight tables are `[v + padding, H]`, `first` is the id of the first row of this
 
 from __future__ import annotations
 
-import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +127,7 @@ class _Sweep:
         def numbers(*shape: int, value: float) -> Tensor:
             return torch.full(shape, value, dtype=torch.float32, device=device)
 
-        self.logits_kNc = _scratch((chunks, positions, self.chunk), device, torch.is_inference_mode_enabled())
+        self.logits_kNc = _scratch((chunks, positions, self.chunk), device)
         self.maximum_kN = numbers(chunks, positions, value=_NEVER)
         self.mass_kN = numbers(chunks, positions, value=0.0)
         self.moment_kN = numbers(chunks, positions, value=0.0)
@@ -196,13 +198,34 @@ class _Sweep:
         return torch.where(mine_N, self.shard.first + local_N * self.chunk + inside_N, -1)
 
 
-@functools.lru_cache(maxsize=1)
-def _scratch(shape: tuple[int, ...], device: torch.device, inference: bool) -> Tensor:
-    """Memory for the logits of one sweep, kept for the next: fresh pages cost a tenth of the sweep on a CPU.
+_REUSED = threading.local()
 
-    No sweep outlives `statistics`, so two are never alive at once. Tensors of inference mode are of no use outside it.
+
+@contextmanager
+def reused_scratch() -> Iterator[None]:
+    """Sweeps of this thread inside the block share the memory of their logits, which is given back at its end.
+
+    Fresh pages cost a tenth of a sweep on a CPU, and a denoising loop makes one a step; kept for longer, or shared by
+    threads, gigabytes would stay for ever and two generations would write into the same logits.
     """
-    return torch.empty(shape, dtype=torch.float32, device=device)
+    outer = getattr(_REUSED, "buffers", None)
+    _REUSED.buffers = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _REUSED.buffers = outer
+
+
+def _scratch(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Memory for the logits of one sweep. None outlives `statistics`: two of a thread are never alive at once."""
+    buffers = getattr(_REUSED, "buffers", None)
+    if buffers is None:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    key = (shape, device, torch.is_inference_mode_enabled())  # tensors of inference mode are of no use outside it
+    if key not in buffers:
+        buffers.clear()
+        buffers[key] = torch.empty(shape, dtype=torch.float32, device=device)
+    return buffers[key]
 
 
 _NEVER = -1e30  # the maximum of no logits: finite, so that differences of it are too
@@ -262,10 +285,11 @@ class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
         step = max(1, LOSS_BYTES // (4 * weight.shape[0]))
-        found = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(step)]
-        ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in found]))
+        with reused_scratch():
+            parts = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(step)]
+        ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in parts]))
         ctx.shard, ctx.softcap = shard, softcap
-        return torch.cat([part.soft_embedding_NH for part in found if part.soft_embedding_NH is not None])
+        return torch.cat([part.soft_embedding_NH for part in parts if part.soft_embedding_NH is not None])
 
     @staticmethod
     def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor, None, None]:
