@@ -196,9 +196,12 @@ class Submission:
         """Directory of the job, which no other job gets or has, and its name in the queue."""
         moment = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         if not hasattr(config, "exp_manager"):
-            return _unused(Path(config.cluster.jobs_dir).absolute() / f"{self.verb}-{moment}"), self.verb
+            place = Path(config.cluster.jobs_dir).absolute()
+            _check_slurm_takes(place, "cluster.jobs_dir")
+            return _unused(place / f"{self.verb}-{moment}"), self.verb
         group = config.exp_manager
         place = Path(group.exp_dir).absolute() / group.name
+        _check_slurm_takes(place / (group.version or ""), "exp_manager.exp_dir, name or version")
         if group.version is None:
             return _unused(place / moment), group.name
         _check_nobody_works_in(place / group.version)
@@ -248,6 +251,16 @@ def _unused(directory: Path) -> Path:
         for number in count(1)
         if not (place := directory.with_name(f"{directory.name}_{number}" if number > 1 else directory.name)).exists()
     )
+
+
+def _check_slurm_takes(directory: Path, keys: str) -> None:
+    """Slurm writes logs below `directory`, and reads signs of its own in the names of their files: %j, %A, a \\."""
+    signs = sorted({sign for sign in str(directory) if sign in "%\\" or not sign.isprintable()})
+    if signs:
+        raise ConfigurationError(
+            f"{str(directory)!r} has {' and '.join(map(repr, signs))} in its name, which Slurm would replace in the "
+            f"names of logs; choose {keys} without"
+        )
 
 
 def _check_nobody_works_in(directory: Path) -> None:
