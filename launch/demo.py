@@ -18,11 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.evaluate import canvas_loss, solve_rates
-from launch.train import train
 from nemo_diffgemma.cli.canvas_view import CanvasView
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.processes import launch
+from nemo_diffgemma.data.tasks import task_of
 from nemo_diffgemma.schema import BUDGETS, LEVELS, ConfigurationError, TrainConfig
 from nemo_diffgemma.tokenizer import Text
 
@@ -33,15 +32,18 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
     """Train, evaluate, generate, draw."""
     if config.data.kind != "sudoku":
         raise ConfigurationError(f"data.kind={config.data.kind!r}; the demo is about sudoku: use launch/train.py")
-    trained = train(config, results)
-    if results.exit_code:
-        return trained
     from nemo_diffgemma.checkpoint.contents import open_network
+    from nemo_diffgemma.cli.measures_view import measure
+    from nemo_diffgemma.training import run  # NeMo: ten seconds
 
+    done = run.train(config, config.exp_manager.run_dir)
+    trained = done.json()
+    if done.preempted:
+        results.exit_code = done.exit_code
+        return trained
     network = open_network(trained["checkpoint"], config.model.dtype)
     results.show(f"trained {trained['step']} steps, loss {trained['loss']:.4f}\n")
-    canvas_loss(network, config.data, LEVELS, config.seed, results)
-    rates = solve_rates(network, config.data, BUDGETS, config.seed, results)
+    measures = measure(network, task_of(config.data), LEVELS, BUDGETS, config.seed, results)
     prompt = solve_one(network, config, results)
     run_dir = Path(trained["run_dir"])
     if results.first:
@@ -49,6 +51,7 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
     results.show(f"loss and solve rate over training: {run_dir / 'demo.png'}")
     results.show(f"checkpoint: {trained['checkpoint']}")
     results.show(f"generate from it: python launch/generate.py checkpoint={trained['checkpoint']} prompt={prompt}\n")
+    rates = {name: measures[name] for name in ("solve_rate", "tokens_per_forward")}
     return {**trained, **rates, "seconds": round(time.time() - float(os.environ[STARTED]), 1)}
 
 
@@ -56,21 +59,24 @@ def solve_one(network: Any, config: TrainConfig, results: Results) -> str:
     """Show a held-out puzzle, and its canvas at every denoising step -> the puzzle as a prompt."""
     import torch
 
-    from nemo_diffgemma.data import decode_response, encode_puzzle, format_grid, is_solution, tasks
+    from nemo_diffgemma.data import decode_response, encode_puzzle, format_grid, is_solution
+    from nemo_diffgemma.data.sudoku_task import Sudoku
 
-    puzzle, _ = tasks.sudoku_task(config.data).test_set[0]
+    puzzle = Sudoku(config.data).puzzles()[0]
     prompt = torch.tensor([encode_puzzle(puzzle)])
     results.show(f"A puzzle whose solution was never trained on:\n{format_grid(puzzle)}\n")
     results.show("The canvas after each denoising step. All cells are predicted at once; the accepted ones are marked,")
     results.show("the others become noise again.\n")
     view = CanvasView(results, Text(network.assets), columns=4)
-    found = network.generate(prompt, max_new_tokens=len(puzzle), seed=config.seed, observe=view)
+    generation = network.generate(prompt, max_new_tokens=len(puzzle), seed=config.seed, observe=view)
     view.finish()
-    answer = decode_response(found.sequences[0, prompt.shape[1] :])
+    answer = decode_response(generation.sequences[0, prompt.shape[1] :])
     if answer is not None and is_solution(puzzle, answer):
-        results.show(f"Solved in {int(found.forwards[0])} passes for {len(puzzle)} cells:\n{format_grid(answer)}\n")
+        results.show(
+            f"Solved in {int(generation.forwards[0])} passes for {len(puzzle)} cells:\n{format_grid(answer)}\n"
+        )
     else:
-        results.show(f"Not solved in {int(found.forwards[0])} passes.\n")
+        results.show(f"Not solved in {int(generation.forwards[0])} passes.\n")
     return "".join(str(digit or ".") for digit in puzzle)
 
 

@@ -34,11 +34,10 @@ from nemo_diffgemma.schema import TrainConfig
 def train(config: TrainConfig, results: Results) -> dict[str, Any]:
     """Train; everything else is in the run directory."""
     from nemo_diffgemma.training import run  # NeMo: ten seconds
-    from nemo_diffgemma.training.monitoring import PREEMPTED
 
     done = run.train(config, config.exp_manager.run_dir)
-    results.exit_code = PREEMPTED if done.preempted else 0
-    return {"run_dir": str(done.run_dir), "checkpoint": str(done.checkpoint), "step": done.step, "loss": done.loss}
+    results.exit_code = done.exit_code
+    return done.json()
 
 
 if __name__ == "__main__":

@@ -7,3 +7,7 @@ class UserError(ValueError):
     Every other exception is a defect, or a fault of the machine. It is a ValueError for callers who catch what Python's
     own functions raise.
     """
+
+
+class ConfigurationError(UserError):
+    """A run configuration that cannot be used; the message names the key and what to write."""

@@ -1,5 +1,7 @@
 """The configuration of a run: one dataclass for each group of `conf/`, the only place where a key is declared.
 
+Only the keys of a kind of data are declared beside that kind: data/tasks.py.
+
 Hydra composes YAML files and overrides; `validate` compares the result with these classes and names an unknown or
 ill-typed key, its group and the closest valid one.
 """
@@ -17,16 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.data.tasks import KINDS, DataGroup, default_data, task_class
 from nemo_diffgemma.diffusion.objective import ObjectiveConfig
-from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.errors import ConfigurationError as ConfigurationError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of replaced tokens at which canvas loss is measured
 BUDGETS = (1, 2, 4, 8, 16, 48)  # numbers of denoising steps with which puzzles are solved
-
-
-class ConfigurationError(UserError):
-    """A run configuration that cannot be used; the message names the key and what to write."""
 
 
 @dataclass
@@ -38,19 +37,6 @@ class ModelGroup:
     dtype: str = "float32"  # or bfloat16: weights and activations; the optimizer keeps float32
     recompute: str = "none"  # selective, full
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-
-
-@dataclass
-class DataGroup:
-    """What is trained on. `global_batch_size` counts examples of one optimizer step over all replicas."""
-
-    kind: str = "sudoku"
-    global_batch_size: int = 64
-    micro_batch_size: int = 0  # examples of one forward pass of one replica; 0: its whole share
-    held_out: int = 28  # grids kept for tests
-    clues: tuple[int, int] = (0, 12)
-    test_clues: tuple[int, int] = (4, 8)
-    test_puzzles: int = 400
 
 
 @dataclass
@@ -173,7 +159,7 @@ class TrainConfig:
     """Everything `launch/train.py` reads."""
 
     model: ModelGroup = field(default_factory=ModelGroup)
-    data: DataGroup = field(default_factory=DataGroup)
+    data: DataGroup = field(default_factory=default_data)
     optim: OptimGroup = field(default_factory=OptimGroup)
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
     trainer: TrainerGroup = field(default_factory=TrainerGroup)
@@ -193,11 +179,11 @@ def validate[Schema](config: DictConfig | Mapping[str, Any], schema: type[Schema
     try:
         # as plain values: a DictConfig to which Hydra's `+key=value` has added keys would bring them along
         plain = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        merged = OmegaConf.merge(structured(schema, plain), plain)
         _check_architecture(OmegaConf.select(merged, "model.architecture") or {})
         checked = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(explain(error, schema)) from None
+        raise ConfigurationError(explain(error, schema, _data_group(schema, plain))) from None
     except ConfigurationError:
         raise
     except ValueError as error:  # a group's own check
@@ -207,17 +193,54 @@ def validate[Schema](config: DictConfig | Mapping[str, Any], schema: type[Schema
     return checked
 
 
-def explain(error: OmegaConfBaseException, schema: type) -> str:
-    """What is wrong with a key, in one paragraph."""
+def structured(schema: type, values: Mapping[Any, Any]) -> DictConfig:
+    """`schema` as OmegaConf has it, with the keys of the kind of data that `values` name.
+
+    Raises `ConfigurationError` for a kind that does not exist, and for keys of another kind.
+    """
+    node = OmegaConf.structured(schema)
+    group = _data_group(schema, values)
+    if group is None:
+        return node
+    node.data = OmegaConf.structured(group)
+    given = values.get("data")
+    for name in given if isinstance(given, Mapping) else ():
+        if name not in node.data and name in _fields(DataGroup, None):
+            raise ConfigurationError(
+                f"data.{name} is no key of data.kind={group.kind!r}; choose the kind with all of its keys: "
+                f"data={group.kind}"
+            )
+    return node
+
+
+def _data_group(schema: type, values: Mapping[Any, Any]) -> type[DataGroup] | None:
+    """The keys of the kind of data in `values`; None where the schema has no data."""
+    if get_type_hints(schema).get("data") is not DataGroup:
+        return None
+    given = values.get("data")
+    kind = given.get("kind", DataGroup.kind) if isinstance(given, Mapping) else DataGroup.kind
+    return task_class(str(kind)).keys
+
+
+def _fields(schema: type, data: type[DataGroup] | None) -> dict[str, Any]:
+    """Types of the fields by name. Where the kind of data is not known (None), it has the keys of all kinds."""
+    if schema is not DataGroup:
+        return get_type_hints(schema)
+    groups = [data] if data is not None else [task_class(kind).keys for kind in KINDS]
+    return {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+
+
+def explain(error: OmegaConfBaseException, schema: type, data: type[DataGroup] | None = None) -> str:
+    """What is wrong with a key, in one paragraph. `data` has the keys of the kind of data, where that is known."""
     key = str(error.full_key or error.key or "")
     problem = (error.msg or str(error)).splitlines()[0]
-    if key in keys_of(schema):
+    if key in keys_of(schema, data=data):
         if isinstance(error, MissingMandatoryValue):
             return f"{key} is not given and has no default; write {key}=..."
-        return f"{key}: {problem}; expected {_expected(key, schema)}"
+        return f"{key}: {problem}; expected {_expected(key, schema, data)}"
     if key.startswith("model.architecture."):
         return unknown_key(key, [f"model.architecture.{name}" for name in _ARCHITECTURE])
-    return unknown_key(key, keys_of(schema))
+    return unknown_key(key, keys_of(schema, data=data))
 
 
 def unknown_key(key: str, known: list[str]) -> str:
@@ -235,22 +258,22 @@ def unknown_key(key: str, known: list[str]) -> str:
     return message
 
 
-def keys_of(schema: type, prefix: str = "") -> list[str]:
-    """Every key of a schema with dots, groups included."""
+def keys_of(schema: type, prefix: str = "", data: type[DataGroup] | None = None) -> list[str]:
+    """Every key of a schema with dots, groups included; of `data` those of this kind, or of all (None)."""
     keys = []
-    for name, kind in get_type_hints(schema).items():
+    for name, kind in _fields(schema, data).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(kind):
-            keys += keys_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+            keys += keys_of(kind, f"{prefix}{name}.", data)  # type: ignore[arg-type]
     return keys
 
 
-def _expected(key: str, schema: type) -> str:
+def _expected(key: str, schema: type, data: type[DataGroup] | None) -> str:
     kind: Any = schema
     for name in key.split("."):
-        kind = get_type_hints(kind)[name]
+        kind = _fields(kind, data)[name]
     if dataclasses.is_dataclass(kind):
-        return f"the keys {', '.join(f.name for f in dataclasses.fields(kind))}"
+        return f"the keys {', '.join(_fields(kind, data))}"  # type: ignore[arg-type]
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return names.get(kind, str(kind).replace("tuple[", "[").replace("None", "null"))
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_diffgemma.cli.output import refuse
+from nemo_diffgemma.data.tasks import KINDS, DataGroup, task_class
 from nemo_diffgemma.repository import CONF
 from nemo_diffgemma.schema import explain, keys_of, unknown_key, validate
 
@@ -45,6 +46,8 @@ _QUIET = [
 def register(schema: type, name: str, documentation: str = "") -> None:
     """Make `schema` what `schema` in a defaults list of conf/ means, and `documentation` as what --help prints."""
     node = OmegaConf.structured(schema)
+    if get_type_hints(schema).get("data") is DataGroup:
+        _register_data(node)
     if "model" in node:
         # fields of ModelConfig that a YAML file leaves out may be overridden too; `validate` knows them
         OmegaConf.set_struct(node.model.architecture, False)
@@ -59,6 +62,16 @@ def register(schema: type, name: str, documentation: str = "") -> None:
         name="entry_point",
         node={"app_name": name, "header": "", "footer": "", "template": template},
     )
+
+
+def _register_data(node: DictConfig) -> None:
+    """Make `data=<kind>` bring the keys of its kind, also where conf/data has no file of that name."""
+    node.data = OmegaConf.structured(DataGroup)  # else those of the default kind stay beside them
+    for kind in KINDS:
+        keys = OmegaConf.structured(task_class(kind).keys)
+        ConfigStore.instance().store(group="schema/data", name=kind, node=keys)  # where a file of conf/data starts
+        if not (CONF / "data" / f"{kind}.yaml").is_file():
+            ConfigStore.instance().store(group="data", name=kind, node=keys)
 
 
 def compose(schema: type, config_name: str, documentation: str, work: Callable[[DictConfig], None]) -> None:

@@ -1,69 +1,126 @@
-"""The data of a run: its stream of training examples and its held-out ones, by `data.kind`."""
+"""What a run is about: one `Task` for each kind of data, chosen once by `data.kind`.
+
+    task = task_of(config.data)
+    task.check(network.model)
+    task.training_examples(seed)[7];  task.held_out_examples(400)       # what is trained on, and what never is
+    task.measures(network, budgets=[4, 16], seed=0)                     # what is measured beside the canvas loss
+
+A new kind is one file, with a dataclass of its keys and a class derived from `Task`, and one line in `KINDS`. On the
+command line `data=<kind>` chooses it; `conf/data/<name>.yaml` may hold other values of its keys.
+"""
 
 from __future__ import annotations
 
+import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data import VOCABULARY, Example, SudokuDataset, SudokuTask, encode_puzzle
-from nemo_diffgemma.schema import ConfigurationError, DataGroup
+from nemo_diffgemma.data.example import Example
+from nemo_diffgemma.errors import ConfigurationError
 
-KINDS = ("sudoku",)
-_SEEDS = 1 << 20  # streams that do not overlap before example 2^40
+if TYPE_CHECKING:
+    from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 
-
-def sudoku_task(data: DataGroup) -> SudokuTask:
-    """The task of `data`: the same split into trained and held-out grids whatever the seed of the run."""
-    _check_kind(data)
-    return SudokuTask(
-        held_out=data.held_out,
-        clues=(data.clues[0], data.clues[1]),
-        test_clues=(data.test_clues[0], data.test_clues[1]),
-        test_puzzles=data.test_puzzles,
-    )
+KINDS = {  # data.kind -> the class, imported when it is asked for
+    "sudoku": "nemo_diffgemma.data.sudoku_task:Sudoku",
+}
 
 
-class _Stream:
-    """The part of an endless dataset that belongs to a seed."""
+@dataclass
+class DataGroup:
+    """What is trained on: keys of every kind. `global_batch_size` counts examples of one step over all replicas."""
 
-    def __init__(self, dataset: SudokuDataset, seed: int) -> None:
-        self._dataset, self._first = dataset, (seed % _SEEDS) << 40
+    kind: str = "sudoku"
+    global_batch_size: int = 64
+    micro_batch_size: int = 0  # examples of one forward pass of one replica; 0: its whole share
+
+
+class Measures(NamedTuple):
+    """What a task finds in a network: `values` for JSON, and a table for a reader (none without a header)."""
+
+    values: dict[str, Any]
+    title: str = ""
+    header: list[str] = []
+    rows: list[list[Any]] = []
+
+
+class Task(ABC):
+    """A kind of data: its examples, how they read as text, and what to measure. Made from its group of keys.
+
+    The constructor raises `ConfigurationError` for keys with which there are no such data.
+    """
+
+    keys: ClassVar[type[DataGroup]]  # the dataclass of this kind's keys
+    eos_token_id: ClassVar[int]  # sampler settings of a network trained from scratch
+    pad_token_id: ClassVar[int]
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    @abstractmethod
+    def training_example(self, seed: int, index: int) -> Example:
+        """A pure function; `Example.sample` differs for every (seed, index), since noise is keyed by it."""
+
+    @abstractmethod
+    def held_out_examples(self, wanted: int | None = None) -> Sequence[Example]:
+        """The first `wanted` examples that are never trained on; None: all of them."""
+
+    def training_examples(self, seed: int) -> TrainingExamples:
+        """The endless stream of a seed."""
+        return TrainingExamples(self, seed)
+
+    def tokenizer(self) -> Any:
+        """A Hugging Face tokenizer for a network trained from scratch; None: it takes token ids only."""
+        return None
+
+    def check(self, model: ModelConfig) -> None:  # noqa: B027  a task may have nothing to check
+        """Raise `ConfigurationError` where a network cannot read these data."""
+
+    def measures(self, network: DiffusionGemma, budgets: Sequence[int], seed: int, batch_size: int = 400) -> Measures:
+        """What `launch/evaluate.py` reports beside the canvas loss, by budget of denoising steps. Collective."""
+        return Measures({})
+
+    def validate(self, network: DiffusionGemma, examples: int, seed: int) -> dict[str, float]:
+        """What goes into a line of `validation.jsonl` beside the canvas loss, on so many examples. Collective."""
+        return {}
+
+
+class TrainingExamples:
+    """The stream of one seed, as torch's DataLoader reads it: by index, without end."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task, self.seed = task, seed
 
     def __getitem__(self, index: int) -> Example:
-        return self._dataset[self._first + index]
+        return self.task.training_example(self.seed, index)
 
 
-def training_examples(data: DataGroup, seed: int) -> Any:
-    """An endless stream, a function of (data, seed, index)."""
-    return _Stream(SudokuDataset(sudoku_task(data)), seed)
+def task_class(kind: str) -> type[Task]:
+    """The class of a kind of data. Raises `ConfigurationError` for one that does not exist."""
+    if kind not in KINDS:
+        raise ConfigurationError(f"data.kind={kind!r}; use one of {', '.join(KINDS)}")
+    module, _, name = KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
-def held_out_examples(data: DataGroup, wanted: int) -> Sequence[Example]:
-    """The first `wanted` test puzzles with their solutions."""
-    solved = sudoku_task(data).test_set[:wanted]
-    digits = [VOCABULARY.index(str(digit)) for digit in range(10)]
-    return [
-        Example(tuple(encode_puzzle(puzzle)), tuple(digits[digit] for digit in solution), sample)
-        for sample, (puzzle, solution) in enumerate(solved)
-    ]
+def task_of(data: DataGroup) -> Task:
+    """The task of a run. Raises `ConfigurationError` where its keys do not make one."""
+    found = task_class(data.kind)
+    if not isinstance(data, found.keys):
+        raise ConfigurationError(
+            f"data.kind={data.kind!r} with the keys of {type(data).__name__}; choose both with data={data.kind}"
+        )
+    return found(data)
+
+
+def default_data() -> DataGroup:
+    """The keys of the kind that a run is about if nobody says which."""
+    return task_class(DataGroup.kind).keys()
 
 
 def fill_id(model: ModelConfig) -> int:
     """The id that fills the last canvas of a response."""
     return model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]
-
-
-def check(data: DataGroup, model: ModelConfig) -> None:
-    """Raise `ConfigurationError` where the network cannot read this data."""
-    _check_kind(data)
-    if model.vocab_size < len(VOCABULARY):
-        raise ConfigurationError(
-            f"data.kind=sudoku has {len(VOCABULARY)} token ids, but the network has vocab_size={model.vocab_size}; use "
-            f"model.architecture.vocab_size={len(VOCABULARY)}"
-        )
-
-
-def _check_kind(data: DataGroup) -> None:
-    if data.kind not in KINDS:
-        raise ConfigurationError(f"data.kind={data.kind!r}; use one of {', '.join(KINDS)}")

@@ -12,14 +12,12 @@ import torch
 from lightning.pytorch import Callback
 from tqdm import tqdm
 
-from nemo_diffgemma.data import tasks
-from nemo_diffgemma.evaluation.measures import LEVELS, canvas_losses, held_out_rows, sudoku_solve_rate
+from nemo_diffgemma.evaluation.measures import LEVELS, canvas_losses, held_out_rows
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
-SOLVE_STEPS = 16
 
 
-def keep_lines(file: Path, last_step: int) -> None:
+def truncate_after(file: Path, last_step: int) -> None:
     """Drop the lines of steps after `last_step`, and what an interrupted write left of one."""
     if not file.exists():
         return
@@ -35,7 +33,8 @@ def keep_lines(file: Path, last_step: int) -> None:
     partial.replace(file)
 
 
-def _append(file: Path, values: dict[str, Any]) -> None:
+def append_line(file: Path, values: dict[str, Any]) -> None:
+    """Add one JSON object to a file of lines."""
     with file.open("a") as stream:
         stream.write(json.dumps(values) + "\n")
 
@@ -48,42 +47,40 @@ class MetricsFile(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            keep_lines(self.file, trainer.global_step)
+            truncate_after(self.file, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.is_global_zero:
-            _append(self.file, asdict(pl_module.result))
+            append_line(self.file, asdict(pl_module.result))
 
 
 class Validation(Callback):
-    """Every `every` steps: held-out canvas loss at fixed noise levels, and the solve rate of held-out puzzles."""
+    """Every `every` steps: held-out canvas loss at fixed noise levels, and what the task measures."""
 
     def __init__(self, run_dir: Path, every: int, examples: int) -> None:
         self.file, self.every, self.examples = run_dir / VALIDATION, every, examples
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            keep_lines(self.file, trainer.global_step)
+            truncate_after(self.file, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step % self.every:
             return
-        found = self.evaluate(pl_module)
+        measures = self.evaluate(pl_module)
         if trainer.is_global_zero:
-            _append(self.file, {"step": trainer.global_step, **found})
+            append_line(self.file, {"step": trainer.global_step, **measures})
 
     @torch.no_grad()
     def evaluate(self, module: Any) -> dict[str, Any]:
-        network, data, seed = module.network, module.settings.data, module.settings.seed
+        network, task, seed = module.network, module.task, module.settings.seed
         network.eval()
         try:
-            rows = held_out_rows(data, network.model, self.examples)
+            rows = held_out_rows(task, network.model, self.examples)
             losses = canvas_losses(network, rows, LEVELS, seed)
-            puzzles = [puzzle for puzzle, _ in tasks.sudoku_task(data).test_set[: self.examples]]
-            solved = sudoku_solve_rate(network, puzzles, SOLVE_STEPS, seed)
+            return {"canvas_loss": losses, **task.validate(network, self.examples, seed)}
         finally:
             network.train()
-        return {"canvas_loss": losses, "solve_rate": solved.rate, "tokens_per_forward": solved.tokens_per_forward}
 
 
 class Progress(Callback):

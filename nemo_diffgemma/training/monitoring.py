@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback
 
 from nemo_diffgemma.parallel.agreement import any_rank, is_rank_zero
@@ -45,27 +44,36 @@ class Preemption(Callback):
 
 
 class Heartbeat(Callback):
-    """`status.json` of a run: state, step, loss, speed, last checkpoint, restarts. Written by rank 0, whole or not."""
+    """`status.json` of a run: state, step, loss, speed, last checkpoint, restarts. Written by rank 0, whole or not.
 
-    def __init__(self, run_dir: Path, max_steps: int, last_checkpoint: Callable[[Path], Path | None]) -> None:
-        self.run_dir, self.last_checkpoint = run_dir, last_checkpoint
+    Nothing is written before `start`: the directory may be another run's.
+    """
+
+    def __init__(self, run_dir: Path, max_steps: int) -> None:
+        self.run_dir = run_dir
         self.status: dict[str, Any] = {
             "state": "starting",
             "step": 0,
             "max_steps": max_steps,
             "loss": None,
             "tokens_per_second": None,
+            "checkpoint": None,
             "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             "job": _job(),
         }
+        self._writes = False
         self._written = 0.0
+
+    def start(self, checkpoint: Path | None, step: int) -> None:
+        """The run directory is this run's, which goes on from `checkpoint`."""
+        self._writes = is_rank_zero()
+        self.write("starting", step=step, checkpoint=checkpoint and str(checkpoint))
 
     def write(self, state: str, **known: Any) -> None:
         """Now. Other ranks than 0 write nothing."""
-        if not is_rank_zero():
+        if not self._writes:
             return
-        checkpoint = self.last_checkpoint(self.run_dir)
-        self.status |= {"state": state, "checkpoint": checkpoint and str(checkpoint), "time": time.time(), **known}
+        self.status |= {"state": state, "time": time.time(), **known}
         partial = self.run_dir / f".{STATUS}.partial"
         partial.write_text(json.dumps(self.status) + "\n")
         partial.replace(self.run_dir / STATUS)
@@ -76,7 +84,7 @@ class Heartbeat(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if time.monotonic() - self._written >= HEARTBEAT_SECONDS:
-            self.write("running", **_known(pl_module.result))
+            self.write("running", **_known(pl_module.result), **_last_saved(trainer.strategy))
 
 
 def _job() -> str | None:
@@ -89,6 +97,11 @@ def _known(result: Any) -> dict[str, Any]:
     if result is None:
         return {}
     return {"step": result.step, "loss": result.loss, "tokens_per_second": result.tokens_per_second}
+
+
+def _last_saved(strategy: Any) -> dict[str, str]:
+    """The checkpoint that the strategy has written last; looking for it would read the directory of all of them."""
+    return {} if strategy.last_saved is None else {"checkpoint": str(strategy.last_saved)}
 
 
 class Watchdog(Callback):
@@ -135,7 +148,7 @@ class Watchdog(Callback):
             if time.monotonic() - self._last > self.seconds + _DUMP_SECONDS:
                 print(
                     f"no step within {self.seconds / 60:g} minutes (trainer.hang_minutes): stacks are above; rank "
-                    f"{dist.get_rank()} ends with code {HUNG}",
+                    f"{os.environ.get('RANK', '0')} ends with code {HUNG}",  # groups may not exist yet
                     file=sys.__stderr__,
                     flush=True,
                 )

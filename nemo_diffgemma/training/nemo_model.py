@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader
 from nemo_diffgemma.checkpoint import nemo_archive
 from nemo_diffgemma.checkpoint.open import DTYPES, load_network
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data import Batches, collate, tasks
+from nemo_diffgemma.data import Batches, collate
+from nemo_diffgemma.data.tasks import DataGroup, Task, default_data, fill_id, task_of
 from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.diffusion.objective import Counts, Loss, choose_canvases, corrupt, count, objective
 from nemo_diffgemma.diffusion.rows import Rows
@@ -40,12 +41,13 @@ from nemo_diffgemma.model.network import RECOMPUTE
 from nemo_diffgemma.parallel.groups import device, process_groups
 from nemo_diffgemma.schema import (
     ConfigurationError,
-    DataGroup,
     ModelGroup,
     OptimGroup,
     TrainConfig,
     TrainerGroup,
+    structured,
 )
+from nemo_diffgemma.training import finite
 from nemo_diffgemma.training import optimizer as optimizers
 
 
@@ -58,7 +60,7 @@ class ModelSettings:
     """What the model class needs of a run. NeMo forbids a group named `model` here, so it is `network`."""
 
     network: ModelGroup = field(default_factory=ModelGroup)
-    data: DataGroup = field(default_factory=DataGroup)
+    data: DataGroup = field(default_factory=default_data)
     optim: OptimGroup = field(default_factory=OptimGroup)
     trainer: TrainerGroup = field(default_factory=TrainerGroup)
     seed: int = 0
@@ -73,7 +75,7 @@ class ModelSettings:
         plain = OmegaConf.to_container(values) if isinstance(values, DictConfig) else dict(values)
         known = {k: v for k, v in plain.items() if k not in ("target", "nemo_version")}  # type: ignore[union-attr]
         try:
-            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), known))  # type: ignore[return-value]
+            return OmegaConf.to_object(OmegaConf.merge(structured(cls, known), known))  # type: ignore[return-value]
         except Exception as error:  # OmegaConf's many kinds
             raise ConfigurationError(f"the model's configuration cannot be used: {error}") from None
 
@@ -135,17 +137,24 @@ class DiffusionGemmaModel(ModelPT):
 
     # -- data ----------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def task(self) -> Task:
+        """What the network learns. Raises `ConfigurationError`."""
+        return task_of(self.settings.data)
+
     def setup_training_data(self, train_data_config: DataGroup | None = None) -> None:
         """Endless stream of this replica's batches from the next step on; process groups must exist."""
         data, groups = train_data_config or self.settings.data, process_groups()
         done = 0 if self._trainer is None else self.trainer.global_step
         batches = Batches(data.global_batch_size, groups.dp_cp.rank(), groups.dp_cp.size(), first_step=done)
-        self._train_dl = self._loader(tasks.training_examples(data, self.settings.seed), batches)
+        task = self.task if train_data_config is None else task_of(data)
+        self._train_dl = self._loader(task.training_examples(self.settings.seed), batches)
 
     def setup_validation_data(self, val_data_config: DataGroup | None = None) -> None:
         """Held-out examples, whole on every replica."""
         data = val_data_config or self.settings.data
-        rows = tasks.held_out_examples(data, self.settings.trainer.validation_examples)
+        task = self.task if val_data_config is None else task_of(data)
+        rows = task.held_out_examples(self.settings.trainer.validation_examples)
         size = min(len(rows), data.micro_batch_size or data.global_batch_size)
         indices = [list(range(len(rows))[start : start + size]) for start in range(0, len(rows), size)]
         self._validation_dl = self._loader(rows, indices)
@@ -153,7 +162,7 @@ class DiffusionGemmaModel(ModelPT):
     def _loader(self, examples: Any, batches: Iterable[list[int]]) -> DataLoader:
         assert self.network is not None
         model = self.network.model
-        to_rows = partial(collate, canvas_length=model.canvas_length, eos_token_id=tasks.fill_id(model))
+        to_rows = partial(collate, canvas_length=model.canvas_length, eos_token_id=fill_id(model))
         return DataLoader(examples, batch_sampler=batches, collate_fn=to_rows)
 
     def train_dataloader(self) -> DataLoader:
@@ -170,15 +179,20 @@ class DiffusionGemmaModel(ModelPT):
         """One optimizer step on this replica's share of the global batch."""
         started = time.perf_counter()
         settings, step = self.settings, self.trainer.global_step + 1
+        assert self.network is not None
         wrapped: DistributedDataParallel = self.__dict__["_wrapped"]
         wrapped.zero_grad_buffer()
         self._adapter.zero_grad()
         loss, tokens = self.accumulate(batch, backward=True, micro_batch_size=settings.data.micro_batch_size)
-        _require_finite("loss", loss[0], step)
+        if not math.isfinite(loss[0]):  # equal on every rank, as the norm is: a sum over replicas
+            raise _failure("loss", loss[0], step, self._origin_of_loss(batch))
         finalize_model_grads([wrapped])
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
         self.optimizers().step()
-        _require_finite("gradient norm", self._adapter.grad_norm, step)  # before metrics or a checkpoint tell of it
+        if not math.isfinite(self._adapter.grad_norm):  # before metrics or a checkpoint tell of it
+            gradient = finite.not_finite_gradient(self.network)
+            where = None if gradient is None else f"the gradient of {gradient}"
+            raise _failure("gradient norm", self._adapter.grad_norm, step, where)
         seconds = time.perf_counter() - started
         self.result = StepResult(
             step=step,
@@ -192,6 +206,18 @@ class DiffusionGemmaModel(ModelPT):
         )
         logged = {name: float(value) for name, value in asdict(self.result).items() if name != "step"}
         self.log_dict(logged, batch_size=1)
+
+    def _origin_of_loss(self, batch: Rows) -> str | None:
+        """The first weight, or else the first output, that is not finite. Collective."""
+        assert self.network is not None
+        weight = finite.not_finite_weight(self.network)
+        if weight is not None:
+            return f"the weight {weight}"
+        size = self.settings.data.micro_batch_size
+        output = finite.not_finite_output(
+            self.network, lambda: self.accumulate(batch, backward=False, micro_batch_size=size)
+        )
+        return None if output is None else f"the output of {output}"
 
     @torch.no_grad()
     def validation_step(self, batch: Rows, batch_idx: int) -> dict[str, Tensor]:
@@ -307,13 +333,12 @@ def _check(group: ModelGroup) -> None:
         raise ConfigurationError(f"model.recompute={group.recompute!r}; use one of {', '.join(RECOMPUTE)}")
 
 
-def _require_finite(name: str, value: float, step: int) -> None:
-    """`value` is equal on every rank: a sum over replicas."""
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"the {name} of step {step} is {value}; the last checkpoint is from before it. Use a smaller optim.lr or "
-            "optim.clip_grad, or more optim.warmup_steps"
-        )
+def _failure(name: str, value: float, step: int, where: str | None) -> TrainingError:
+    place = "" if where is None else f"; what is not finite first is {where}"
+    return TrainingError(
+        f"the {name} of step {step} is {value}{place}; the last checkpoint is from before it. Use a smaller optim.lr "
+        "or optim.clip_grad, or more optim.warmup_steps"
+    )
 
 
 def micro_batches(batch: Rows, size: int) -> list[Rows]:

@@ -2,9 +2,8 @@
 
     train(config, run_dir)      # in every process that torchrun or srun started, or in a single one
 
-The run directory: `metrics.jsonl`, `validation.jsonl`, `checkpoints/step-N`, `assets/` (tokenizer, sampler defaults),
-`logs/` (NeMo's, TensorBoard events), `status.json` (the heartbeat). Started again, the run continues from its last
-complete checkpoint. Asked to stop by SIGUSR1 or SIGTERM, it saves one and says so in its result.
+What lies in the run directory: run_directory.py. Started again, the run continues from its last complete checkpoint.
+Asked to stop by SIGUSR1 or SIGTERM, it saves one and says so in its result.
 """
 
 from __future__ import annotations
@@ -12,38 +11,33 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from nemo.lightning.callback_group import CallbackGroup
 from nemo.lightning.one_logger_callback import OneLoggerNeMoCallback
 from nemo.utils import logging as nemo_logging
-from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 
 from nemo_diffgemma.checkpoint import sharded
-from nemo_diffgemma.data import EOS_ID, PAD_ID, Batches, build_tokenizer, tasks
-from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.data import Batches
+from nemo_diffgemma.data.tasks import task_of
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.agreement import on_rank_zero
 from nemo_diffgemma.parallel.groups import initialize, process_groups
 from nemo_diffgemma.parallel.threads import threads_of_process
 from nemo_diffgemma.schema import ConfigurationError, ExpManagerGroup, TrainConfig
-from nemo_diffgemma.training import callbacks, optimizer
-from nemo_diffgemma.training.monitoring import Heartbeat, Preemption, Watchdog
+from nemo_diffgemma.training import callbacks, optimizer, run_directory
+from nemo_diffgemma.training.monitoring import PREEMPTED, Heartbeat, Preemption, Watchdog
 from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings, TrainingError, empty_network
+from nemo_diffgemma.training.run_directory import CHECKPOINTS, LOGS, lock_of
+from nemo_diffgemma.training.run_lock import RunLock
 from nemo_diffgemma.training.signals import REQUEST
 from nemo_diffgemma.training.strategy import MegatronStrategy
-
-CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,15 @@ class TrainResult:
     loss: float
     preempted: bool
 
+    @property
+    def exit_code(self) -> int:
+        """Of the process: `PREEMPTED` asks whoever has started it to do so again."""
+        return PREEMPTED if self.preempted else 0
+
+    def json(self) -> dict[str, Any]:
+        """What the entry points that train print."""
+        return {"run_dir": str(self.run_dir), "checkpoint": str(self.checkpoint), "step": self.step, "loss": self.loss}
+
 
 def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
     """Train until `trainer.max_steps` or a signal. Every process calls it with equal arguments.
@@ -65,36 +68,45 @@ def train(config: TrainConfig, run_dir: str | Path) -> TrainResult:
     step is made for `trainer.hang_minutes`, the process writes its stacks and ends with exit code 86.
     """
     run_dir = Path(run_dir).absolute()
-    heartbeat = Heartbeat(run_dir, config.trainer.max_steps, last_checkpoint)
+    lock = lock_of(run_dir)
+    heartbeat = Heartbeat(run_dir, config.trainer.max_steps)
     watchdog = Watchdog(config.trainer.hang_minutes, on_hang=lambda: heartbeat.write("hung"))
-    with REQUEST.listening() as request, watchdog.watching():
-        try:
-            result = _train(config, run_dir, heartbeat, watchdog, Preemption(request))
-        except Exception:
-            if dist.is_initialized() and run_dir.is_dir():
+    try:
+        with REQUEST.listening() as request, watchdog.watching():
+            try:
+                result = _train(config, run_dir, lock, heartbeat, watchdog, Preemption(request))
+            except Exception:
                 heartbeat.write("failed")
-            raise
-        heartbeat.write("preempted" if result.preempted else "finished", step=result.step, loss=result.loss)
+                raise
+            state = "preempted" if result.preempted else "finished"
+            heartbeat.write(state, step=result.step, loss=result.loss, checkpoint=str(result.checkpoint))
+    finally:
+        lock.release()
     return result
 
 
 def _train(
-    config: TrainConfig, run_dir: Path, heartbeat: Heartbeat, watchdog: Watchdog, preemption: Preemption
+    config: TrainConfig,
+    run_dir: Path,
+    lock: RunLock,
+    heartbeat: Heartbeat,
+    watchdog: Watchdog,
+    preemption: Preemption,
 ) -> TrainResult:
     _quiet()
     torch.set_num_threads(config.trainer.threads or threads_of_process())
     initialize(config.parallel.layout())
     _check(config)
-    resumed = _checkpoint_to_resume(config, run_dir)
-    heartbeat.write("starting", step=0 if resumed is None else _step_of(resumed))
+    resumed = run_directory.enter(config, run_dir, lock)
+    heartbeat.start(resumed, 0 if resumed is None else run_directory.step_of(resumed))
     model = DiffusionGemmaModel(ModelSettings.of(config))
     if resumed is None:
         model.configure_model()
     else:  # Lightning fills it, and the optimizer, from the checkpoint
         model.network = empty_network(config.model, resumed / sharded.ASSETS)
     assert model.network is not None
-    tasks.check(config.data, model.network.model)
-    _write_assets(model.network, run_dir)
+    model.task.check(model.network.model)
+    run_directory.write_assets(model.network, model.task, run_dir)
     trainer = _trainer(config.trainer.max_steps, [*_callbacks(config, run_dir), preemption, heartbeat, watchdog])
     exp_manager(trainer, _exp_manager(config, run_dir, resumed))
     model.set_trainer(trainer)
@@ -145,7 +157,7 @@ def _check(config: TrainConfig) -> None:
             f"data.micro_batch_size={micro} does not divide the {share} examples that each of {replicas} replicas has "
             f"of data.global_batch_size={config.data.global_batch_size}; use a divisor, or 0 for all at once"
         )
-    tasks.sudoku_task(config.data)
+    task_of(config.data)
 
 
 def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
@@ -172,86 +184,7 @@ def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
     return trainer
 
 
-# -- files of the run ------------------------------------------------------------------------------------------------
-
-
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    return next(iter(_checkpoints(run_dir)), None)
-
-
-def _checkpoints(run_dir: Path) -> list[Path]:
-    """Complete ones, the last first."""
-    found = []
-    for directory in (run_dir / CHECKPOINTS).glob("step-*"):
-        named = re.fullmatch(r"step-(\d+)", directory.name)
-        unfinished = directory.with_name(directory.name + NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX)
-        if named and sharded.is_sharded(directory) and not unfinished.exists():
-            found.append(directory)
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def _last_intact(run_dir: Path) -> Path | None:
-    """The last checkpoint, with those put aside that a node which lost power has cut short."""
-    for checkpoint in _checkpoints(run_dir):
-        if sharded.is_intact(checkpoint):
-            return checkpoint
-        nemo_logging.warning(f"{checkpoint} is damaged: put aside, the one before is resumed")
-        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
-    return None
-
-
-def _checkpoint_to_resume(config: TrainConfig, run_dir: Path) -> Path | None:
-    """Decided by rank 0: another rank may look later, when there are more. Makes the folder, and removes from it what
-    killed saves left.
-    """
-    box: list[Any] = [None]
-    error: ConfigurationError | None = None
-    if dist.get_rank() == 0:
-        try:
-            (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=run_dir).close()  # a directory that was there may not be ours to write
-            box = [_last_intact(run_dir)]
-        except OSError as found:
-            error = ConfigurationError(
-                f"the run directory {run_dir} cannot be written ({found}); name another exp_manager.exp_dir"
-            )
-        if box[0] is not None and not config.exp_manager.resume:
-            error = ConfigurationError(
-                f"{run_dir} has a checkpoint of an earlier run ({box[0].name}) and exp_manager.resume=false; continue "
-                "it with exp_manager.resume=true, or name another exp_manager.version"
-            )
-        elif error is None:
-            for unfinished in (run_dir / CHECKPOINTS).glob(".step-*.partial"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-    agree_error(error)
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _write_assets(network: DiffusionGemma, run_dir: Path) -> None:
-    """Keep in the run what every checkpoint has beside the weights, whatever becomes of where it came from.
-
-    A network trained from scratch gets tokenizer and sampler defaults of its data, so that it takes text prompts.
-    """
-    assets = run_dir / ASSETS
-    error: Exception | None = None
-    if dist.get_rank() == 0 and not (assets / "config.json").is_file():
-        try:
-            assets.mkdir(parents=True, exist_ok=True)
-            if network.assets is None:
-                build_tokenizer().save_pretrained(assets)
-                sampler = {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
-                (assets / "generation_config.json").write_text(json.dumps(sampler, indent=2) + "\n")
-            sharded.write_assets(network, assets)  # config.json last: it says that the others are there
-        except (OSError, UserError) as found:
-            error = found
-    agree_error(error)
-    network.assets = assets
+# -- pieces ------------------------------------------------------------------------------------------------------------
 
 
 def _callbacks(config: TrainConfig, run_dir: Path) -> list[Any]:
@@ -298,9 +231,9 @@ def _last_loss(model: DiffusionGemmaModel, run_dir: Path) -> float:
     """Of the last step; a run that had reached its end before reads it from its metrics."""
     if model.result is not None:
         return model.result.loss
-    box = [math.nan]
-    if dist.get_rank() == 0:
+
+    def of_metrics() -> float:
         lines = (run_dir / callbacks.METRICS).read_text().splitlines()
-        box = [float(json.loads(line)["loss"]) for line in lines[-1:]] or box
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+        return float(json.loads(lines[-1])["loss"]) if lines else math.nan
+
+    return on_rank_zero(of_metrics)

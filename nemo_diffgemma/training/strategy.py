@@ -33,6 +33,7 @@ class MegatronStrategy(Strategy):
 
     def __init__(self) -> None:
         super().__init__()
+        self.last_saved: Path | None = None
         layout, groups = current_layout(), process_groups()  # raises where there are none
         self.global_rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -102,6 +103,7 @@ class MegatronStrategy(Strategy):
         common["optimizer_steps"] = optimizer_state.steps_taken(optimizer)
         tensors = optimizer_state.state_tensors(model.network, optimizer)
         sharded.save_sharded(model.network, _directory(filepath), tensors, {_COMMON: common})
+        self.last_saved = _directory(filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Lightning's part of a checkpoint; weights and optimizer state are read straight into their places."""

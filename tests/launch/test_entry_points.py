@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from nemo_diffgemma.data import build_tokenizer
-from nemo_diffgemma.schema import ConfigurationError, DataGroup, SamplerGroup
+from nemo_diffgemma.data.sudoku_task import Sudoku, SudokuData
+from nemo_diffgemma.schema import ConfigurationError, SamplerGroup
 from tests.launch import verbs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,7 +168,9 @@ def test_what_the_tokenizer_does_not_know_is_refused(model_that_reads_text, mode
 def test_evaluation_measures_losses_and_solve_rates(model_that_reads_text, single):
     evaluate, EvaluateConfig = (getattr(verbs.load("evaluate"), name) for name in ("evaluate", "EvaluateConfig"))
 
-    config = EvaluateConfig(str(model_that_reads_text), data=DataGroup(test_puzzles=6), steps=[1, 2], levels=[0.0, 1.0])
+    config = EvaluateConfig(
+        str(model_that_reads_text), data=SudokuData(test_puzzles=6), steps=[1, 2], levels=[0.0, 1.0]
+    )
     found = evaluate(config, Shown())
     assert found["solve_rate"] == {"1": 0.0, "2": 0.0}
     assert found["tokens_per_forward"] >= 8
@@ -181,7 +184,7 @@ def test_canvas_loss_is_the_mean_cross_entropy_of_what_denoise_predicts(model_th
     from nemo_diffgemma.evaluation.measures import canvas_losses, held_out_rows
 
     network = DiffusionGemma.from_huggingface(model_that_reads_text)
-    rows = held_out_rows(DataGroup(test_puzzles=5), network.model)
+    rows = held_out_rows(Sudoku(SudokuData(test_puzzles=5)), network.model)
     corrupted = corrupt(rows, choose_canvases(rows, 16, 0, 7), 16, 64, 7, level=0.5)
     prompts = rows.tokens_T.view(len(rows), -1)[:, :18]
     logits = network.denoise(corrupted.noised_MC, network.encode(prompts))
@@ -191,15 +194,14 @@ def test_canvas_loss_is_the_mean_cross_entropy_of_what_denoise_predicts(model_th
 
 def test_solve_rate_does_not_depend_on_the_batch(model_that_reads_text, single, monkeypatch):
     from nemo_diffgemma import DiffusionGemma
-    from nemo_diffgemma.data import tasks
-    from nemo_diffgemma.evaluation import measures
+    from nemo_diffgemma.data import sudoku_task
 
     network = DiffusionGemma.from_huggingface(model_that_reads_text)
-    puzzles = [puzzle for puzzle, _ in tasks.sudoku_task(DataGroup(test_puzzles=5)).test_set]
+    puzzles = Sudoku(SudokuData(test_puzzles=5)).puzzles()
     answers: list[Any] = []
-    monkeypatch.setattr(measures, "solve_rate", lambda puzzles, found: answers.append(found) or 0.0)
+    monkeypatch.setattr(sudoku_task, "solve_rate", lambda puzzles, found: answers.append(found) or 0.0)
     for batch in (5, 2):
-        measures.sudoku_solve_rate(network, puzzles, 3, seed=1, batch=batch)
+        sudoku_task.sudoku_solve_rate(network, puzzles, 3, seed=1, batch=batch)
     assert torch.equal(*answers)
 
 

@@ -151,7 +151,7 @@ def test_a_run_that_hangs_says_in_which_line_and_ends(tmp_path):
     (run / "metrics.jsonl").rename(run / "aside")
     os.mkfifo(run / "metrics.jsonl")
     _, errors = end(process, HUNG)
-    assert 'nemo_diffgemma/training/callbacks.py", line' in errors and "in _append" in errors
+    assert 'nemo_diffgemma/training/callbacks.py", line' in errors and "in append_line" in errors
     assert "no step within 0.1 minutes (trainer.hang_minutes)" in errors
     assert status(run)["state"] == "hung"
 

@@ -93,7 +93,7 @@ def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
     cases.run(str(tmp_path), steps=4, every=2)
     (tmp_path / "checkpoints" / "step-4" / ".metadata").unlink()
     (tmp_path / "checkpoints" / ".step-5.x.partial").mkdir()
-    from nemo_diffgemma.training.run import last_checkpoint
+    from nemo_diffgemma.training.run_directory import last_checkpoint
 
     found = last_checkpoint(tmp_path)
     assert found is not None and found.name == "step-2"

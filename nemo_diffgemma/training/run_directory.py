@@ -1,0 +1,142 @@
+"""What lies in a run directory, and how a run enters it.
+
+lock                     held while a run works here: run_lock.py
+config.json              the configuration of the start, and changes.jsonl of later ones: run_config.py
+checkpoints/step-N       complete ones have no `-unfinished` marker beside them
+assets/                  what every checkpoint has beside its weights: configuration, tokenizer, sampler defaults
+metrics.jsonl, validation.jsonl, status.json, logs/
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nemo.utils import logging as nemo_logging
+from nemo.utils.callbacks import NeMoModelCheckpoint
+
+from nemo_diffgemma.checkpoint import sharded
+from nemo_diffgemma.data.tasks import Task
+from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.errors import ConfigurationError
+from nemo_diffgemma.parallel.agreement import on_rank_zero
+from nemo_diffgemma.schema import TrainConfig
+from nemo_diffgemma.training import run_config
+from nemo_diffgemma.training.run_lock import LOCK, RunLock
+
+CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
+
+
+def enter(config: TrainConfig, run_dir: Path, lock: RunLock) -> Path | None:
+    """Take the run directory -> the checkpoint from which this run goes on. Collective; rank 0 decides and writes.
+
+    Makes the folder, takes the lock, keeps the configuration, and removes what killed saves left.
+    Raises `ConfigurationError` on every rank where it cannot be written, another run works in it, or a run that is
+    there must not be continued like this.
+    """
+
+    def take() -> Path | None:
+        try:
+            (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run_dir).close()  # a directory that was there may not be ours to write
+            lock.acquire()
+            resumed = _last_intact(run_dir)
+        except OSError as error:
+            raise ConfigurationError(
+                f"the run directory {run_dir} cannot be written ({error}); name another exp_manager.exp_dir"
+            ) from None
+        if resumed is not None and not config.exp_manager.resume:
+            raise ConfigurationError(
+                f"{run_dir} has a checkpoint of an earlier run ({resumed.name}) and exp_manager.resume=false; continue "
+                "it with exp_manager.resume=true, or name another exp_manager.version"
+            )
+        for change in run_config.keep(config, run_dir, None if resumed is None else step_of(resumed)):
+            nemo_logging.warning(f"resumed with another configuration: {change}")
+        for unfinished in (run_dir / CHECKPOINTS).glob(".step-*.partial"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return resumed
+
+    return on_rank_zero(take)
+
+
+def lock_of(run_dir: Path) -> RunLock:
+    """The lock of a run directory, not acquired."""
+    return RunLock(run_dir / LOCK)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint with the highest step."""
+    return next(iter(_checkpoints(run_dir)), None)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Complete ones, the last first."""
+    complete = []
+    for directory in (run_dir / CHECKPOINTS).glob("step-*"):
+        named = re.fullmatch(r"step-(\d+)", directory.name)
+        unfinished = directory.with_name(directory.name + NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX)
+        if named and sharded.is_sharded(directory) and not unfinished.exists():
+            complete.append(directory)
+    return sorted(complete, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _last_intact(run_dir: Path) -> Path | None:
+    """The last checkpoint, with those put aside that a node which lost power has cut short."""
+    for checkpoint in _checkpoints(run_dir):
+        if sharded.is_intact(checkpoint):
+            return checkpoint
+        nemo_logging.warning(f"{checkpoint} is damaged: put aside, the one before is resumed")
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
+    return None
+
+
+# -- assets ------------------------------------------------------------------------------------------------------------
+
+
+def write_assets(network: DiffusionGemma, task: Task, run_dir: Path) -> None:
+    """Keep in the run what every checkpoint has beside the weights, whatever becomes of where it came from. Collective.
+
+    A network trained from scratch gets tokenizer and sampler defaults of its task, so that it takes text prompts.
+    """
+    assets = run_dir / ASSETS
+
+    def write() -> None:
+        if (assets / "config.json").is_file():
+            return
+        assets.mkdir(parents=True, exist_ok=True)
+        if network.assets is None:
+            tokenizer = task.tokenizer()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(assets)
+            (assets / "generation_config.json").write_text(json.dumps(generation_settings(task), indent=2) + "\n")
+        sharded.write_assets(network, assets)  # config.json last: it says that the others are there
+
+    on_rank_zero(write)
+    network.assets = assets
+
+
+def generation_settings(task: Task) -> dict[str, Any]:
+    """Sampler settings for a network trained from scratch, whole and spelt as in the released file: others need all."""
+    sampler = SamplerConfig()
+    return {
+        "max_denoising_steps": sampler.max_denoising_steps,
+        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": sampler.entropy_bound},
+        "t_min": sampler.t_min,
+        "t_max": sampler.t_max,
+        "stability_threshold": sampler.stability_threshold,
+        "confidence_threshold": sampler.confidence_threshold,
+        "eos_token_id": task.eos_token_id,
+        "pad_token_id": task.pad_token_id,
+    }
