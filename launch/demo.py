@@ -62,7 +62,9 @@ def solve_one(network: Any, config: TrainConfig, results: Results) -> str:
     from nemo_diffgemma.data import decode_response, encode_puzzle, format_grid, is_solution
     from nemo_diffgemma.data.sudoku_task import Sudoku
 
-    puzzle = Sudoku(config.data).puzzles()[0]
+    task = task_of(config.data)
+    assert isinstance(task, Sudoku)
+    puzzle = task.puzzles()[0]
     prompt = torch.tensor([encode_puzzle(puzzle)])
     results.show(f"A puzzle whose solution was never trained on:\n{format_grid(puzzle)}\n")
     results.show("The canvas after each denoising step. All cells are predicted at once; the accepted ones are marked,")

@@ -178,7 +178,7 @@ def validate[Schema](config: DictConfig | Mapping[str, Any], schema: type[Schema
     """`config` as an instance of `schema`. Raises `ConfigurationError` naming the key, group and closest one."""
     try:
         # as plain values: a DictConfig to which Hydra's `+key=value` has added keys would bring them along
-        plain = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
+        plain: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
         merged = OmegaConf.merge(structured(schema, plain), plain)
         _check_architecture(OmegaConf.select(merged, "model.architecture") or {})
         checked = OmegaConf.to_object(merged)

@@ -204,6 +204,7 @@ def test_a_sweep_of_exports_is_one_array_too(tmp_path):
         (["dry_run=true"], "add cluster=dgx_h100"),
         (["cluster=dgx_h100", "cluster.gpus_per_node=3", "parallel=tp2"], "nearest that fit"),
         (["cluster=dgx_h100", "cluster.node=3"], "did you mean cluster.nodes?"),
+        (["cluster=dgx_h100", "exp_manager.version=run-%j"], "choose exp_manager.exp_dir, name or version without"),
     ],
 )
 def test_what_cannot_be_submitted_is_one_paragraph(tmp_path, arguments, told):

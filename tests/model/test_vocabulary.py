@@ -6,6 +6,8 @@ Shapes: N positions, H hidden, V ids.
 from __future__ import annotations
 
 import math
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemo_diffgemma.model import vocabulary
 from tests.model import cases
 
 LAST = 1 - 2**-24  # the largest float32 below 1
@@ -274,3 +277,38 @@ def test_soft_embedding_is_differentiable_in_the_table_alone(single, pool, tenso
     rows = torch.cat([found["table"] for found in ranks])
     torch.testing.assert_close(rows[:ids].double(), table.grad, atol=1e-5, rtol=0)
     assert (rows[ids:] == 0).all()
+
+
+def test_memory_of_a_sweep_is_kept_for_one_block_and_one_thread():
+    def memory(shape: tuple[int, ...] = (2, 3, 4)) -> Tensor:
+        return vocabulary._scratch(shape, torch.device("cpu"))
+
+    with vocabulary.reused_scratch():
+        ours = memory()
+        with vocabulary.reused_scratch():
+            assert memory() is ours
+        with ThreadPoolExecutor() as others:
+            assert others.submit(memory).result() is not ours
+        assert memory((4, 3, 4)) is not ours, "of one size at a time"
+        kept = weakref.ref(memory((4, 3, 4)))
+        assert kept() is memory((4, 3, 4))
+    assert kept() is None, "given back"
+    assert memory() is not memory()
+
+
+def test_threads_sweep_at_once_as_each_does_alone(single):
+    asked = [problem(seed, positions=8, ids=700, hidden=24) for seed in range(4)]
+    tables = [cases.cut(arguments.pop("table_VH"), 1) for arguments in asked]
+
+    def sweep(index: int) -> dict[str, Tensor]:
+        arguments = dict(asked[index])
+        return vars(vocabulary.statistics(arguments.pop("hidden_NH"), *tables[index], **arguments))
+
+    def several(index: int) -> list[dict[str, Tensor]]:
+        with vocabulary.reused_scratch():
+            return [sweep(index) for _ in range(50)]
+
+    alone = [sweep(index) for index in range(len(asked))]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        for expected, results in zip(alone, threads.map(several, range(len(asked))), strict=True):
+            assert all(torch.equal(expected[name], result[name]) for result in results for name in expected)

@@ -165,3 +165,61 @@ def validation_losses(micro_batch_size: int) -> list[float]:
     model = DiffusionGemmaModel(ModelSettings.of(settings))
     model.configure_model()
     return [float(model.validation_step(batch, i)["val_loss"]) for i, batch in enumerate(model.val_dataloader())]
+
+
+def message_while_another_works(directory: str) -> str:
+    """What a run says on this rank while somebody else holds the lock of its directory."""
+    import contextlib
+
+    from nemo_diffgemma.parallel.agreement import is_rank_zero
+    from nemo_diffgemma.training.run_directory import lock_of
+
+    with contextlib.ExitStack() as stack:
+        if is_rank_zero():
+            other = lock_of(Path(directory))
+            other.acquire()
+            stack.callback(other.release)
+        return message(directory, steps=1)
+
+
+def message_when_rank_0_cannot_write(directory: str, error: Exception) -> str:
+    """What a run says on this rank when writing its assets fails on rank 0 with `error`."""
+    from unittest import mock
+
+    from nemo_diffgemma.checkpoint import sharded
+
+    with mock.patch.object(sharded, "write_assets", side_effect=error):
+        return message(directory, steps=1)
+
+
+def messages_of_what_is_not_finite(directory: str, layout: dict[str, int]) -> list[str]:
+    """What runs say on this rank when on rank 1 a weight, an output, a gradient is not finite."""
+    from unittest import mock
+
+    import torch
+    import torch.distributed as dist
+
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel
+
+    configure = DiffusionGemmaModel.configure_model
+
+    def weight(network: Any) -> None:
+        network.layers[1].mlp.down_proj.weight.data.view(-1)[3] = torch.nan
+
+    def output(network: Any) -> None:
+        network.layers[0].mlp.register_forward_hook(lambda module, inputs, result: result * torch.inf)
+
+    def gradient(network: Any) -> None:
+        network.layers[0].mlp.down_proj.weight.register_hook(lambda values: values * torch.inf)
+
+    told = []
+    for number, poison in enumerate((weight, output, gradient)):
+
+        def poisoned(self: Any, poison: Any = poison) -> None:
+            configure(self)
+            if dist.get_rank() == 1:
+                poison(self.network)
+
+        with mock.patch.object(DiffusionGemmaModel, "configure_model", poisoned):
+            told.append(message(f"{directory}/{number}", steps=1, layout=layout))
+    return told

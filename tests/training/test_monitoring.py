@@ -161,3 +161,33 @@ def test_an_error_in_a_run_is_in_its_status(tmp_path):
     _, errors = end(process, 1)
     assert "TrainingError" in errors
     assert status(tmp_path / "run" / "one")["state"] == "failed"
+
+
+HANGING = """
+import time
+from nemo_diffgemma.training import monitoring
+monitoring._DUMP_SECONDS = 0.2
+heartbeat = monitoring.Heartbeat(monitoring.Path("/nowhere"), 1)
+with monitoring.Watchdog(0.005, on_hang=lambda: heartbeat.write("hung")).watching():
+    time.sleep(60)  # before process groups exist: waiting for the other ranks, say
+"""
+
+
+def test_a_start_that_hangs_before_there_are_process_groups_ends_too(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "3"}
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, env=environment)
+    assert done.returncode == HUNG, done.stderr
+    assert f"rank 3 ends with code {HUNG}" in done.stderr and "Exception in thread" not in done.stderr
+    assert "line 7 in <module>" in done.stderr, "the stacks say where"
+
+
+def test_a_second_start_in_the_same_directory_leaves_the_first_alone(tmp_path):
+    first = start(tmp_path, steps=100_000)
+    wait_for_step(tmp_path / "run" / "one", 2, first)
+    _, errors = end(start(tmp_path, steps=100_000), 2)
+    assert f"process {first.pid} on" in " ".join(errors.split()) and "exp_manager.version" in errors
+    assert status(tmp_path / "run" / "one")["state"] == "running"
+    first.kill()
+    first.communicate()
+    process = start(tmp_path, steps=3)  # the killed one no longer holds it
+    end(process)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from tests.training import cases
 
 LAYOUTS = [{}, {"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}, {"tensor": 2, "expert_tensor": 2}]
@@ -189,3 +190,55 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     cases.run(str(tmp_path), steps=1)
     assert "exp_manager.version" in cases.message(str(tmp_path), steps=1, exp_manager__resume=False)
     assert len(Path(tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_directory_in_which_a_run_works_is_refused_on_every_rank_and_left_alone(pool, tmp_path):
+    messages = pool(2).run("tests.training.cases:message_while_another_works", directory=str(tmp_path))
+    assert all(f"works in {tmp_path}" in message and "OtherRankFailure" not in message for message in messages)
+    assert messages[0].startswith("ConfigurationError") and messages[1].startswith("OtherRankError")
+    assert not (tmp_path / "status.json").exists() and not (tmp_path / "config.yaml").exists()
+    assert pool(2).run("tests.training.cases:message", directory=str(tmp_path), steps=1) == ["no error"] * 2
+
+
+def test_a_resumed_run_is_the_same_run(pool, tmp_path):
+    run = {"directory": str(tmp_path), "every": 2}
+    assert pool(2).run("tests.training.cases:message", steps=2, **run) == ["no error"] * 2
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    for changed in ({"seed": 1}, {"data__global_batch_size": 16}, {"model__checkpoint": "/elsewhere"}):
+        messages = pool(2).run("tests.training.cases:message", steps=4, **run, **changed)
+        assert all(f"the run in {tmp_path} was started with" in message for message in messages), messages
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert pool(2).run("tests.training.cases:message", steps=4, optim__lr=1e-3, **run) == ["no error"] * 2
+    (line,) = map(json.loads, (tmp_path / "changes.jsonl").read_text().splitlines())
+    assert line["step"] == 3
+    assert line["changed"] == {"optim.lr": [1e-2, 1e-3], "trainer.max_steps": [2, 4]}
+    assert "max_steps: 2\n" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "elsewhere"),
+    [
+        (OSError(28, "No space left on device"), "OtherRankFailure: rank 0 stopped: OSError: [Errno 28]"),
+        (KeyError("shape"), "OtherRankFailure: rank 0 stopped: KeyError: 'shape'"),
+        (CheckpointError("no such tensor"), "OtherRankError: rank 0 stopped: no such tensor"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_error_of_rank_0_keeps_its_kind(pool, tmp_path, error, elsewhere):
+    job = "tests.training.cases:message_when_rank_0_cannot_write"
+    messages = pool(2).run(job, directory=str(tmp_path), error=error)
+    assert messages[0] == f"{type(error).__name__}: {error}"
+    assert messages[1].startswith(elsewhere)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "expert": 2}], ids=_name)
+def test_what_is_not_finite_is_named_on_every_rank(pool, tmp_path, layout):
+    job = "tests.training.cases:messages_of_what_is_not_finite"
+    ranks = pool(2).run(job, directory=str(tmp_path), layout=layout)
+    assert ranks[0] == ranks[1]
+    weight, output, gradient = ranks[0]
+    assert weight.startswith("TrainingError: the loss of step 1 is nan; what is not finite first is the weight ")
+    assert "layers.1.mlp.down_proj" in weight
+    assert "is the output of layers.0.mlp;" in output
+    assert gradient.startswith("TrainingError: the gradient norm of step 1 is ")
+    assert "is the gradient of layers.0.mlp.down_proj" in gradient
