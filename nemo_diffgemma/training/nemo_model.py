@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from nemo_diffgemma import non_finite
 from nemo_diffgemma.checkpoint import nemo_archive
 from nemo_diffgemma.checkpoint.open import DTYPES, load_network
 from nemo_diffgemma.config import ModelConfig
@@ -47,7 +48,6 @@ from nemo_diffgemma.schema import (
     TrainerGroup,
     structured,
 )
-from nemo_diffgemma.training import finite
 from nemo_diffgemma.training import optimizer as optimizers
 
 
@@ -190,7 +190,7 @@ class DiffusionGemmaModel(ModelPT):
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
         self.optimizers().step()
         if not math.isfinite(self._adapter.grad_norm):  # before metrics or a checkpoint tell of it
-            gradient = finite.not_finite_gradient(self.network)
+            gradient = non_finite.non_finite_gradient(self.network)
             where = None if gradient is None else f"the gradient of {gradient}"
             raise _failure("gradient norm", self._adapter.grad_norm, step, where)
         seconds = time.perf_counter() - started
@@ -210,11 +210,11 @@ class DiffusionGemmaModel(ModelPT):
     def _origin_of_loss(self, batch: Rows) -> str | None:
         """The first weight, or else the first output, that is not finite. Collective."""
         assert self.network is not None
-        weight = finite.not_finite_weight(self.network)
+        weight = non_finite.non_finite_weight(self.network)
         if weight is not None:
             return f"the weight {weight}"
         size = self.settings.data.micro_batch_size
-        output = finite.not_finite_output(
+        output = non_finite.non_finite_output(
             self.network, lambda: self.accumulate(batch, backward=False, micro_batch_size=size)
         )
         return None if output is None else f"the output of {output}"

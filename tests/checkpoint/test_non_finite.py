@@ -59,9 +59,7 @@ def test_other_formats_too(single, checkpoint, tmp_path, format):
 def test_engines_take_no_such_weights(damaged):
     directory = damaged("model.decoder.layers.0.mlp.down_proj.weight", torch.inf)
     weights = engine_weights(ModelConfig.from_pretrained(directory), ParallelLayout())
-    with pytest.raises(
-        WeightsError, match="mlp.down_proj.weight in .* holds NaN or infinity as torch.float32"
-    ):
+    with pytest.raises(WeightsError, match="mlp.down_proj.weight in .* holds NaN or infinity as torch.float32"):
         list(read_weights(directory, weights, 0, torch.float32))
 
 
