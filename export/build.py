@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from export.roofline import Gpu
-from nemo_diffgemma.cli.entry import start
 from nemo_diffgemma.cli.output import Results, table
+from nemo_diffgemma.cli.start import start
+from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
 from nemo_diffgemma.scratch import scratch_directory
 
@@ -68,9 +69,9 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     from nemo_diffgemma.parallel.team import Team
 
     _check(config)
-    checkpoint = Path(config.checkpoint).expanduser() if config.checkpoint else None
+    checkpoint = user_path(config.checkpoint) if config.checkpoint else None
     targets = () if config.gpu is None else (config.gpu.compute_capability,)
-    layout, out = config.parallel.layout(), Path(config.out).expanduser()
+    layout, out = config.parallel.layout(), user_path(config.out)
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     team = Team.of_processes()
@@ -86,7 +87,9 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
             return {"bundle": config.out, "graphs": {}}
         settings = _settings(config, source)
         prompts = _prompts(config.calibration, source) if config.calibration else ()
-        bar = tqdm(total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.first)
+        bar = tqdm(
+            total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.is_rank_zero
+        )
         with bar:
             tell = bar.set_description_str
             built = build_bundle(source, out, settings, config.builder, targets, prompts, tell, team)
@@ -192,7 +195,7 @@ def _released_format(checkpoint: Path, folder: Path, layout: ParallelLayout, tea
 def _prompts(file: str, source: Any) -> list[list[int]]:
     from nemo_diffgemma.tokenizer import Text
 
-    place = Path(file).expanduser()
+    place = user_path(file)
     lines = [line for line in place.read_text().splitlines() if line.strip()] if place.is_file() else []
     if not lines:
         raise ConfigurationError(f"calibration={file} is no file, or empty; give one prompt a line, some tens of them")

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.cli.entry import start
 from nemo_diffgemma.cli.output import Results, table
+from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.schema import ConfigurationError
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from export.build import BuildConfig, build
 from export.check import CheckConfig, check
 from export.run import RunConfig, run
-from nemo_diffgemma.cli.entry import start
 from nemo_diffgemma.cli.output import Results
+from nemo_diffgemma.cli.start import start
+from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.schema import ParallelGroup, SamplerGroup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,8 +62,8 @@ def demo(config: DemoConfig, results: Results) -> dict[str, Any]:
     checkpoint = config.checkpoint or newest() or train_a_short_one(results)
     builder = "tensorrt_rtx" if importlib.util.find_spec("tensorrt_rtx") else "onnx"
     results.show(f"checkpoint: {checkpoint}\nbuilder: {builder}\n")
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    (Path(config.out) / "calibration.txt").write_text("".join(f"{puzzle}\n" for puzzle in (PUZZLE, *CALIBRATION)))
+    user_path(config.out).mkdir(parents=True, exist_ok=True)
+    (user_path(config.out) / "calibration.txt").write_text("".join(f"{puzzle}\n" for puzzle in (PUZZLE, *CALIBRATION)))
     built: dict[str, Any] = {}
     for name, given in BUNDLES.items():
         built[name] = one(name, given, checkpoint, builder, config, results)
@@ -78,7 +79,7 @@ def one(
     name: str, given: dict[str, Any], checkpoint: str, builder: str, config: DemoConfig, results: Results
 ) -> dict[str, Any]:
     """Build one bundle and compare it -> what was found. Engines of earlier demos make room."""
-    out = Path(config.out) / name
+    out = user_path(config.out) / name
     shutil.rmtree(out, ignore_errors=True)
     layout = ParallelGroup(**given.get("layout", {}))
     results.show(f"== {name}")

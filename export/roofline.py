@@ -165,6 +165,6 @@ def _sizes(config: RooflineConfig, bundle: Any, context: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    from nemo_diffgemma.cli.entry import start
+    from nemo_diffgemma.cli.start import start
 
     start(roofline, RooflineConfig, "export_roofline")

@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_diffgemma.cli.entry import start
 from nemo_diffgemma.cli.output import Results, table
+from nemo_diffgemma.cli.start import start
 
 
 @dataclass

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import MISSING
 
 from nemo_diffgemma.cli.output import Results
-from nemo_diffgemma.cli.processes import launch
+from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.schema import ClusterGroup, ParallelGroup
 
 
@@ -70,4 +70,4 @@ def _peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    launch(convert, ConvertConfig, "convert")
+    start(convert, ConvertConfig, "convert", distributed=True)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nemo_diffgemma.cli.canvas_view import CanvasView
 from nemo_diffgemma.cli.output import Results
-from nemo_diffgemma.cli.processes import launch
+from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.data.tasks import task_of
 from nemo_diffgemma.schema import BUDGETS, LEVELS, ConfigurationError, TrainConfig
 from nemo_diffgemma.tokenizer import Text
@@ -46,7 +46,7 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
     measures = measure(network, task_of(config.data), LEVELS, BUDGETS, config.seed, results)
     prompt = solve_one(network, config, results)
     run_dir = Path(trained["run_dir"])
-    if results.first:
+    if results.is_rank_zero:
         draw(run_dir)
     results.show(f"loss and solve rate over training: {run_dir / 'demo.png'}")
     results.show(f"checkpoint: {trained['checkpoint']}")
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     os.environ.setdefault(STARTED, str(time.time()))
     if not any(argument.startswith("experiment=") for argument in sys.argv):
         sys.argv.insert(1, "experiment=sudoku_cpu")
-    launch(demo, TrainConfig, "config")
+    start(demo, TrainConfig, "config", distributed=True)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import MISSING
 
 from nemo_diffgemma.cli.output import Results
-from nemo_diffgemma.cli.processes import launch
+from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.data.tasks import DataGroup, default_data, task_of
 from nemo_diffgemma.schema import BUDGETS, LEVELS, ClusterGroup, ConfigurationError, ParallelGroup
 
@@ -57,4 +57,4 @@ def evaluate(config: EvaluateConfig, results: Results) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    launch(evaluate, EvaluateConfig, "evaluate")
+    start(evaluate, EvaluateConfig, "evaluate", distributed=True)

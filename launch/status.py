@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from nemo_diffgemma.cli.output import refuse
+from nemo_diffgemma.cli.reporting import exit_after
+from nemo_diffgemma.errors import UserError
 
 # of Slurm, and of heartbeats where Slurm does not know the job
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
@@ -40,8 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         rows = collect(arguments.job)
-    except ValueError as error:
-        refuse(error)
+    except (UserError, OSError) as error:
+        exit_after(error)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if arguments.once:
         console.print(table(rows))
@@ -58,12 +59,12 @@ def main() -> None:
 
 
 def collect(job: str) -> list[Row]:
-    """One row a run, those of a sweep in the order of their numbers. Raises a ValueError that says what to give."""
+    """One row a run, those of a sweep in the order of their numbers. Raises a `UserError` that says what to give."""
     if not re.fullmatch(r"\d+(_\d+)?", job):
         return _of_directory(Path(job))
     jobs = slurm_jobs(job)
     if not jobs:
-        raise ValueError(f"Slurm does not know job {job} (any more); give its run directory instead")
+        raise UserError(f"Slurm does not know job {job} (any more); give its run directory instead")
     rows = [row for found in jobs for row in _of_job(found)]
     return sorted(rows, key=lambda row: [int(number) for number in re.findall(r"\d+", row["job"])])
 
@@ -72,7 +73,7 @@ def again(job: str, rows: list[Row]) -> list[Row]:
     """The rows some time later; of a job that Slurm has forgotten since, or while it does not answer, the heartbeat."""
     try:
         known = {row["job"]: row for row in collect(job)}
-    except ValueError:
+    except UserError:
         known = {}
     return [known.get(row["job"]) or _row(Path(row["run"]), row["job"], {}) for row in rows]
 
@@ -82,9 +83,11 @@ def slurm_jobs(job: str) -> list[dict[str, str]]:
     try:
         done = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no scontrol here to ask about job {job}; give its run directory instead") from None
+        raise UserError(f"there is no scontrol here to ask about job {job}; give its run directory instead") from None
     return [
-        dict(re.findall(r"(?:^|\s)(\w[\w:/]*)=(\S*)", line)) for line in done.stdout.splitlines() if "JobId=" in line
+        dict(re.findall(r"(?:^|\s)(\w[\w:/]*)=(.*?)(?=\s+\w[\w:/]*=|\s*$)", line))
+        for line in done.stdout.splitlines()
+        if "JobId=" in line
     ]
 
 
@@ -104,7 +107,7 @@ def _of_directory(directory: Path) -> list[Row]:
     )
     directories = [run.parent for run in runs] or [directory]
     if not any((run / "status.json").is_file() or (run / "slurm").is_dir() for run in directories):
-        raise ValueError(f"{directory} is no run directory (exp_dir/name/version): it has no status.json")
+        raise UserError(f"{directory} is no run directory (exp_dir/name/version): it has no status.json")
     rows = []
     for run in directories:
         job = _heartbeat(run).get("job") or _submitted(directory, run)

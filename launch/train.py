@@ -27,7 +27,7 @@ if "SLURM_PROCID" in os.environ:  # the imports take ten seconds, in which a sig
     signals.REQUEST.listen()
 
 from nemo_diffgemma.cli.output import Results
-from nemo_diffgemma.cli.processes import launch
+from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.schema import TrainConfig
 
 
@@ -41,4 +41,4 @@ def train(config: TrainConfig, results: Results) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    launch(train, TrainConfig, "config")
+    start(train, TrainConfig, "config", distributed=True)

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import MISSING
 
 from nemo_diffgemma.cli.output import Results, table
-from nemo_diffgemma.cli.processes import launch
+from nemo_diffgemma.cli.start import start
+from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.schema import ParallelGroup
 from nemo_diffgemma.scratch import scratch_directory
 
@@ -89,7 +90,7 @@ def _released_format(checkpoint: str, network: Any, folder: Path) -> Path:
     from nemo_diffgemma.checkpoint.open import format_of
     from nemo_diffgemma.parallel.agreement import from_rank_zero
 
-    directory = Path(checkpoint).expanduser()
+    directory = user_path(checkpoint)
     if format_of(directory) != "huggingface":
         directory = from_rank_zero(folder) / "huggingface"
         network.save_huggingface(directory)
@@ -127,4 +128,4 @@ def load_reference(directory: Path) -> Any:
 
 
 if __name__ == "__main__":
-    launch(verify, VerifyConfig, "verify")
+    start(verify, VerifyConfig, "verify", distributed=True)

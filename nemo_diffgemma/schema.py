@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -22,7 +23,10 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data.tasks import KINDS, DataGroup, default_data, task_class
 from nemo_diffgemma.diffusion.objective import ObjectiveConfig
 from nemo_diffgemma.errors import ConfigurationError as ConfigurationError
+from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.fields import group_of, options_of
 from nemo_diffgemma.parallel.layout import ParallelLayout
+from nemo_diffgemma.repository import user_path
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of replaced tokens at which canvas loss is measured
 BUDGETS = (1, 2, 4, 8, 16, 48)  # numbers of denoising steps with which puzzles are solved
@@ -99,7 +103,7 @@ class ExpManagerGroup:
     def run_dir(self) -> Path:
         """The run directory, once the version is fixed."""
         assert self.version is not None
-        return Path(self.exp_dir) / self.name / self.version
+        return user_path(self.exp_dir) / self.name / self.version
 
 
 @dataclass
@@ -174,23 +178,101 @@ class TrainConfig:
 _ARCHITECTURE = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "source")
 
 
-def validate[Schema](config: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Schema:
-    """`config` as an instance of `schema`. Raises `ConfigurationError` naming the key, group and closest one."""
+def validate[Schema](
+    config: DictConfig | Mapping[str, Any], schema: type[Schema], restore: Callable[[Any], Any] = lambda values: values
+) -> Schema:
+    """`config` as an instance of `schema`. Raises `ConfigurationError` naming the key, group and closest one.
+
+    `restore` puts texts that no grammar may see (nemo_diffgemma/cli/arguments.py) in place before anything looks at
+    them.
+    """
     try:
         # as plain values: a DictConfig to which Hydra's `+key=value` has added keys would bring them along
         plain: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
+        if not isinstance(plain, dict):
+            raise ConfigurationError(f"expected keys and values, not a list: {', '.join(keys_of(schema))}")
+        data = _data_group(schema, plain)
+        _check_values(plain, schema, data)
         merged = OmegaConf.merge(structured(schema, plain), plain)
         _check_architecture(OmegaConf.select(merged, "model.architecture") or {})
-        checked = OmegaConf.to_object(merged)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(explain(error, schema, _data_group(schema, plain))) from None
+        raise ConfigurationError(explain(error, schema, data)) from None
+    assert isinstance(values, dict)
+    return instance(schema, restore(values), data=data)
+
+
+def instance[Schema](
+    schema: type[Schema], values: Mapping[Any, Any], prefix: str = "", data: type[DataGroup] | None = None
+) -> Schema:
+    """`schema` from plain values as they are, without interpolation. Raises `ConfigurationError`."""
+    hints = get_type_hints(schema)
+    arguments = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ConfigurationError(unknown_key(key, keys_of(schema, prefix, data)))
+        kind = hints[name]
+        if (group := _group(kind, data)) is not None and isinstance(value, Mapping):
+            value = instance(group, value, f"{key}.", data)
+        elif get_origin(kind) is tuple:  # read as lists of any length
+            if len(value) != len(get_args(kind)):
+                raise ConfigurationError(f"{key}={value} has {len(value)} values; expected {len(get_args(kind))}")
+            value = tuple(value)
+        _check_numbers(key, value)
+        arguments[name] = value
+    try:
+        return schema(**arguments)
     except ConfigurationError:
         raise
-    except ValueError as error:  # a group's own check
+    except UserError as error:  # a group's own check
         raise ConfigurationError(str(error)) from None
-    assert isinstance(checked, schema)
-    _restore_tuples(checked)
-    return checked
+
+
+def _group(kind: Any, data: type[DataGroup] | None) -> Any:
+    """The dataclass of a group of keys, of the data that of their kind; None where `kind` is no group."""
+    group = group_of(kind)
+    return data if group is DataGroup and data is not None else group
+
+
+def _check_values(values: Mapping[Any, Any], schema: type, data: type[DataGroup] | None, prefix: str = "") -> None:
+    """Raise `ConfigurationError` for what would be converted without a word: text that YAML read as something else."""
+    hints = get_type_hints(schema)
+    for name, value in values.items():
+        key, kind = f"{prefix}{name}", hints.get(name)
+        _check_numbers(key, value)
+        group = _group(kind, data)
+        if group is not None and isinstance(value, Mapping):
+            _check_values(value, group, data, f"{key}.")
+        elif get_origin(kind) is dict and get_args(kind)[1] is str and isinstance(value, Mapping):
+            for part, given in value.items():
+                _check_text(f"{key}.{part}", given)
+        elif get_origin(kind) is list and get_args(kind)[0] is str and isinstance(value, list):
+            for index, given in enumerate(value):
+                _check_text(f"{key}[{index}]", given)
+        elif str in options_of(kind) and value is not None:
+            _check_text(key, value)
+
+
+def _check_text(key: str, value: Any) -> None:
+    if isinstance(value, str):
+        return
+    what = {bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    raise ConfigurationError(
+        f"{key}: {value!r} is {what.get(type(value), type(value).__name__)}, as YAML reads it; expected text: write it "
+        "in quotes"
+    )
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """Raise `ConfigurationError` for numbers that nothing here can count or compute with."""
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            raise ConfigurationError(
+                f"{key}={number:.4g} is beyond 64 bits; expected a whole number from -2^63 to 2^63 - 1"
+            )
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigurationError(f"{key}={number}; expected a finite number")
 
 
 def structured(schema: type, values: Mapping[Any, Any]) -> DictConfig:
@@ -263,15 +345,16 @@ def keys_of(schema: type, prefix: str = "", data: type[DataGroup] | None = None)
     keys = []
     for name, kind in _fields(schema, data).items():
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            keys += keys_of(kind, f"{prefix}{name}.", data)  # type: ignore[arg-type]
+        if (group := group_of(kind)) is not None:
+            keys += keys_of(group, f"{prefix}{name}.", data)
     return keys
 
 
 def _expected(key: str, schema: type, data: type[DataGroup] | None) -> str:
     kind: Any = schema
     for name in key.split("."):
-        kind = _fields(kind, data)[name]
+        kind = _fields(group_of(kind) or kind, data)[name]
+    kind = group_of(kind) or kind
     if dataclasses.is_dataclass(kind):
         return f"the keys {', '.join(_fields(kind, data))}"  # type: ignore[arg-type]
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -284,17 +367,3 @@ def _check_architecture(architecture: Mapping[Any, Any]) -> None:
             raise ConfigurationError(
                 unknown_key(f"model.architecture.{name}", [f"model.architecture.{known}" for known in _ARCHITECTURE])
             )
-
-
-def _restore_tuples(group: Any, prefix: str = "") -> None:
-    """OmegaConf reads tuples as lists of any length."""
-    for name, kind in get_type_hints(type(group)).items():
-        value = getattr(group, name)
-        if dataclasses.is_dataclass(value):
-            _restore_tuples(value, f"{prefix}{name}.")
-        elif get_origin(kind) is tuple:
-            if len(value) != len(get_args(kind)):
-                raise ConfigurationError(
-                    f"{prefix}{name}={value} has {len(value)} values; expected {len(get_args(kind))}"
-                )
-            setattr(group, name, tuple(value))

@@ -36,6 +36,7 @@ from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.parallel.team import ALONE, Team
+from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.scratch import follow_umask, scratch_directory
 
 FORMAT = 2
@@ -285,7 +286,7 @@ def _write(file: Path, content: Any) -> None:
 
 def read_bundle(path: str | Path) -> Bundle:
     """Raises `BundleError` for what is no bundle, half-built, of another version, damaged, or lacks a file."""
-    place = Path(path).expanduser()
+    place = user_path(path)
     if not (place / BUILD_INFO).is_file():
         half = place.is_dir() and any(place.glob("*.onnx"))
         raise BundleError(

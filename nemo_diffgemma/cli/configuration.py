@@ -3,7 +3,8 @@
     compose(GenerateConfig, "generate", __doc__, work)      # calls work(config) for each job, several with --multirun
     file.write_text(freeze(config)); frozen(GenerateConfig)     # as composed here, in processes that others start
 
-Hydra writes nothing here: no output folder, no log files, no change of directory.
+Texts and paths of the command line are taken literally: arguments.py. Hydra writes nothing here: no output folder, no
+log files, no change of directory.
 """
 
 from __future__ import annotations
@@ -14,27 +15,30 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_diffgemma.cli.output import refuse
+from nemo_diffgemma.cli.arguments import Texts
 from nemo_diffgemma.data.tasks import KINDS, DataGroup, task_class
+from nemo_diffgemma.fields import relaxed
 from nemo_diffgemma.repository import CONF
-from nemo_diffgemma.schema import explain, keys_of, unknown_key, validate
+from nemo_diffgemma.schema import ConfigurationError, explain, instance, keys_of, unknown_key, validate
 
 FROZEN = "NEMO_DIFFGEMMA_CONFIG"  # in the environment: a file that `freeze` made, instead of a command line
 _QUIET = [
     "hydra.run.dir=.",
-    f"hydra.sweep.dir={tempfile.gettempdir()}",  # of --multirun; Hydra leaves a multirun.yaml there
     "hydra.sweep.subdir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
@@ -43,9 +47,16 @@ _QUIET = [
 ]
 
 
+class _Raised(BaseException):
+    """Carries an error of the work through Hydra, which would print it in its own way."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
 def register(schema: type, name: str, documentation: str = "") -> None:
     """Make `schema` what `schema` in a defaults list of conf/ means, and `documentation` as what --help prints."""
-    node = OmegaConf.structured(schema)
+    node = OmegaConf.structured(relaxed(schema))  # `validate` sees what YAML made of a value, not a conversion of it
     if get_type_hints(schema).get("data") is DataGroup:
         _register_data(node)
     if "model" in node:
@@ -66,46 +77,83 @@ def register(schema: type, name: str, documentation: str = "") -> None:
 
 def _register_data(node: DictConfig) -> None:
     """Make `data=<kind>` bring the keys of its kind, also where conf/data has no file of that name."""
-    node.data = OmegaConf.structured(DataGroup)  # else those of the default kind stay beside them
+    node.data = OmegaConf.structured(relaxed(DataGroup))  # else those of the default kind stay beside them
     for kind in KINDS:
-        keys = OmegaConf.structured(task_class(kind).keys)
+        keys = OmegaConf.structured(relaxed(task_class(kind).keys))
         ConfigStore.instance().store(group="schema/data", name=kind, node=keys)  # where a file of conf/data starts
         if not (CONF / "data" / f"{kind}.yaml").is_file():
             ConfigStore.instance().store(group="data", name=kind, node=keys)
 
 
-def compose(schema: type, config_name: str, documentation: str, work: Callable[[DictConfig], None]) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line and call `work` with it.
+def compose[Schema](schema: type[Schema], config_name: str, documentation: str, work: Callable[[Schema], None]) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line, check it and call `work` with it.
 
-    Where Hydra cannot compose, prints one paragraph and exits.
+    Raises what `work` raises, and `ConfigurationError` for what cannot be composed or is not what `schema` says.
     """
     register(schema, config_name, documentation)
-    arguments, errors = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    texts = Texts(schema, sys.argv[1:])
 
-    @hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")
-    def job(config: DictConfig) -> None:
-        restore()
-        work(config)
+    def job(composed: DictConfig) -> None:
+        try:
+            with _hydra_environment(before):
+                work(_checked(composed, schema, texts))
+        except Exception as error:
+            raise _Raised(error) from None
 
-    def restore() -> None:
+    main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
+    before = (sys.argv, os.environ.get("HYDRA_FULL_ERROR"))
+    # Hydra leaves a multirun.yaml in the folder of a sweep, which nobody else may have
+    with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") if texts.sweeps else _nothing() as folder:
+        # Hydra's parser wants its overrides in one piece
+        flags = [argument for argument in texts.arguments if argument in ("-m", "--multirun")]
+        others = [argument for argument in texts.arguments if argument not in flags]
+        sweep = [f"hydra.sweep.dir={folder}"] if folder else []
+        try:
+            with _hydra_environment(([sys.argv[0], *flags, *others, *_QUIET, *sweep], "1")):  # it is to raise; we print
+                main()
+        except _Raised as raised:
+            raise raised.error from None
+        except Exception as error:
+            told = _explain(error, schema, others)
+            if told is None:
+                raise
+            raise ConfigurationError(told) from None
+        finally:
+            GlobalHydra.instance().clear()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _hydra_environment(values: tuple[list[str], str | None]) -> Iterator[None]:
+    """sys.argv and HYDRA_FULL_ERROR with these values."""
+    before = (sys.argv, os.environ.get("HYDRA_FULL_ERROR"))
+
+    def take(arguments: list[str], full_error: str | None) -> None:
         sys.argv = arguments
         os.environ.pop("HYDRA_FULL_ERROR", None)
-        if errors is not None:
-            os.environ["HYDRA_FULL_ERROR"] = errors
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
 
+    take(*values)
     try:
-        multirun = [argument for argument in arguments if argument in ("-m", "--multirun")]
-        others = [argument for argument in arguments[1:] if argument not in multirun]
-        # Hydra's parser wants its overrides in one piece
-        sys.argv = [arguments[0], *multirun, *map(_literal, others), *_QUIET]
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise; we print
-        job()
-    except OmegaConfBaseException as error:
-        refuse(explain(error, schema))
-    except HydraException as error:
-        refuse(_explain(error, schema))
+        yield
     finally:
-        restore()
+        take(*before)
+
+
+def _checked[Schema](composed: DictConfig, schema: type[Schema], texts: Texts) -> Schema:
+    """Raises `ConfigurationError`, for keys of a group with the file that was chosen for it."""
+    try:
+        return validate(composed, schema, texts.restore)
+    except ConfigurationError as error:
+        key = re.match(r"[\w.]+", str(error))
+        group = key[0].partition(".")[0] if key and "in quotes" in str(error) else ""
+        choice = HydraConfig.get().runtime.choices.get(group)
+        raise ConfigurationError(f"{error} (in {group}/{choice}.yaml?)" if choice else str(error)) from None
 
 
 def is_multirun() -> bool:
@@ -115,34 +163,53 @@ def is_multirun() -> bool:
 
 def freeze(config: Any) -> str:
     """A validated configuration as JSON."""
-    text = json.dumps(dataclasses.asdict(config), indent=2)
-    return text.replace("${", "\\\\${") + "\n"  # text, no interpolations any more
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def frozen[Schema](schema: type[Schema]) -> Schema | None:
-    """The configuration that whoever started this process has composed, if it did."""
+    """The configuration that whoever started this process has composed, if it did; texts in it are as they are."""
     file = os.environ.get(FROZEN)
-    return None if file is None else validate(json.loads(Path(file).read_text()), schema)
+    if file is None:
+        return None
+    try:
+        values = json.loads(Path(file).read_bytes())
+    except ValueError as error:
+        raise ConfigurationError(f"{FROZEN}={file} is no JSON ({error}); unset it, or submit the job again") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{FROZEN}={file} holds no configuration; unset it, or submit the job again")
+    return instance(schema, values)
 
 
-def _literal(argument: str) -> str:
-    """A prompt is text as it is: quote it, so that Hydra does not look for its grammar in it."""
-    key, _, text = argument.partition("=")
-    if key != "prompt" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
-        return argument
-    escaped = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + ("\\" if found[2] else "") + found[2], text)
-    return f'{key}="{escaped}"'.replace("${", "\\${")
-
-
-def _explain(error: HydraException, schema: type) -> str:
+def _explain(error: Exception, schema: type, arguments: list[str]) -> str | None:
+    """Why Hydra could not compose; None where that is a defect."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
-            return explain(cause, schema)
+            return _broken_file(arguments) or explain(cause, schema)
         cause = cause.__cause__
+    if not isinstance(error, HydraException):
+        return _broken_file(arguments)
     text = str(error)
     named = re.search(r"Could not (?:override|append to config\. An item is already at) '([\w./@]+)'", text)
     if named and named[1] not in keys_of(schema):
         return unknown_key(named[1], keys_of(schema))
     text = text.partition("Config search path:")[0]
     return re.sub(r"\s*\n\s*", " ", text.strip())
+
+
+def _broken_file(arguments: list[str]) -> str | None:
+    """What is wrong with a file of conf/, or of the folders given with --config-dir; None if nothing is."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    folders = [
+        value.partition("=")[2] or after for value, after in pairs if re.match(r"(--config-dir|-cd)(=|$)", value)
+    ]
+    for file in (file for folder in (*map(Path, folders), CONF) for file in sorted(folder.rglob("*.yaml"))):
+        try:
+            content = OmegaConf.load(file)
+        except UnicodeDecodeError:
+            return f"{file} is not UTF-8 text; save it as UTF-8"
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as problem:
+            return f"{file} is no YAML that can be read: {' '.join(str(problem).split())}"
+        if not isinstance(content, DictConfig):
+            return f"{file} holds a list; expected keys and values"
+    return None

@@ -1,7 +1,6 @@
 """What an entry point says, and where: results on standard output, everything else on standard error.
 
-Only rank 0 writes to standard output, and its last line is one JSON object. A user's error is one paragraph on standard
-error and exit code 2.
+Only rank 0 writes to standard output, and its last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -9,22 +8,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Mapping
-from typing import Any, NoReturn
-
-USER_ERROR = 2
+from typing import Any
 
 
 class Results:
-    """The real standard output on rank 0; nothing elsewhere. From here on a stray `print` goes to standard error."""
+    """The real standard output on rank 0; nothing elsewhere. Until `close` a stray `print` goes to standard error."""
 
     def __init__(self, rank: int) -> None:
+        sys.stdout.flush()
         self._stream = os.fdopen(os.dup(1), "w") if rank == 0 else None
-        self.first = rank == 0
+        self.is_rank_zero = rank == 0
         self.exit_code = 0  # set on every rank, for work that was done: 1 where a check found a difference
         self.colours = self._stream is not None and self._stream.isatty() and "NO_COLOR" not in os.environ
-        sys.stdout.flush()
         os.dup2(2, 1)
 
     def show(self, text: str) -> None:
@@ -36,6 +32,8 @@ class Results:
         """The last line."""
         self.show(json.dumps(result))
         if self._stream is not None:
+            sys.stdout.flush()
+            os.dup2(self._stream.fileno(), 1)  # another run of a sweep may follow
             self._stream.close()
 
 
@@ -46,14 +44,3 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
     )
-
-
-def refuse(error: Exception | str) -> NoReturn:
-    """Print one paragraph and leave with the exit code of a user's error."""
-    paragraph(str(error))
-    raise SystemExit(USER_ERROR)
-
-
-def paragraph(text: str) -> None:
-    """One paragraph on standard error."""
-    print(textwrap.fill(f"error: {text}", 120, break_long_words=False, break_on_hyphens=False), file=sys.stderr)

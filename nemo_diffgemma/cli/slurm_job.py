@@ -25,9 +25,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from nemo_diffgemma.cli.allocation import fit
 from nemo_diffgemma.cli.configuration import freeze
-from nemo_diffgemma.cli.output import Results, refuse
+from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.gpus import load_gpu
-from nemo_diffgemma.repository import ROOT
+from nemo_diffgemma.repository import ROOT, user_path
 from nemo_diffgemma.schema import ClusterGroup, ConfigurationError
 
 CONFIG, JOB = "config.json", "job"  # in slurm/ of a run directory: what its tasks read, its number
@@ -140,7 +140,7 @@ class Submission:
         return True
 
     def add(self, config: Any, sweep: bool = False) -> None:
-        """Check a run and remember it. Raises a ValueError that says what to do."""
+        """Check a run and remember it. Raises a `UserError` that says what to do."""
         self.sweep = sweep
         tasks = fit(self.verb, config)
         if self.configs and (tasks, config.cluster) != (self.tasks, self.configs[0].cluster):
@@ -158,10 +158,7 @@ class Submission:
         if not self.configs:
             return
         results = Results(0)
-        try:
-            results.close(self._send(results, self.sweep))
-        except (ValueError, OSError) as error:
-            refuse(error)
+        results.close(self._send(results, self.sweep))
 
     def _send(self, results: Results, sweep: bool) -> dict[str, Any]:
         first = self.configs[0]
@@ -196,11 +193,11 @@ class Submission:
         """Directory of the job, which no other job gets or has, and its name in the queue."""
         moment = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         if not hasattr(config, "exp_manager"):
-            place = Path(config.cluster.jobs_dir).absolute()
+            place = user_path(config.cluster.jobs_dir).absolute()
             _check_slurm_takes(place, "cluster.jobs_dir")
             return _unused(place / f"{self.verb}-{moment}"), self.verb
         group = config.exp_manager
-        place = Path(group.exp_dir).absolute() / group.name
+        place = user_path(group.exp_dir).absolute() / group.name
         _check_slurm_takes(place / (group.version or ""), "exp_manager.exp_dir, name or version")
         if group.version is None:
             return _unused(place / moment), group.name
@@ -287,7 +284,7 @@ def _make_absolute(config: Any) -> list[list[Path]]:
         found.append([])
         for holder, name in product((config, getattr(config, "model", None)), names):
             if (given := getattr(holder, name, None)) is not None:
-                found[-1].append(Path(given).expanduser().absolute())
+                found[-1].append(user_path(given).absolute())
                 setattr(holder, name, str(found[-1][-1]))
     return found
 

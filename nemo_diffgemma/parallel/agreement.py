@@ -49,11 +49,22 @@ def agree_error(error: Exception | None) -> None:
     failure = None if error is None else (isinstance(error, UserError), _describe(error))
     failures = gather(failure)
     if error is not None:
-        raise error
+        raise known_to_all(error)
     for rank, other in enumerate(failures):
         if other is not None:
             is_user_error, text = other
-            raise (OtherRankError if is_user_error else OtherRankFailure)(f"rank {rank} stopped: {text}")
+            raise known_to_all((OtherRankError if is_user_error else OtherRankFailure)(f"rank {rank} stopped: {text}"))
+
+
+def known_to_all[E: Exception](error: E) -> E:
+    """Note on `error` that every rank raises it, or one that quotes it: then rank 0 tells it for all."""
+    error._known_to_all = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_known_to_all(error: BaseException) -> bool:
+    """Whether every rank raises this error, or one that quotes it."""
+    return getattr(error, "_known_to_all", False)
 
 
 def _describe(error: Exception) -> str:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemo_diffgemma.parallel import megatron_cpu
+from nemo_diffgemma.parallel import launcher, megatron_cpu
 from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
 _layout: ParallelLayout | None = None
@@ -66,7 +66,7 @@ def _start_world(timeout: timedelta) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(_backend(), timeout=timeout)
+        launcher.join(_backend(), timeout)
         return
     with socket.socket() as probe:  # a free port; the store of a world of one is nobody else's business
         probe.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_diffgemma.parallel import agreement
+from nemo_diffgemma.parallel import agreement, launcher
 
 _PATIENCE = timedelta(hours=12)  # one process traces while the others wait
 
@@ -52,7 +52,7 @@ class Team:
             if torch.cuda.is_available():
                 torch.cuda.set_device(own_device())  # before NCCL takes device 0 for all
             # a sharded checkpoint is converted on GPUs where there are any
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+            launcher.join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", _PATIENCE)
         return cls(dist.get_rank(), size)
 
     def share_of(self, ranks: Sequence[int]) -> Sequence[int]:

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("single")
 class Shown:
     """Takes the place of `Results`: keeps what would be printed."""
 
-    first, colours = True, False
+    is_rank_zero, colours = True, False
 
     def __init__(self) -> None:
         self.lines: list[str] = []

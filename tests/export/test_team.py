@@ -184,9 +184,9 @@ def has_loaded(process: psutil.Process, library: str) -> bool:
 
 SWALLOWED = """
 import os, signal, time, weakref
-from nemo_diffgemma.cli.entry import _ended_by_sigterm
+from nemo_diffgemma.cli.signals import leaving_at_signals
 class Anything: pass
-with _ended_by_sigterm():
+with leaving_at_signals():
     try:
         anything = Anything()
         reference = weakref.ref(anything, lambda _: os.kill(os.getpid(), signal.SIGTERM))

@@ -16,7 +16,7 @@ import torch
 
 from nemo_diffgemma.data import build_tokenizer
 from nemo_diffgemma.data.sudoku_task import Sudoku, SudokuData
-from nemo_diffgemma.schema import ConfigurationError, SamplerGroup
+from nemo_diffgemma.schema import SamplerGroup
 from tests.launch import verbs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ class Shown:
     """Stands in for `Results`."""
 
     def __init__(self) -> None:
-        self.exit_code, self.first, self.colours, self.lines = 0, True, False, []
+        self.exit_code, self.is_rank_zero, self.colours, self.lines = 0, True, False, []
 
     def show(self, text: str) -> None:
         self.lines.append(text)
@@ -157,11 +157,11 @@ def test_a_prompt_becomes_text_and_the_canvas_is_shown_at_every_step(model_that_
 
 
 def test_what_the_tokenizer_does_not_know_is_refused(model_that_reads_text, model):
-    from nemo_diffgemma.tokenizer import Text
+    from nemo_diffgemma.tokenizer import Text, TokenizerError
 
-    with pytest.raises(ConfigurationError, match="cannot read prompt='é'"):
+    with pytest.raises(TokenizerError, match="cannot read prompt='é'"):
         Text(model_that_reads_text).encode("é", chat=True)
-    with pytest.raises(ConfigurationError, match="no tokenizer.json.*prompt_ids="):
+    with pytest.raises(TokenizerError, match="no tokenizer.json.*prompt_ids="):
         Text(model).encode("1", chat=True)
 
 

@@ -1,0 +1,96 @@
+"""The one error policy of every command.
+
+A `UserError` is one paragraph on standard error and exit code 2, which tells a scheduler not to try again. A fault of
+the machine (`OSError`: a full disk; a child or another rank that died) is one paragraph and exit code 1. Everything
+else is a defect: its traceback and exit code 1. Of several ranks that have the same to say, one says it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nemo_diffgemma.cli.child_process import ChildCrash
+from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.parallel import launcher
+
+USER_ERROR = 2
+HANDOVER = "NEMO_DIFFGEMMA_HANDOVER"  # folder in which a parent looks for error-<rank>.json
+_PATIENCE = 10.0  # seconds in which rank 0, which mostly has the same to say, says it and its launcher ends us
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the user can mend it, and so whether a restart would meet it again."""
+    return isinstance(error, UserError)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """2 for a user's error, else 1."""
+    return USER_ERROR if is_user_error(error) else 1
+
+
+def exit_after(error: Exception) -> NoReturn:
+    """Report `error`, and leave with its exit code."""
+    report(error)
+    raise SystemExit(exit_code_of(error))
+
+
+def exit_with_user_error(error: Exception | str) -> NoReturn:
+    """Print one paragraph and leave with the exit code of a user's error."""
+    print_error(str(error))
+    raise SystemExit(USER_ERROR)
+
+
+def print_error(text: str) -> None:
+    """One paragraph on standard error."""
+    print(textwrap.fill(f"error: {text}", 120, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+
+
+def report(error: Exception) -> None:
+    """Tell on standard error, or hand to the parent that will tell for all ranks."""
+    explained = _is_explained(error)
+    rank = launcher.rank()
+    report = {
+        "rank": rank,
+        "time": time.time(),
+        "exit_code": exit_code_of(error),
+        "paragraph": str(error) if explained else None,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    if HANDOVER in os.environ:
+        (Path(os.environ[HANDOVER]) / f"error-{rank}.json").write_text(json.dumps(report))
+        return
+    if rank and explained:
+        from nemo_diffgemma.parallel.agreement import is_known_to_all
+
+        if is_known_to_all(error):
+            return
+        time.sleep(_PATIENCE)
+    print_report(report)
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether its message is enough; a defect needs its traceback."""
+    from nemo_diffgemma.parallel.agreement import OtherRankFailure
+
+    return isinstance(error, UserError | OSError | ChildCrash | OtherRankFailure)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """What `report` has handed over."""
+    if report["paragraph"] is None or "HYDRA_FULL_ERROR" in os.environ:
+        print(report["traceback"], end="", file=sys.stderr)
+    if report["paragraph"] is not None:
+        print_error(report["paragraph"])
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    """What the ranks have handed over, most telling first: users' errors, then explained ones, then by time."""
+    handed = [json.loads(file.read_text()) for file in folder.glob("error-*.json")]
+    return sorted(handed, key=lambda one: (one["exit_code"] != USER_ERROR, one["time"]))
