@@ -268,9 +268,7 @@ def _check_numbers(key: str, value: Any) -> None:
     """Raise `ConfigurationError` for numbers that nothing here can count or compute with."""
     for number in value if isinstance(value, list | tuple) else (value,):
         if isinstance(number, int) and not -(2**63) <= number < 2**63:
-            raise ConfigurationError(
-                f"{key}={number:.4g} is beyond 64 bits; expected a whole number from -2^63 to 2^63 - 1"
-            )
+            raise ConfigurationError(f"{key} is beyond 64 bits; expected a whole number from -2^63 to 2^63 - 1")
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigurationError(f"{key}={number}; expected a finite number")
 
