@@ -196,7 +196,12 @@ def _prompts(file: str, source: Any) -> list[list[int]]:
     from nemo_diffgemma.tokenizer import Text
 
     place = user_path(file)
-    lines = [line for line in place.read_text().splitlines() if line.strip()] if place.is_file() else []
+    try:
+        lines = [line for line in place.read_text("utf-8").splitlines() if line.strip()] if place.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"calibration={file} is not UTF-8 text ({error}); convert it, with iconv say"
+        ) from None
     if not lines:
         raise ConfigurationError(f"calibration={file} is no file, or empty; give one prompt a line, some tens of them")
     text = Text(source if isinstance(source, Path) else None)

@@ -23,13 +23,21 @@ from rich.live import Live
 from rich.table import Table
 
 from nemo_diffgemma.cli.reporting import exit_after
+from nemo_diffgemma.cli.signals import leaving_at_signals
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.json_files import read_object
 
 # of Slurm, and of heartbeats where Slurm does not know the job
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
          "PREEMPTED", "finished", "failed", "preempted", "hung", "unknown")  # fmt: skip
 STALE_SECONDS = 300
 REFRESH_SECONDS = 2.0
+
+# what status.json holds, if it is known
+_HEARTBEAT = {
+    "state": str, "step": int, "max_steps": int, "loss": float | int, "tokens_per_second": float | int, "job": str,
+    "restarts": int, "checkpoint": str, "time": float | int,
+}  # fmt: skip
 
 type Row = dict[str, Any]
 
@@ -40,18 +48,24 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="print the table once, and JSON")
     arguments = parser.parse_args()
     try:
-        rows = collect(arguments.job)
-    except (UserError, OSError) as error:
+        with leaving_at_signals():
+            show(arguments.job, arguments.once)
+    except Exception as error:
         exit_after(error)
+
+
+def show(job: str, once: bool) -> None:
+    """The table, once or until all jobs have ended."""
+    rows = collect(job)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if arguments.once:
+    if once:
         console.print(table(rows))
         print(json.dumps({"jobs": rows}))
         return
     with Live(table(rows), console=console, auto_refresh=False) as live:
         while not all(row["state"] in ENDED for row in rows):
             time.sleep(REFRESH_SECONDS)
-            rows = again(arguments.job, rows)
+            rows = again(job, rows)
             live.update(table(rows), refresh=True)
 
 
@@ -132,10 +146,14 @@ def _has_slurm() -> bool:
 
 
 def _heartbeat(run: Path) -> dict[str, Any]:
-    try:
-        return json.loads((run / "status.json").read_text())
-    except FileNotFoundError:
+    file = run / "status.json"
+    if not file.is_file():
         return {}
+    beat = read_object(file)
+    for key, kind in _HEARTBEAT.items():
+        if beat.get(key) is not None and not isinstance(beat[key], kind):
+            raise UserError(f"{file}: {key} is {beat[key]!r}; expected {getattr(kind, '__name__', 'a number')}")
+    return beat
 
 
 def _row(run: Path, job: str, slurm: dict[str, str]) -> Row:

@@ -191,15 +191,14 @@ def validate[Schema](
         plain: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
         if not isinstance(plain, dict):
             raise ConfigurationError(f"expected keys and values, not a list: {', '.join(keys_of(schema))}")
-        data = _data_group(schema, plain)
-        _check_values(plain, schema, data)
+        check_values(plain, schema)
         merged = OmegaConf.merge(structured(schema, plain), plain)
         _check_architecture(OmegaConf.select(merged, "model.architecture") or {})
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(explain(error, schema, data)) from None
+        raise ConfigurationError(explain(error, schema, _data_group(schema, plain))) from None
     assert isinstance(values, dict)
-    return instance(schema, restore(values), data=data)
+    return instance(schema, restore(values), data=_data_group(schema, values))
 
 
 def instance[Schema](
@@ -235,15 +234,28 @@ def _group(kind: Any, data: type[DataGroup] | None) -> Any:
     return data if group is DataGroup and data is not None else group
 
 
-def _check_values(values: Mapping[Any, Any], schema: type, data: type[DataGroup] | None, prefix: str = "") -> None:
-    """Raise `ConfigurationError` for what would be converted without a word: text that YAML read as something else."""
-    hints = get_type_hints(schema)
+def check_values(
+    values: Mapping[Any, Any], schema: type, prefix: str = "", data: type[DataGroup] | None = None
+) -> None:
+    """Raise `ConfigurationError` for unknown keys, values where a group is expected, and numbers out of range.
+
+    Also for what would be converted without a word: text that YAML read as something else. `data` has the keys of the
+    kind of data, of which there may be none above `values`.
+    """
+    data = data or _data_group(schema, values)
+    hints = _fields(schema, data)
     for name, value in values.items():
-        key, kind = f"{prefix}{name}", hints.get(name)
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ConfigurationError(unknown_key(key, keys_of(schema, prefix, data)))
+        kind = hints[name]
         _check_numbers(key, value)
         group = _group(kind, data)
+        if (group is not None or get_origin(kind) is dict) and not (value is None or isinstance(value, Mapping | str)):
+            expected = f"the keys {', '.join(_fields(group, data))}" if group else "names and values"
+            raise ConfigurationError(f"{key}={value}; expected {expected}")
         if group is not None and isinstance(value, Mapping):
-            _check_values(value, group, data, f"{key}.")
+            check_values(value, group, f"{key}.", data)
         elif get_origin(kind) is dict and get_args(kind)[1] is str and isinstance(value, Mapping):
             for part, given in value.items():
                 _check_text(f"{key}.{part}", given)

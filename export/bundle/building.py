@@ -78,7 +78,7 @@ def build_bundle(
 
     `targets` are compute capabilities ("sm_90"), by default that of the GPU at hand where TensorRT builds for it;
     `prompts` (token ids) calibrate the activations of FP8 and NVFP4. The processes of `team` share the ranks; all call
-    this with equal arguments. Returns what was built by `graph.rank{r}`. Raises a ValueError that says what to do
+    this with equal arguments. Returns what was built by `graph.rank{r}`. Raises a `UserError` that says what to do
     before anything is written; nothing half-written stays.
     """
     config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig.from_pretrained(checkpoint)
@@ -139,7 +139,7 @@ def _prepare(checkpoint: Path | ModelConfig, config: ModelConfig, weights: dict[
 def check_request(
     config: ModelConfig, settings: Settings, builder: str, targets: Sequence[str], prompts: Sequence[Sequence[int]]
 ) -> None:
-    """Raise a ValueError that says what to do where this cannot be built."""
+    """Raise a `UserError` that says what to do where this cannot be built."""
     if builder not in BUILDERS or builder == "edge_llm":
         raise BundleError(f"builder={builder!r}; use one of {', '.join(BUILDERS)} (edge_llm: export.bundle.edge_llm)")
     if settings.dtype not in DTYPES:

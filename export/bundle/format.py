@@ -34,6 +34,7 @@ from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.json_files import read_object
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.parallel.team import ALONE, Team
 from nemo_diffgemma.repository import user_path
@@ -293,31 +294,40 @@ def read_bundle(path: str | Path) -> Bundle:
             f"{path} is {'a half-built' if half else 'not a'} bundle: it has no {BUILD_INFO}; "
             + ("remove it and build it again" if half else "give a directory that export/build.py has written")
         )
-    try:
-        info = json.loads((place / BUILD_INFO).read_text())
-        files = info["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{place / BUILD_INFO} is damaged ({error!r}); copy the bundle again") from None
+    info = read_object(place / BUILD_INFO, BundleError)
+    with _naming(place / BUILD_INFO):
+        files = {name: int(expected["bytes"]) for name, expected in info["files"].items()}
     if info.get("format") != FORMAT:
         raise BundleError(
             f"{path} is a bundle of format {info.get('format')}, this version reads format {FORMAT}; build it again "
             "from its checkpoint directory with export/build.py"
         )
-    for name, expected in files.items():
+    for name, size in files.items():
         file = place / name
         if not file.is_file():
             raise BundleError(f"{path} lacks {name}; copy the bundle again, all of it (each rank needs its files)")
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != size:
             raise BundleError(
-                f"{file} has {file.stat().st_size} bytes, but {BUILD_INFO} says {expected['bytes']}; copy the bundle "
-                "again"
+                f"{file} has {file.stat().st_size} bytes, but {BUILD_INFO} says {size}; copy the bundle again"
             )
-    described = json.loads((place / CONFIG).read_text())
-    held = json.loads((place / WEIGHTS).read_text())
-    weights = {name: Weight.from_json(entry) for name, entry in held["checkpoint"].items()}
-    packed = frozenset(name for entry in held["quantized"].values() for name in entry["inputs"])
-    config = ModelConfig.from_pretrained(place / CHECKPOINT)
-    return Bundle(place, config, _settings_of(described), weights, packed, info)
+    with _naming(place / CONFIG):
+        settings = _settings_of(read_object(place / CONFIG, BundleError))
+    with _naming(place / WEIGHTS):
+        held = read_object(place / WEIGHTS, BundleError)
+        weights = {name: Weight.from_json(entry) for name, entry in held["checkpoint"].items()}
+        packed = frozenset(name for entry in held["quantized"].values() for name in entry["inputs"])
+    return Bundle(place, ModelConfig.from_pretrained(place / CHECKPOINT), settings, weights, packed, info)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turn what a missing key or a value of a wrong type raises into a `BundleError` that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{file} is damaged ({error!r}); copy the bundle again") from None
 
 
 def verify_checksums(bundle: Bundle) -> None:

@@ -30,6 +30,7 @@ class TritonPythonModel:
             sys.path.insert(0, parameters["code"])
         try:
             from export import open_bundle
+            from nemo_diffgemma.errors import UserError
             from nemo_diffgemma.tokenizer import Text
         except ImportError as error:
             raise pb_utils.TritonModelException(
@@ -39,19 +40,21 @@ class TritonPythonModel:
         device = int(args["model_instance_device_id"])
         try:
             self.engine: Any = open_bundle(bundle, provider=parameters["provider"], device=device)
-        except ValueError as error:
+            self.text = Text(self.engine.assets)
+        except UserError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self.text = Text(self.engine.assets)
 
     def execute(self, requests: list[Any]) -> None:
         """Answer requests one after the other, each through its own sender."""
+        from nemo_diffgemma.errors import UserError  # on the path since `initialize`
+
         for request in requests:
             sender = request.get_response_sender()
             try:
                 response = self._serve(request, sender)
             except _Cancelled:
                 response = _failure("the client has cancelled the request", pb_utils.TritonError.CANCELLED)
-            except ValueError as error:
+            except UserError as error:
                 response = _failure(str(error), pb_utils.TritonError.INVALID_ARG)
             except Exception as error:
                 pb_utils.Logger.log_error(traceback.format_exc())
@@ -80,9 +83,11 @@ class TritonPythonModel:
 
     def _prompt(self, request: Any) -> tuple[Any, Any]:
         """Token ids [B, S] and the mask, None where every token counts."""
+        from nemo_diffgemma.errors import UserError
+
         ids, mask, prompt = (_array(request, name) for name in ("input_ids", "attention_mask", "prompt"))
         if (ids is None) == (prompt is None):
-            raise ValueError("give one of input_ids [B, S] and prompt [1], not both or none")
+            raise UserError("give one of input_ids [B, S] and prompt [1], not both or none")
         if prompt is not None:
             return torch.tensor([self.text.encode(prompt.reshape(-1)[0].decode(), chat=True)]), None
         return torch.from_numpy(ids.copy()), None if mask is None else torch.from_numpy(mask.copy())
@@ -150,7 +155,9 @@ def _one(request: Any, name: str, default: Any) -> Any:
     if array is None:
         return default
     if array.size != 1:
-        raise ValueError(f"{name} has shape {list(array.shape)}; expected [1]")
+        from nemo_diffgemma.errors import UserError
+
+        raise UserError(f"{name} has shape {list(array.shape)}; expected [1]")
     return array.reshape(-1)[0].item()
 
 

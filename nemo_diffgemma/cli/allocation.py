@@ -65,6 +65,13 @@ def _check(cluster: ClusterGroup) -> None:
     if cluster.device not in ("cuda", "cpu"):
         raise ConfigurationError(f"cluster.device={cluster.device!r}; use cuda or cpu")
     seconds_of(cluster.time)
+    for name in cluster.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ConfigurationError(f"cluster.environment.{name}: expected the name of a variable, such as NCCL_DEBUG")
+    options = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
+    for key, value in [*options.items(), *((f"sbatch.{key}", value) for key, value in cluster.sbatch.items())]:
+        if len(f"{key}{value}".splitlines()) > 1:
+            raise ConfigurationError(f"cluster.{key}={value!r}; expected one line: an option of sbatch")
     if cluster.gpu is not None:
         check_gpu("cluster.gpu", cluster.gpu)
 

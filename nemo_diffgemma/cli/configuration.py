@@ -34,7 +34,7 @@ from nemo_diffgemma.cli.arguments import Texts
 from nemo_diffgemma.data.tasks import KINDS, DataGroup, task_class
 from nemo_diffgemma.fields import relaxed
 from nemo_diffgemma.repository import CONF
-from nemo_diffgemma.schema import ConfigurationError, explain, instance, keys_of, unknown_key, validate
+from nemo_diffgemma.schema import ConfigurationError, check_values, explain, instance, keys_of, unknown_key, validate
 
 FROZEN = "NEMO_DIFFGEMMA_CONFIG"  # in the environment: a file that `freeze` made, instead of a command line
 _QUIET = [
@@ -183,13 +183,18 @@ def frozen[Schema](schema: type[Schema]) -> Schema | None:
 def _explain(error: Exception, schema: type, arguments: list[str]) -> str | None:
     """Why Hydra could not compose; None where that is a defect."""
     cause: BaseException | None = error
+    broken = _broken_file(arguments)
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
-            return _broken_file(arguments) or explain(cause, schema)
+            return broken or explain(cause, schema)
         cause = cause.__cause__
-    if not isinstance(error, HydraException):
-        return _broken_file(arguments)
+    if broken or not isinstance(error, HydraException):
+        return broken
     text = str(error)
+    if chosen := re.match(r"In '([\w./-]+)/([\w.-]+)'", text):
+        broken = _misused_file(arguments, schema, chosen[1], chosen[2])
+        if broken:
+            return broken
     named = re.search(r"Could not (?:override|append to config\. An item is already at) '([\w./@]+)'", text)
     if named and named[1] not in keys_of(schema):
         return unknown_key(named[1], keys_of(schema))
@@ -199,11 +204,7 @@ def _explain(error: Exception, schema: type, arguments: list[str]) -> str | None
 
 def _broken_file(arguments: list[str]) -> str | None:
     """What is wrong with a file of conf/, or of the folders given with --config-dir; None if nothing is."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    folders = [
-        value.partition("=")[2] or after for value, after in pairs if re.match(r"(--config-dir|-cd)(=|$)", value)
-    ]
-    for file in (file for folder in (*map(Path, folders), CONF) for file in sorted(folder.rglob("*.yaml"))):
+    for file in (file for folder in _folders(arguments) for file in sorted(folder.rglob("*.yaml"))):
         try:
             content = OmegaConf.load(file)
         except UnicodeDecodeError:
@@ -213,3 +214,24 @@ def _broken_file(arguments: list[str]) -> str | None:
         if not isinstance(content, DictConfig):
             return f"{file} holds a list; expected keys and values"
     return None
+
+
+def _misused_file(arguments: list[str], schema: type, group: str, option: str) -> str | None:
+    """What is wrong with the keys of `group/option.yaml`; None if nothing is."""
+    for folder in _folders(arguments):
+        file = folder / group / f"{option}.yaml"
+        if file.is_file():
+            values = OmegaConf.to_container(OmegaConf.load(file))
+            assert isinstance(values, dict)
+            values.pop("defaults", None)
+            try:
+                check_values({group: values} if group in get_type_hints(schema) else values, schema)
+            except ConfigurationError as error:
+                return f"{error} (in {file})"
+    return None
+
+
+def _folders(arguments: list[str]) -> list[Path]:
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    given = [value.partition("=")[2] or after for value, after in pairs if re.match(r"(--config-dir|-cd)(=|$)", value)]
+    return [*map(Path, given), CONF]

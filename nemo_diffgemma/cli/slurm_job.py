@@ -87,6 +87,7 @@ def render(
         options=[(key, value and shlex.quote(str(value))) for key, value in options.items() if value is not None],
         array=array,
         directory=shlex.quote(str(directory)),
+        log_directory=shlex.quote(str(directory).replace("%", "%%")),  # Slurm has its own patterns, such as %j
         root=shlex.quote(str(root)),
         python=shlex.quote(interpreter),
         environment=[(key, shlex.quote(str(value))) for key, value in cluster.environment.items()],

@@ -43,7 +43,7 @@ def run_in_processes(config: Any, processes: int) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we tell what happened ourselves
     threads = getattr(getattr(config, "trainer", None), "threads", 0) or threads_of_process(processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    command = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", *sys.argv]
+    command = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder:
@@ -51,7 +51,7 @@ def run_in_processes(config: Any, processes: int) -> None:
             file.write_text(freeze(config))
             os.environ |= {HANDOVER: folder, FROZEN: str(file)}
             try:
-                torchrun.run(torchrun.parse_args(command))
+                torchrun.run(torchrun.parse_args([*command, f"--log-dir={folder}", *sys.argv]))  # it leaves a folder
             except ChildFailedError as failed:
                 raise SystemExit(_exit_code(Path(folder), failed)) from None
             finally:

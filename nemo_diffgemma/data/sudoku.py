@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nemo_diffgemma.data.example import Example
 from nemo_diffgemma.data.sudoku_tokenizer import BOS_ID, EOS_ID, SEP_ID, VOCABULARY
+from nemo_diffgemma.errors import UserError
 
 Grid = tuple[int, ...]
 
@@ -40,7 +41,7 @@ def _units(cells: int) -> tuple[Grid, ...]:
     """Positions of every row, column and box of a grid with so many cells."""
     size = isqrt(cells)
     if size * size != cells or size not in _BOX:
-        raise ValueError(f"a grid of {cells} cells; expected 16 (4x4), 36 (6x6) or 81 (9x9), row by row, 0 where empty")
+        raise UserError(f"a grid of {cells} cells; expected 16 (4x4), 36 (6x6) or 81 (9x9), row by row, 0 where empty")
     height, width = _BOX[size]
     rows = [tuple(range(row * size, (row + 1) * size)) for row in range(size)]
     columns = [tuple(range(column, cells, size)) for column in range(size)]
@@ -62,7 +63,7 @@ def _peers(cells: int) -> tuple[frozenset[int], ...]:
 def is_solution(puzzle: Sequence[int], cells: Sequence[int]) -> bool:
     """Whether `cells` is a full valid grid that keeps every clue of `puzzle`.
 
-    Raises ValueError for a puzzle of no known size.
+    Raises `UserError` for a puzzle of no known size.
     """
     units = _units(len(puzzle))
     if len(cells) != len(puzzle):
@@ -76,12 +77,12 @@ def is_solution(puzzle: Sequence[int], cells: Sequence[int]) -> bool:
 def solve(cells: Sequence[int], limit: int = 2) -> list[Grid]:
     """The solutions of a puzzle, at most `limit` of them: two are enough to know that a puzzle is not unique.
 
-    Empty where the clues contradict each other. Raises ValueError for a wrong number of cells or a digit out of range.
+    Empty where the clues contradict each other. Raises `UserError` for a wrong number of cells or a digit out of range.
     """
     peers = _peers(len(cells))
     size = isqrt(len(cells))
     if not all(0 <= digit <= size for digit in cells):
-        raise ValueError(f"digits {sorted(set(cells))} in a {size}x{size} grid; expected 1..{size}, and 0 where empty")
+        raise UserError(f"digits {sorted(set(cells))} in a {size}x{size} grid; expected 1..{size}, and 0 where empty")
     grid = list(cells)
     if any(digit and grid[peer] == digit for cell, digit in enumerate(grid) for peer in peers[cell]):
         return []
@@ -145,7 +146,7 @@ def solve_rate(puzzles: Sequence[Sequence[int]], responses_NC: Tensor) -> float:
 def format_grid(cells: Sequence[int]) -> str:
     """A grid as a drawing with its boxes, '.' where empty; no newline at the end.
 
-    Raises ValueError for a wrong number of cells.
+    Raises `UserError` for a wrong number of cells.
     """
     _units(len(cells))
     size = isqrt(len(cells))
@@ -182,7 +183,7 @@ class SudokuTask:
     """Which grids are trained on, which are held out, and the puzzles of the test; all a function of these fields.
 
     Clue counts are inclusive and drawn uniformly; for the test, puzzles with more than one solution are then rejected,
-    which favours many clues. Raises ValueError for counts outside the grid.
+    which favours many clues. Raises `UserError` for counts outside the grid.
     """
 
     seed: int = 0
@@ -193,13 +194,13 @@ class SudokuTask:
 
     def __post_init__(self) -> None:
         if not 1 <= self.held_out < len(all_grids()):
-            raise ValueError(
+            raise UserError(
                 f"held_out={self.held_out} of {len(all_grids())} grids; expected 1..{len(all_grids()) - 1}, such as 28"
             )
         for name in ("clues", "test_clues"):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= 16:
-                raise ValueError(f"{name}=({low}, {high}); expected 0 <= fewest <= most <= 16, such as (4, 8)")
+                raise UserError(f"{name}=({low}, {high}); expected 0 <= fewest <= most <= 16, such as (4, 8)")
 
     @cached_property
     def _split(self) -> list[Grid]:
@@ -219,7 +220,7 @@ class SudokuTask:
     def test_set(self) -> list[tuple[Grid, Grid]]:
         """`test_puzzles` different (puzzle, its only solution), each solution held out.
 
-        Raises ValueError where so many cannot be found in 100 tries each.
+        Raises `UserError` where so many cannot be found in 100 tries each.
         """
         random = Random(f"sudoku test {self.seed}")
         grids = self.test_grids
@@ -233,7 +234,7 @@ class SudokuTask:
             if solve(puzzle, limit=2) == [solution]:
                 found[puzzle] = solution
         if len(found) < self.test_puzzles:
-            raise ValueError(
+            raise UserError(
                 f"test_puzzles={self.test_puzzles} with test_clues={tuple(self.test_clues)}, held_out={self.held_out}: "
                 f"found only {len(found)} puzzles with one solution; use fewer test_puzzles or test_clues=(4, 8)"
             )

@@ -17,9 +17,7 @@ from nemo_diffgemma.cli.signals import leaving_at_signals
 
 
 def outcome(code: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr or "Exception ignored" in done.stderr, done.stderr
     return done.returncode, done.stdout
 

@@ -78,7 +78,12 @@ EXPLAINED = [
     ("OSError('type this instead')", 1), ("ChildCrash('type this instead')", 1),
     ("OtherRankFailure('type this instead')", 1), ("PermissionError('type this instead')", 1),
 ]  # fmt: skip
-DEFECTS = ["ValueError('max() iterable argument is empty')", "RuntimeError('no')", "KeyError('x')", "ZeroDivisionError()"]
+DEFECTS = [
+    "ValueError('max() iterable argument is empty')",
+    "RuntimeError('no')",
+    "KeyError('x')",
+    "ZeroDivisionError()",
+]
 
 
 def test_every_kind_of_error_has_its_exit_code_and_words(tmp_path):
@@ -116,7 +121,8 @@ def test_of_several_ranks_one_tells_what_all_know(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [("{", "is no JSON"), ("[]", "holds no configuration"), ('{"budnle": 1}', "did you mean bundle?")]
+    ("content", "told"),
+    [("{", "is no JSON"), ("[]", "holds no configuration"), ('{"budnle": 1}', "did you mean bundle?")],
 )  # fmt: skip
 def test_a_damaged_configuration_of_a_job_is_named(tmp_path, content, told):
     file = tmp_path / "config.json"

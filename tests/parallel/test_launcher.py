@@ -44,7 +44,9 @@ def test_a_step_of_several_tasks_is_named_as_torchrun_does(environment):
     assert [os.environ[name] for name in names] == ["1", "4", "1", "node7", "20077"]
 
 
-@pytest.mark.parametrize("said", [{"SLURM_PTY_PORT": "1"}, {"SLURM_JOB_NAME": "interactive"}, {"SLURM_JOB_NAME": "zsh"}])
+@pytest.mark.parametrize(
+    "said", [{"SLURM_PTY_PORT": "1"}, {"SLURM_JOB_NAME": "interactive"}, {"SLURM_JOB_NAME": "zsh"}]
+)
 def test_in_an_interactive_shell_a_command_runs_alone_and_says_so(environment, capsys, said):
     environment(**STEP, **said, SLURM_TASK_PID="1")
     assert not started_by_launcher()

@@ -1,0 +1,89 @@
+"""Commands as a user starts and ends them: prompts arrive in every process, and a signal leaves nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_diffgemma.checkpoint.open import load_network, save_network
+from nemo_diffgemma.data import build_tokenizer
+from nemo_diffgemma.repository import ROOT
+
+PROMPT = " 1..4 [,'\"${5}\\ ...\n..1=?!\\"  # in the tokenizer's vocabulary but for the last characters
+
+
+def command(verb: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch" / f"{verb}.py"), *arguments]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[..., Path], tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("a b") / "step=100,[x] ${y} 'z'"
+    place.symlink_to(checkpoint("bigger_canvas", damp=0.1))
+    build_tokenizer().save_pretrained(place)
+    return place
+
+
+def test_two_processes_read_the_prompt_that_was_typed_and_a_path_as_it_is(model):
+    """The tokenizer names what it cannot read: `$` and backslash are not in its vocabulary."""
+    done = subprocess.run(
+        command("generate", f"checkpoint={model}", "prompt=-", "parallel=ep2"), input=PROMPT + "\n",
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"cannot read prompt={PROMPT!r}" in done.stderr.replace("\n", " ").replace("  ", " ") or all(
+        word in done.stderr for word in f"prompt={PROMPT!r}".split()
+    )
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("case", ["generate from .nemo", "convert by two"])
+def test_what_a_signal_ends_leaves_nothing(model, single, tmp_path, case, sent, code):
+    if (case, sent) == ("generate from .nemo", signal.SIGINT):
+        pytest.skip("as the other")
+    temporary, target = tmp_path / "tmp", tmp_path / "out" / "sharded"
+    temporary.mkdir()
+    target.parent.mkdir()
+    if case == "convert by two":
+        arguments = command("convert", f"source={model}", f"target={target}", "format=sharded", "parallel=ep2")
+        begun = lambda: any(target.parent.iterdir())
+    else:
+        save_network(load_network(model), str(tmp_path / "model.nemo"), "nemo")
+        arguments = command(
+            "generate", f"checkpoint={tmp_path / 'model.nemo'}", "prompt_ids=[2,10]", "max_new_tokens=9999"
+        )
+        begun = lambda: any(temporary.glob(".*.partial"))
+    process = subprocess.Popen(
+        arguments,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 240
+    while not begun():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(sent)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert out == "" and "Traceback" not in errors
+    assert [*temporary.iterdir(), *target.parent.iterdir()] == []
+
+
+def test_inherited_variables_of_a_launcher_are_told(model):
+    done = subprocess.run(
+        command("generate", f"checkpoint={model}", "prompt_ids=[2]", "parallel=ep2"), capture_output=True, text=True,
+        timeout=300, env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "MASTER_ADDR and MASTER_PORT are not set" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
