@@ -97,8 +97,8 @@ def extract(source: Path, directory: Path) -> None:
     """The two members of an archive into `directory`. Raises `CheckpointError`."""
     try:
         with tarfile.open(source, "r:*") as archive:
-            for member in _members(archive, source, shutil.disk_usage(directory).free):
-                archive.extract(member, directory, filter="data")
+            members = _members(archive, source, shutil.disk_usage(directory).free)
+            archive.extractall(directory, members=members, filter="data")
     except CheckpointError:
         raise
     except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
