@@ -55,8 +55,10 @@ def relaxed(schema: type) -> type:
         kind, given = hints[field.name], field.default_factory
         group = group_of(kind)
         if group is not None:
+            if given is not dataclasses.MISSING and given is not group:
+                group = type(given()) if dataclasses.is_dataclass(given()) else group  # a kind of the group
             kind = relaxed(group)
-            given = kind if given is group else given  # type: ignore[assignment]
+            given = kind if given is not dataclasses.MISSING else given  # type: ignore[assignment]
             kind = kind | None if type(None) in options_of(hints[field.name]) else kind
         else:
             kind = dict[str, Any] if get_origin(kind) is dict else Any

@@ -247,6 +247,10 @@ def check_values(
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in hints:
+            if data is not None and schema is data and name in _fields(DataGroup, None):
+                raise ConfigurationError(
+                    f"{key} is no key of data.kind={data.kind!r}; choose the kind with all of its keys: data={data.kind}"
+                )
             raise ConfigurationError(unknown_key(key, keys_of(schema, prefix, data)))
         kind = hints[name]
         _check_numbers(key, value)
@@ -295,13 +299,6 @@ def structured(schema: type, values: Mapping[Any, Any]) -> DictConfig:
     if group is None:
         return node
     node.data = OmegaConf.structured(group)
-    given = values.get("data")
-    for name in given if isinstance(given, Mapping) else ():
-        if name not in node.data and name in _fields(DataGroup, None):
-            raise ConfigurationError(
-                f"data.{name} is no key of data.kind={group.kind!r}; choose the kind with all of its keys: "
-                f"data={group.kind}"
-            )
     return node
 
 
