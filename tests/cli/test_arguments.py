@@ -47,7 +47,8 @@ TEXT_KEYS = [
     if text_kind(schema, key) and key not in CHECKED and not key.startswith("gpu.")
 ]
 NASTY = [
-    '"Hi," he said. "Bye."', '"quoted"', "'quoted'", "???", "cost is ${5} today", "\\${5}", "ends in \\", "ends in \\\n",
+    '"Hi," he said. "Bye."', '"quoted"', "'quoted'", "???", "cost is ${5} today", "\\${5}", "ends in \\",
+    "ends in \\\n",
     "[a,b]", "{a: b}", "runs/step=100", "a,b", " spaced ", "~", "~/x", "012345", "12:00:00", "off", "1.10", "", "é↵🙂",
     "choice(1,2)", "a=b=c", "NEMO_DIFFGEMMA_TEXT_0_", "line\nline", "${oc.env:HOME}", "#x", "a: b", "- x", "true",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Commands as a user starts and ends them: prompts arrive in every process, and a signal leaves nothing half-written."""
+"""Commands as a user starts and ends them: prompts arrive in every process, a signal leaves nothing half-written."""
 
 from __future__ import annotations
 
