@@ -6,6 +6,7 @@ text_kind(TrainConfig, "exp_manager.version").may_be_null
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -47,7 +48,8 @@ def group_of(kind: Any) -> Any:
     return next((option for option in options_of(kind) if dataclasses.is_dataclass(option)), None)
 
 
-def relaxed(schema: type) -> type:
+@functools.cache  # one class of each, which those of derived classes derive from
+def relaxed(schema: Any) -> Any:
     """A schema of the same keys and defaults whose values are of any type: nothing is converted on the way."""
     hints = get_type_hints(schema)
     fields = []
@@ -55,10 +57,9 @@ def relaxed(schema: type) -> type:
         kind, given = hints[field.name], field.default_factory
         group = group_of(kind)
         if group is not None:
-            if given is not dataclasses.MISSING and given is not group:
-                group = type(given()) if dataclasses.is_dataclass(given()) else group  # a kind of the group
             kind = relaxed(group)
-            given = kind if given is not dataclasses.MISSING else given  # type: ignore[assignment]
+            if given is not dataclasses.MISSING:
+                given = relaxed(type(given()))  # of the group, or of a class derived from it
             kind = kind | None if type(None) in options_of(hints[field.name]) else kind
         else:
             kind = dict[str, Any] if get_origin(kind) is dict else Any
@@ -68,4 +69,5 @@ def relaxed(schema: type) -> type:
             fields.append((field.name, kind, dataclasses.field(default=field.default)))
         else:
             fields.append((field.name, kind, dataclasses.field(default="???")))
-    return dataclasses.make_dataclass(schema.__name__, fields)
+    bases = tuple(relaxed(base) for base in schema.__bases__ if dataclasses.is_dataclass(base))
+    return dataclasses.make_dataclass(schema.__name__, fields, bases=bases)

@@ -249,7 +249,8 @@ def check_values(
         if name not in hints:
             if data is not None and schema is data and name in _fields(DataGroup, None):
                 raise ConfigurationError(
-                    f"{key} is no key of data.kind={data.kind!r}; choose the kind with all of its keys: data={data.kind}"
+                    f"{key} is no key of data.kind={data.kind!r}; choose the kind with all of its keys: "
+                    f"data={data.kind}"
                 )
             raise ConfigurationError(unknown_key(key, keys_of(schema, prefix, data)))
         kind = hints[name]

@@ -56,7 +56,7 @@ class _Raised(BaseException):
 
 def register(schema: type, name: str, documentation: str = "") -> None:
     """Make `schema` what `schema` in a defaults list of conf/ means, and `documentation` as what --help prints."""
-    node = _defaults(schema)
+    node = OmegaConf.structured(relaxed(schema))  # `validate` sees what YAML made of a value, not a conversion of it
     if get_type_hints(schema).get("data") is DataGroup:
         _register_data(node)
     if "model" in node:
@@ -75,16 +75,11 @@ def register(schema: type, name: str, documentation: str = "") -> None:
     )
 
 
-def _defaults(schema: type) -> DictConfig:
-    """Keys and defaults without types: `validate` sees what YAML made of a value, not a conversion of it."""
-    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(relaxed(schema))))  # type: ignore[return-value]
-
-
 def _register_data(node: DictConfig) -> None:
     """Make `data=<kind>` bring the keys of its kind, also where conf/data has no file of that name."""
-    node.data = _defaults(DataGroup)  # else those of the default kind stay beside them
+    node.data = OmegaConf.structured(relaxed(DataGroup))  # else those of the default kind stay beside them
     for kind in KINDS:
-        keys = _defaults(task_class(kind).keys)
+        keys = OmegaConf.structured(relaxed(task_class(kind).keys))
         ConfigStore.instance().store(group="schema/data", name=kind, node=keys)  # where a file of conf/data starts
         if not (CONF / "data" / f"{kind}.yaml").is_file():
             ConfigStore.instance().store(group="data", name=kind, node=keys)

@@ -14,12 +14,12 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from nemo.utils import logging as nemo_logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 
 from nemo_diffgemma.checkpoint import sharded
+from nemo_diffgemma.checkpoint.assets import GENERATION
 from nemo_diffgemma.data.tasks import Task
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
@@ -120,23 +120,9 @@ def write_assets(network: DiffusionGemma, task: Task, run_dir: Path) -> None:
             tokenizer = task.tokenizer()
             if tokenizer is not None:
                 tokenizer.save_pretrained(assets)
-            (assets / "generation_config.json").write_text(json.dumps(generation_settings(task), indent=2) + "\n")
+            sampler = SamplerConfig(eos_token_id=task.eos_token_id, pad_token_id=task.pad_token_id)
+            (assets / GENERATION).write_text(json.dumps(sampler.to_huggingface(), indent=2) + "\n")
         sharded.write_assets(network, assets)  # config.json last: it says that the others are there
 
     on_rank_zero(write)
     network.assets = assets
-
-
-def generation_settings(task: Task) -> dict[str, Any]:
-    """Sampler settings for a network trained from scratch, whole and spelt as in the released file: others need all."""
-    sampler = SamplerConfig()
-    return {
-        "max_denoising_steps": sampler.max_denoising_steps,
-        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": sampler.entropy_bound},
-        "t_min": sampler.t_min,
-        "t_max": sampler.t_max,
-        "stability_threshold": sampler.stability_threshold,
-        "confidence_threshold": sampler.confidence_threshold,
-        "eos_token_id": task.eos_token_id,
-        "pad_token_id": task.pad_token_id,
-    }

@@ -71,7 +71,7 @@ def test_replicas_follow_from_the_allocation():
         (["cluster.nodes=3"], "data.global_batch_size=64"),
         (["cluster.time=soon"], "expected minutes, hours:minutes:seconds"),
         (["cluster.time=00:10:00"], "cluster.time=00:10:00 leaves no time to train"),
-        (["cluster.time=11"], "give more than 11 minutes"),
+        (["cluster.time='11'"], "give more than 11 minutes"),
         (["cluster.gpu=h1000"], "use one of b200, dgx_spark"),
         (["cluster.nodes=0"], "cluster.nodes=0; expected at least 1"),
         (["cluster.scheduler=pbs"], "use slurm, or null"),
