@@ -23,6 +23,7 @@ from nemo_diffgemma.model.cache import KeyValue, extended
 from nemo_diffgemma.model.segments import Kind, Stream
 from nemo_diffgemma.model.visibility import Group, Visibility
 
+_COMPILATIONS = 64  # of FlexAttention, at most
 _QUERY_BLOCK = 512  # rows of a causal mask at a time, where a mask is needed at all
 
 
@@ -163,10 +164,18 @@ def attend_as_one(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, visibility: Visib
 
 @functools.cache
 def _flex_attention(device_type: str) -> Any:
-    """Compiled for CUDA, once for all lengths; as it is on a CPU, where only tests call it (it has no backward)."""
+    """Compiled for CUDA; as it is on a CPU, where only tests call it (it has no backward there).
+
+    One compilation serves all lengths but 1 of each axis, and there are two widths, with and without gradient: more
+    than the 8 after which torch would go on uncompiled, with all scores in memory. Where 64 are not enough it is an
+    error.
+    """
     from torch.nn.attention.flex_attention import flex_attention  # loads torch's compiler
 
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+    if device_type != "cuda":
+        return flex_attention
+    # the argument is missing in the overloads of torch 2.13
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, recompile_limit=_COMPILATIONS)  # type: ignore[call-overload]
 
 
 def flex_options(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Visibility:
     def _block_mask(self, device: torch.device) -> BlockMask:
         from torch.nn.attention.flex_attention import BlockMask  # loads torch's compiler
 
-        low, high, canvas_low, canvas_high = self.ranges.to(device).unbind(1)
+        low, high, canvas_low, canvas_high = self.ranges.t().contiguous().to(device)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             in_context = (key >= low[query]) & (key < high[query])
