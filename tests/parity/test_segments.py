@@ -5,6 +5,8 @@ The mask is written down from the definition, token against token, in float64.
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,15 +72,15 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 @st.composite
-def streams(draw, most: int = 14) -> tuple[Stream, int | None, bool]:
+def streams(draw) -> tuple[Stream, int | None, bool]:
     """A stream, a window, and whether the cached context was trimmed to it."""
     trimmed = draw(st.booleans())
     sequences, new = [], []
     for _ in range(draw(st.integers(1, 4))):
         first = draw(st.sampled_from([0, 0, 3]))
-        cached = draw(st.sampled_from([0, 4, draw(st.integers(0, most))]))
+        cached = draw(st.sampled_from([0, 4, draw(st.integers(0, 14))]))
         sequences.append(Span(first, first + cached))
-        new.append(draw(st.sampled_from([0, 4, draw(st.integers(0, most))])))
+        new.append(draw(st.sampled_from([0, 4, draw(st.integers(0, 14))])))
     places = [
         (index, start)
         for index, (span, more) in enumerate(zip(sequences, new, strict=True))
@@ -132,6 +134,29 @@ class Drawn:
         return Visibility.of(self.stream, self.window, self.context.kept)
 
 
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (0, 5, 2), (3, 0, 0), (4,)])
+@pytest.mark.parametrize("most", [0, 1, 3, 9])
+def test_keys_of_a_sequence_stay_its_own(lengths, most):
+    """Cut to the last ones, chosen, or extended by new context, each sequence has what it would have alone."""
+    offsets = [sum(lengths[:index]) for index in range(len(lengths))]
+    spans = tuple(Span(3, 3 + length) for length in lengths)
+    keys = torch.arange(float(sum(lengths)))[:, None, None]
+    past = KeyValue(keys, -keys, spans)
+    own = [keys[offset : offset + length] for offset, length in zip(offsets, lengths, strict=True)]
+    cut = past.last(most)
+    assert cut.kept == tuple(Span(3 + max(0, length - most), 3 + length) for length in lengths)
+    assert torch.equal(cut.keys, torch.cat([part[max(0, len(part) - most) :] for part in own]))
+    new = [2, 0, 1][: len(lengths)]
+    stream = stream_of(spans, tuple(new), (), 4, 2)
+    more = 100.0 + torch.arange(float(stream.tokens))[:, None, None]
+    fresh = more[: sum(new)].split(new)
+    grown = extended(cut, more, -more, stream)
+    for index in reversed(range(len(lengths))):
+        expected = torch.cat([own[index][max(0, lengths[index] - most) :], fresh[index]])
+        for of in (grown.of(index), grown.select([index, 0]).of(0)):
+            assert torch.equal(of[0], expected) and torch.equal(of[1], -expected)
+
+
 @settings(max_examples=200)
 @given(case=streams(), key_heads=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))
 def test_attention_of_segments_is_that_of_the_dense_mask(case, key_heads, seed):
@@ -174,11 +199,28 @@ def test_one_compilation_of_flex_attention_serves_many_streams(monkeypatch):
     torch._dynamo.reset()
 
 
-@settings(max_examples=25)
-@given(case=streams(most=300))
-def test_blocks_of_the_flex_mask_are_those_that_some_query_sees(case):
+def long_stream(seed: int) -> tuple[Stream, int | None, bool]:
+    """Contexts and canvases of several blocks, whose borders lie at blocks' borders or anywhere."""
+    chosen = random.Random(seed)
+    lengths = [0, 1, 100, BLOCK - 1, BLOCK, 2 * BLOCK, 300, 3 * BLOCK + 1]
+    sequences = [
+        Span(first, first + chosen.choice(lengths)) for first in chosen.choices([0, 3], k=chosen.randint(1, 3))
+    ]
+    new = [chosen.choice(lengths) or int(not span.length) for span in sequences]
+    window, trimmed = chosen.choice([None, 8, BLOCK, 200]), chosen.random() < 0.5
+    places = []
+    for _ in range(chosen.randint(0, 3)):
+        sequence = chosen.randrange(len(sequences))
+        first, end = sequences[sequence]
+        places.append((sequence, chosen.randint(max(first + 1, end if trimmed else 0), end + new[sequence])))
+    length = chosen.choice([4, 100, BLOCK, 2 * BLOCK])
+    return stream_of(tuple(sequences), tuple(new), tuple(places), length, chosen.choice([1, 4])), window, trimmed
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_blocks_of_the_flex_mask_are_those_that_some_query_sees(seed):
     """A kernel visits no other block, and evaluates no mask in those that every query sees whole."""
-    stream, window, trimmed = case
+    stream, window, trimmed = long_stream(seed)
     cached = sum(span.length for span in stream.sequences)
     past = KeyValue(torch.zeros(cached, 1, 1), torch.zeros(cached, 1, 1), stream.sequences)
     past = past.last(window - 1) if trimmed and window is not None else past
