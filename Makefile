@@ -24,7 +24,7 @@ test: venv ## Run the tests, without the slow ones
 	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" --ignore=tests/slurm $(IN_PARALLEL) $(ARGS)
 
 test-slurm: venv ## Run training jobs on a real Slurm, started here (installed too, as root on Debian or Ubuntu)
-	$(PYTHON_IN_VENV) -m pytest -q tests/slurm $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" tests/slurm $(ARGS)
 
 test-all: venv ## Run all tests
 	$(PYTHON_IN_VENV) -m pytest -q $(ARGS)

@@ -1,7 +1,8 @@
 """Training jobs on a real Slurm: disturbed in every way we know, they end with the losses of the undisturbed one.
 
 A job is what a user submits, `launch/train.py cluster=testcluster ...`: 2 nodes with 2 tasks each. A job meets several
-disturbances in turn: what costs minutes here are the starts of four ranks on two cores.
+disturbances in turn: what costs minutes here are the starts of four ranks on two cores. `make test-slurm` leaves out
+what is marked `slow`, `make test-all` does not.
 """
 
 from __future__ import annotations
@@ -47,6 +48,28 @@ def test_an_undisturbed_job_leaves_logs_a_heartbeat_and_no_process(undisturbed):
     check_nothing_left(undisturbed)
 
 
+def test_a_node_that_fails_its_check_is_left_out_then_a_killed_rank_then_the_warning_before_the_time_limit(
+    jobs, undisturbed, tmp_path
+):
+    for node in ("n1", "n3"):
+        (tmp_path / node).mkdir()
+    job = jobs.submit(f"cluster.preflight.scratch={tmp_path}/%N")
+    job.wait_for_checkpoint(restarts=1)
+    assert job.nodes() == ["n1", "n3"]
+    assert "pre-flight check: n2 broken" in job.out()
+    os.kill(job.rank(3), signal.SIGKILL)
+    assert job.wait_for_checkpoint(restarts=2) >= EVERY
+    assert "ended with code 137; restart 2 of at most 3" in job.out()
+    os.kill(job.rank(3), signal.SIGSTOP)  # until the warning: else the run would be done before Slurm looks
+    job.limit(1)
+    job.wait_for_restart(3)
+    job.limit(10)
+    check_resumed(job, undisturbed, restarts=3, saved=1)
+    assert "stopped by a signal, after saving; restart 3 of at most 3" in job.out()
+    assert job.nodes() == ["n1", "n3"]
+
+
+@pytest.mark.slow
 def test_a_killed_rank_then_a_hang_then_a_requeue_by_an_administrator(jobs, undisturbed):
     job = jobs.submit("trainer.hang_minutes=0.5")
     job.wait_for_checkpoint()
@@ -65,6 +88,7 @@ def test_a_killed_rank_then_a_hang_then_a_requeue_by_an_administrator(jobs, undi
         assert "no step within 0.5 minutes" in dump and "Thread 0x" in dump
 
 
+@pytest.mark.slow
 def test_a_lost_node_then_a_time_limit_without_time_to_save_then_preemption(jobs, undisturbed):
     job = jobs.submit()
     job.wait_for_checkpoint()
@@ -89,22 +113,7 @@ def test_a_lost_node_then_a_time_limit_without_time_to_save_then_preemption(jobs
     assert job.cluster.job(other)["JobState"] == "COMPLETED"
 
 
-def test_a_node_that_fails_its_check_is_left_out_then_the_warning_before_the_time_limit(jobs, undisturbed, tmp_path):
-    for node in ("n1", "n3"):
-        (tmp_path / node).mkdir()
-    job = jobs.submit(f"cluster.preflight.scratch={tmp_path}/%N")
-    job.wait_for_checkpoint(restarts=1)
-    assert job.nodes() == ["n1", "n3"]
-    assert "pre-flight check: n2 broken" in job.out()
-    os.kill(job.rank(3), signal.SIGSTOP)  # until the warning: else the run would be done before Slurm looks
-    job.limit(1)
-    job.wait_for_restart(2)
-    job.limit(10)
-    check_resumed(job, undisturbed, restarts=2, saved=1)
-    assert "stopped by a signal, after saving; restart 2 of at most 3" in job.out()
-    assert job.nodes() == ["n1", "n3"]
-
-
+@pytest.mark.slow
 def test_no_more_restarts_than_configured(jobs):
     job = jobs.submit("cluster.max_restarts=1", steps=100_000)
     for restarts in (0, 1):
@@ -118,18 +127,25 @@ def test_no_more_restarts_than_configured(jobs):
     job.wait("FAILED")
 
 
-def test_what_every_restart_would_meet_is_not_tried_again_and_again(jobs, tmp_path):
-    one = ["cluster.nodes=1", "cluster.gpus_per_node=1", "parallel=single"]
-    refused = jobs.submit(f"model.checkpoint={tmp_path}/nothing", *one)
-    failing = jobs.submit("optim.lr=1e30", "optim.min_lr=1e30", *one)
-    refused.wait("FAILED")
-    assert "refused what it was given" in refused.out()
-    assert refused.cluster.job(refused.number)["Restarts"] == "0"
-    failing.wait("FAILED")
-    assert "at the same place as the failure before: giving up" in failing.out()
-    assert failing.cluster.job(failing.number)["Restarts"] == "1"
+ONE_PROCESS = ["cluster.nodes=1", "cluster.gpus_per_node=1", "parallel=single"]
 
 
+def test_a_job_that_refuses_what_it_was_given_is_not_started_again(jobs, tmp_path):
+    job = jobs.submit(f"model.checkpoint={tmp_path}/nothing", *ONE_PROCESS)
+    job.wait("FAILED")
+    assert "refused what it was given" in job.out()
+    assert job.cluster.job(job.number)["Restarts"] == "0"
+
+
+@pytest.mark.slow
+def test_what_fails_twice_at_one_place_is_not_started_a_third_time(jobs):
+    job = jobs.submit("optim.lr=1e30", "optim.min_lr=1e30", *ONE_PROCESS)
+    job.wait("FAILED")
+    assert "at the same place as the failure before: giving up" in job.out()
+    assert job.cluster.job(job.number)["Restarts"] == "1"
+
+
+@pytest.mark.slow
 def test_the_other_scripts_do_their_work_on_the_cluster(jobs, undisturbed, tmp_path):
     checkpoint = undisturbed.run / "checkpoints" / f"step-{STEPS}"
     small = ["cluster.nodes=1", "parallel=tp2_ep2", f"cluster.jobs_dir={tmp_path}/jobs"]
@@ -150,11 +166,10 @@ def test_the_other_scripts_do_their_work_on_the_cluster(jobs, undisturbed, tmp_p
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_an_array_with_a_table_at_its_end(jobs):
     """Of five runs one is cancelled while it works; another, whose number is that of the array, is killed once."""
-    sweep = jobs.submit(
-        "cluster.nodes=1", "cluster.gpus_per_node=1", "parallel=single", "--multirun", "seed=1,2,3,4,5", steps=6
-    )
+    sweep = jobs.submit(*ONE_PROCESS, "--multirun", "seed=1,2,3,4,5", steps=6)
     cancelled, killed = sweep.element(0), sweep.element(4)
     os.kill(killed.rank(0), signal.SIGKILL)
     cancelled.rank(0)
