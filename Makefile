@@ -23,10 +23,10 @@ export-demo: venv ## Export the model of the demo: build engines, compare with P
 test: venv ## Run the tests, without the slow ones
 	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" --ignore=tests/slurm $(IN_PARALLEL) $(ARGS)
 
-test-slurm: venv ## Run training jobs on a real Slurm, started here (installed too, as root on Debian or Ubuntu)
+test-slurm: venv ## Run the jobs that CI runs on a real Slurm, started here (installed too, as root on Debian or Ubuntu)
 	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" tests/slurm $(ARGS)
 
-test-all: venv ## Run all tests
+test-all: venv ## Run all tests, the slow ones and every job on Slurm too
 	$(PYTHON_IN_VENV) -m pytest -q $(ARGS)
 
 test-gpu: venv ## Run what needs GPUs: parity and layouts on nccl, engines with their latencies

@@ -29,12 +29,12 @@ VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-# Of pytest-xdist's processes one has all tests of a group: they share the pools of ranks, or traced graphs.
+# Of pytest-xdist's processes one has all tests of a group: they share the pools of ranks, models, or engines.
 GROUPS = {
     "traces": tuple(
         f"tests/export/test_{name}" for name in ("bundle", "engines", "graphs", "ranks", "roofline", "team", "triton")
     ),
-    "quantized": ("tests/export/test_quant",),
+    "quantized": ("tests/export/test_quant", "tests/export/test_schemes"),
     "ranks": (
         "tests/checkpoint/",
         "tests/distributed/",
@@ -45,7 +45,7 @@ GROUPS = {
         "tests/parity/test_mixed",
     ),
     "gpu": ("tests/gpu/",),
-    "starts": ("tests/training/", "tests/launch/"),
+    "starts": ("tests/training/", "tests/launch/", "tests/cli/"),
 }
 
 

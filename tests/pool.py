@@ -1,4 +1,4 @@
-"""A pool of long-lived ranks: imports of torch and Megatron are paid once a session, not once a test.
+"""A pool of long-lived ranks: they start once a session, not once a test.
 
 pool(2).run("tests.distributed.cases:logits", path=..., layout=dict(tensor=2))   # -> [result of rank 0, of rank 1]
 """
@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import Any
 
 from nemo_diffgemma.cli.child_process import end_with_parent
+from tests.commands import fork_context
 
 
 def free_port() -> int:
@@ -70,7 +71,8 @@ class Pool:
 
     def __init__(self, world: int, gpus: str = "", hidden_modules: tuple[str, ...] = ()) -> None:
         port = free_port()
-        context = multiprocessing.get_context("spawn")
+        # what has NeMo imported has looked for GPUs, and for modules
+        context = multiprocessing.get_context("spawn") if gpus or hidden_modules else fork_context()
         self._connections, self._processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

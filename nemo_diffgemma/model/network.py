@@ -290,5 +290,6 @@ def transformer_config(model: ModelConfig, layout: ParallelLayout, dtype: torch.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
+        cuda_graph_modules=[],  # Megatron warns of its own default
         calculate_per_token_loss=True,  # gradients are summed over replicas; the loss carries the global weights
     )

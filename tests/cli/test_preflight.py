@@ -111,7 +111,7 @@ def test_of_two_nodes_neither_can_be_blamed(tmp_path):
     assert "n1: the all-reduce of all nodes fails" in errors
 
 
-@pytest.mark.parametrize("absent", ["n1", "n2"])
+@pytest.mark.parametrize("absent", ["n1", pytest.param("n2", marks=pytest.mark.slow)])
 def test_a_node_that_does_not_come_is_broken(tmp_path, absent):
     nodes = ["n1", "n2", "n3"]
     fly(tmp_path, nodes, "--timeout", "25", absent=absent)

@@ -17,6 +17,7 @@ from nemo_diffgemma.cli.configuration import CONF, register
 from nemo_diffgemma.cli.slurm_job import VERBS, render
 from nemo_diffgemma.parallel.layout import LayoutError
 from nemo_diffgemma.schema import ConfigurationError, TrainConfig, validate
+from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "slurm" / "example_dgx_h100.sbatch"
@@ -34,9 +35,7 @@ def configured(*overrides: str) -> TrainConfig:
 
 
 def train(*arguments: str, path: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "model=tiny", *arguments]
-    environment = {**os.environ, "PATH": path or os.environ["PATH"]}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=cwd)
+    return run("launch/train.py", "model=tiny", *arguments, cwd=cwd, PATH=path or os.environ["PATH"])
 
 
 def slurm(directory: Path, **commands: str) -> str:
@@ -190,9 +189,8 @@ def test_a_sweep_goes_on_without_its_table(tmp_path):
 
 
 def test_a_sweep_of_exports_is_one_array_too(tmp_path):
-    command = [sys.executable, str(ROOT / "export" / "build.py"), "model=tiny", "cluster=dgx_h100", "dry_run=true"]
-    command += ["--multirun", f"out={tmp_path}/a,{tmp_path}/b"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    sweep = ["--multirun", f"out={tmp_path}/a,{tmp_path}/b"]
+    done = run("export/build.py", "model=tiny", "cluster=dgx_h100", "dry_run=true", *sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --array=0-1\n" in done.stdout
 

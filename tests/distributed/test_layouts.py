@@ -13,10 +13,18 @@ from tests.parity import generations, objectives, questions
 from tests.parity.generations import GENERATIONS, assert_same_tokens
 from tests.parity.objectives import Step, assert_same_step
 
-SIZE_AND_LAYOUT_IDS = [f"{size}-{layout}" for size, layout in SIZE_AND_LAYOUT]
+SLOW_LOGITS = [("deep", "tp2_ep4"), ("deep", "tp4")]  # the layouts with "base", "deep" in two others
+SLOW_TOKENS = ["tp2", "tp4"]  # which two other sizes have
 
 
-@pytest.mark.parametrize(("size", "layout"), SIZE_AND_LAYOUT, ids=SIZE_AND_LAYOUT_IDS)
+def _slow_if(slow: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if slow else []
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [pytest.param(*c, id="-".join(c), marks=_slow_if(c in SLOW_LOGITS)) for c in SIZE_AND_LAYOUT],
+)
 def test_logits(pool, reference, checkpoint, size, layout):
     """Contexts that no tensor-parallel size divides, at and around the window, padded, after finished canvases."""
     weights = dict(sublayers=questions.SUBLAYERS[size])
@@ -39,7 +47,7 @@ def test_logits(pool, reference, checkpoint, size, layout):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *[("stable_1", layout) for layout in LAYOUTS],
+        *[pytest.param("stable_1", layout, marks=_slow_if(layout in SLOW_TOKENS)) for layout in LAYOUTS],
         ("pad_none", "dp2_ep2"),
         *[(name, layout) for name in ("one_global_kv", "odd_vocab") for layout in ("tp2", "tp4")],
     ],

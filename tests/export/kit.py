@@ -1,11 +1,17 @@
-"""Graphs and engines of tiny models, traced once a session: a trace takes seconds."""
+"""Graphs and engines of tiny models, traced once a session: a trace takes seconds.
+
+What one of pytest-xdist's processes has traced, the others read from a file.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import torch
 from onnx import ModelProto
 
@@ -27,7 +33,21 @@ def config(size: str) -> ModelConfig:
     return ModelConfig.from_huggingface(tiny_config(size).to_dict())
 
 
-traced = functools.cache(trace)  # tests must not change what it gives
+folder = Path("not given yet")  # of the session's traces: tests/export/conftest.py
+
+
+@functools.cache
+def traced(graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> ModelProto:
+    """`export.tracing.trace`; tests must not change what it gives."""
+    asked = repr((graph, config, layout, dtype))
+    file = folder / f"{hashlib.sha256(asked.encode()).hexdigest()}.onnx"
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits for the first one's
+        if not file.exists():
+            model = trace(graph, config, layout, dtype)
+            onnx.save(model, file)
+            return model
+    return onnx.load(file)
 
 
 def graph(

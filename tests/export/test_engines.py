@@ -13,7 +13,7 @@ from export.graph.loop import to_loop
 from export.graph.weights import engine_weights
 from export.quantization.qdq import quantize_graph
 from export.quantization.schemes import is_quantized, packed_inputs
-from nemo_diffgemma import ParallelLayout
+from nemo_diffgemma import ModelConfig, ParallelLayout
 from tests.export import kit
 from tests.export.quantized import CONFIG
 
@@ -24,14 +24,19 @@ pytest.importorskip(
 SINGLE, FOUR = ParallelLayout(), ParallelLayout(tensor=4, expert=2, expert_tensor=2)
 TWO = ParallelLayout(tensor=2, expert=2)
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
+CONFIGS = {
+    torch.float32: kit.config("base"),
+    torch.float16: kit.config("base"),
+    torch.bfloat16: CONFIG,
+}  # traced anyway
 LIMITS = Limits(batch=4, context=256, chunk=64)
 
 
-def built(model: onnx.ModelProto, graph: str, tmp_path, world: int = 1, size: str = "base", steps: int | None = 8):
+def built(model: onnx.ModelProto, graph: str, tmp_path, config: ModelConfig, world: int = 1, steps: int | None = 8):
     """The network report of a graph whose engine was built."""
     file, engine = tmp_path / f"{graph}.onnx", tmp_path / f"{graph}.engine"
     onnx.save(model, file)
-    profile = Settings(steps=steps, limits=LIMITS).profile(graph, kit.config(size))
+    profile = Settings(steps=steps, limits=LIMITS).profile(graph, config)
     report = build_engine("tensorrt_rtx", file, engine, profile, world=world, targets=["sm_120"])
     assert report.bytes == engine.stat().st_size > 100_000
     assert report.network == inspect_network("tensorrt_rtx", file, world)
@@ -55,11 +60,12 @@ def assert_profile(report: EngineReport, profile) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("graph", ["encode", "step", "loop"])
 def test_every_graph_builds_in_every_precision(graph, dtype, tmp_path):
-    model = to_loop(kit.graph("step", dtype=dtype), 8) if graph == "loop" else kit.graph(graph, dtype=dtype)
-    network = built(model, graph, tmp_path)
-    weights = engine_weights(kit.config("base"), SINGLE)
+    config = CONFIGS[dtype]
+    model = kit.traced("encode" if graph == "encode" else "step", config, SINGLE, dtype)
+    network = built(to_loop(model, 8) if graph == "loop" else model, graph, tmp_path, config)
+    weights = engine_weights(config, SINGLE)
     bound = {name: tensor for name, tensor in network.inputs.items() if name in weights}
-    assert set(network.inputs) - set(weights) == kit.own_inputs(graph, kit.config("base"))
+    assert set(network.inputs) - set(weights) == kit.own_inputs(graph, config)
     for name, tensor in bound.items():
         assert (tensor.dtype, tensor.shape) == (DTYPES[dtype], weights[name].shape)
     axes = {axis for tensor in network.inputs.values() for axis in tensor.axes if axis}
@@ -76,14 +82,14 @@ def test_every_graph_builds_in_every_precision(graph, dtype, tmp_path):
 
 
 def test_a_loop_of_any_number_of_steps_builds(tmp_path):
-    network = built(to_loop(kit.graph("step"), None), "loop", tmp_path, steps=None)
+    network = built(to_loop(kit.graph("step"), None), "loop", tmp_path, kit.config("base"), steps=None)
     assert network.inputs["temperatures"].axes == ("steps",)
 
 
 @pytest.mark.parametrize("graph", ["encode", "step"])
 def test_rank_graphs_build_with_an_exchange_for_every_sum(graph, tmp_path):
     size, layout = "one_global_kv", FOUR
-    network = built(kit.graph(graph, size, layout), graph, tmp_path, world=4, size=size)
+    network = built(kit.graph(graph, size, layout), graph, tmp_path, kit.config(size), world=4)
     layers = kit.config(size).num_hidden_layers
     # embedding; attention and feed-forward of each layer, of which the last encoded one ends with its keys and values;
     # self-conditioning, chunk masses, the drawn chunk, ids, signal

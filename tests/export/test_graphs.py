@@ -73,7 +73,7 @@ def test_48_steps_on_the_host_give_the_tokens_of_pytorch(checkpoint, engines):
         assert torch.equal(ours.forwards, theirs.forwards)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["tp2_ep2", pytest.param("ep2", marks=pytest.mark.slow), "tp2", "tp4_ep2_etp2"])
 def test_the_sum_of_the_ranks_equals_pytorch(checkpoint, name):
     size, layout = LAYOUTS[name]
     path = kit.calm(checkpoint, size)

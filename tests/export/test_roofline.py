@@ -150,9 +150,8 @@ def test_quantised_experts_are_read_narrow_and_multiplied_in_their_type(scheme: 
 
 
 def test_every_rank_sends_the_sums_of_its_layers() -> None:
-    layout = ParallelLayout(tensor=2)
-    config = kit.config("base")
-    cost = count(kit.graph("step", layout=layout), SIZES)
+    config = kit.config("odd_vocab")
+    cost = count(kit.graph("step", "odd_vocab", ParallelLayout(tensor=2)), SIZES)
     hidden = 3 * config.canvas_length * config.hidden_size * 4
     # embedding, self-conditioning, soft embedding; attention and dense MLP of each layer; and the sampler's small sums
     sampler = cost.collective_bytes - (3 + 2 * config.num_hidden_layers) * hidden

@@ -141,7 +141,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
         ("tracing", signal.SIGTERM),
         ("tracing apart", signal.SIGTERM),
         ("tracing apart", signal.SIGKILL),
-        ("building", signal.SIGTERM),
+        pytest.param("building", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_a_build_that_is_ended_leaves_nothing_behind(checkpoint, tmp_path, stage, sent):

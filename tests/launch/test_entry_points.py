@@ -1,9 +1,8 @@
-"""The commands, started as a user starts them, and their work in this process where starting proves nothing more."""
+"""The commands in processes of their own, and their work in this process where starting proves nothing more."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,10 +15,11 @@ import torch
 
 from nemo_diffgemma.data import build_tokenizer
 from nemo_diffgemma.data.sudoku_task import Sudoku, SudokuData
+from nemo_diffgemma.repository import ROOT
 from nemo_diffgemma.schema import SamplerGroup
+from tests import commands
 from tests.launch import verbs
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [2, 10, 11, 12, 13]
 
 
@@ -34,8 +34,7 @@ class Shown:
 
 
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    return commands.run(f"launch/{script}", *arguments, **environment)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def model_that_reads_text(checkpoint: Callable[..., Path]) -> Path:
     return directory
 
 
-# -- as a user starts them ---------------------------------------------------------------------------------------------
+# -- in processes of their own -----------------------------------------------------------------------------------------
 
 
 def test_two_processes_generate_what_the_interface_does_and_print_one_json_line(model, single):
@@ -74,10 +73,11 @@ def test_two_processes_generate_what_the_interface_does_and_print_one_json_line(
 
 
 def test_training_writes_a_checkpoint_that_its_json_names(tmp_path):
-    done = run(
-        "train.py", "model=tiny", "trainer.max_steps=2", "optim.warmup_steps=1", "data.global_batch_size=4",
-        "seed=5", f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run",
-    )  # fmt: skip
+    command = [
+        sys.executable, ROOT / "launch" / "train.py", "model=tiny", "trainer.max_steps=2", "optim.warmup_steps=1",
+        "data.global_batch_size=4", "seed=5", f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)  # with its imports
     found = last_line(done)
     metrics = (Path(found["run_dir"]) / "metrics.jsonl").read_text().splitlines()
     assert done.stdout.count("\n") == 1, "progress and logs go to standard error"

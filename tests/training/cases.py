@@ -164,6 +164,7 @@ def validation_losses(micro_batch_size: int) -> list[float]:
     settings = config(data__micro_batch_size=micro_batch_size, trainer__validation_examples=6)
     model = DiffusionGemmaModel(ModelSettings.of(settings))
     model.configure_model()
+    model.log = lambda *_, **__: None  # there is no trainer
     return [float(model.validation_step(batch, i)["val_loss"]) for i, batch in enumerate(model.val_dataloader())]
 
 

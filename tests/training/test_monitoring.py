@@ -1,4 +1,4 @@
-"""Runs that are stopped, or hang: started as a user starts them, since signals and exit codes are the claim."""
+"""Runs that are stopped, or hang: in processes of their own, since signals and exit codes are the claim."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from typing import Any
 
 import pytest
 
+from nemo_diffgemma.repository import ROOT
 from nemo_diffgemma.training.monitoring import HUNG, PREEMPTED
+from tests.commands import Command
 
-ROOT = Path(__file__).resolve().parents[2]
+TRAIN = "launch/train.py"
 STEPS = 12
 
 
-def start(
-    directory: Path, *arguments: str, steps: int = STEPS, driver: tuple[str, ...] = (), **environment: str
-) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, *driver, str(ROOT / "launch" / "train.py"), "model=tiny", "data.global_batch_size=4",
-        f"trainer.max_steps={steps}", "optim.warmup_steps=1", "trainer.progress=false", "exp_manager.tensorboard=false",
-        f"exp_manager.exp_dir={directory}", "exp_manager.name=run", "exp_manager.version=one", *arguments,
+def arguments(directory: Path, steps: int = STEPS) -> list[str]:
+    return [
+        "model=tiny", "data.global_batch_size=4", f"trainer.max_steps={steps}", "optim.warmup_steps=1",
+        "trainer.progress=false", "exp_manager.tensorboard=false", f"exp_manager.exp_dir={directory}",
+        "exp_manager.name=run", "exp_manager.version=one",
     ]  # fmt: skip
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
 
 
-def end(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
+def start(directory: Path, *more: str, steps: int = STEPS) -> Command:
+    return Command(TRAIN, *arguments(directory, steps), *more)
+
+
+def end(process: Command | subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
     """JSON line and standard error of a run that ends with `code`."""
     out, errors = process.communicate(timeout=240)
     assert process.returncode == code, errors
     return json.loads(out.splitlines()[-1]) if out else {}, errors
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Command) -> None:
     file, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not (file.exists() and len(file.read_text().splitlines()) >= step):
         assert process.poll() is None and time.monotonic() < deadline, f"no step {step}"
@@ -87,7 +88,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_ends_as_if_undistur
 
 
 def test_a_signal_during_the_start_of_a_rank_is_kept_until_it_can_save(tmp_path):
-    process = start(tmp_path, SLURM_PROCID="0")
+    command = [sys.executable, str(ROOT / TRAIN), *arguments(tmp_path)]  # with its imports
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "SLURM_PROCID": "0"}
+    )
     listening = 1 << (signal.SIGUSR1 - 1)
     deadline = time.monotonic() + 60
     while not int(re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{process.pid}/status").read_text())[0], 16) & listening:
@@ -113,7 +117,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_signal_just_before_the_first_step_is_not_lost(tmp_path):
-    found, _ = end(start(tmp_path, driver=("-c", INTERRUPTED)), PREEMPTED)
+    found, _ = end(Command(INTERRUPTED, str(ROOT / TRAIN), *arguments(tmp_path)), PREEMPTED)
     assert found["step"] == 1 and Path(found["checkpoint"]).is_dir()
 
 

@@ -25,8 +25,19 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, f
     return cases.losses(str(tmp_path_factory.mktemp("single")), steps=6)
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "replicated"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=_name)
+@pytest.mark.parametrize(
+    ("layout", "distributed"),
+    [
+        pytest.param(
+            layout,
+            distributed,
+            id=f"{_name(layout)}-{'distributed' if distributed else 'replicated'}",
+            marks=[] if distributed or layout in ({}, {"tensor": 2, "expert": 2}) else [pytest.mark.slow],
+        )
+        for layout in LAYOUTS
+        for distributed in (True, False)
+    ],
+)
 def test_resume_is_exact_and_losses_are_those_of_one_process(pool, one_process, tmp_path, layout, distributed):
     settings = {"layout": layout, "optim__distributed": distributed}
     straight = pool(2).run("tests.training.cases:run", directory=str(tmp_path / "a"), steps=6, **settings)[0]
@@ -39,8 +50,15 @@ def test_resume_is_exact_and_losses_are_those_of_one_process(pool, one_process, 
         assert line["grad_norm"] == pytest.approx(grad_norm, abs=5e-5)
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "expert": 2}], ids=_name)
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "replicated"])
+@pytest.mark.parametrize(
+    ("layout", "distributed"),
+    [
+        pytest.param({"tensor": 2, "expert": 2}, True, id="tensor2,expert2-distributed"),
+        pytest.param({}, False, id="dp2-replicated"),
+        pytest.param({"tensor": 2, "expert": 2}, False, id="tensor2,expert2-replicated", marks=pytest.mark.slow),
+        pytest.param({}, True, id="dp2-distributed", marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_resumes_from_its_float32_weights(pool, tmp_path, layout, distributed):
     settings = {"layout": layout, "optim__distributed": distributed, "model__dtype": "bfloat16"}
     straight = pool(2).run("tests.training.cases:losses", directory=str(tmp_path / "a"), steps=6, **settings)[0]
