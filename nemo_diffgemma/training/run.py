@@ -110,14 +110,14 @@ def _train(
     trainer = _trainer(config.trainer.max_steps, [*_callbacks(config, run_dir), preemption, heartbeat, watchdog])
     exp_manager(trainer, _exp_manager(config, run_dir, resumed))
     model.set_trainer(trainer)
-    last = _fit(trainer, model, resumed, run_dir)
+    last = _fit(trainer, model, run_dir)
     return TrainResult(run_dir, last, trainer.global_step, _last_loss(model, run_dir), preemption.preempted)
 
 
-def _fit(trainer: Trainer, model: DiffusionGemmaModel, resumed: Path | None, run_dir: Path) -> Path:
+def _fit(trainer: Trainer, model: DiffusionGemmaModel, run_dir: Path) -> Path:
     """Train -> the last checkpoint."""
     try:
-        trainer.fit(model, ckpt_path=None if resumed is None else str(resumed))
+        trainer.fit(model)  # from the checkpoint that exp_manager has told it
         last = run_dir / CHECKPOINTS / f"step-{trainer.global_step}"
         if not trainer.strategy.broadcast(sharded.is_sharded(last)):  # rank 0's files decide: saving is collective
             trainer.save_checkpoint(f"{last}.ckpt")
@@ -140,6 +140,8 @@ def _quiet() -> None:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     # says at each checkpoint that asynchronous writing, which is not used, has another way now
     logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+    # says at each start that it divides the optimizer's state by itself
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     telemetry = CallbackGroup.get_instance()._callbacks
     telemetry[:] = [callback for callback in telemetry if not isinstance(callback, OneLoggerNeMoCallback)]
 
