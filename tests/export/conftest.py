@@ -20,8 +20,8 @@ def traces(checkpoint):
     patch = pytest.MonkeyPatch()
 
     def trace(graph, config, layout, dtype):
-        assert config == kit.config("base")
-        return kit.graph(graph, "base", layout, dtype)
+        assert config == kit.config("short")
+        return kit.graph(graph, "short", layout, dtype)
 
     patch.setattr("export.bundle.building.trace", trace)
     yield kit.calm(checkpoint)

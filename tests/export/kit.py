@@ -51,13 +51,13 @@ def traced(graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch
 
 
 def graph(
-    name: str, size: str = "base", layout: ParallelLayout = SINGLE, dtype: torch.dtype = torch.float32
+    name: str, size: str = "short", layout: ParallelLayout = SINGLE, dtype: torch.dtype = torch.float32
 ) -> ModelProto:
     """A traced graph of one of the sizes of tests/reference."""
     return traced(name, config(size), layout, dtype)
 
 
-def calm(checkpoint: Callable[..., Path], size: str = "base") -> Path:
+def calm(checkpoint: Callable[..., Path], size: str = "short") -> Path:
     """A checkpoint whose tokens rounding does not change (see tests/parity/generations.py)."""
     return checkpoint(size, damp=DAMP, sublayers=SUBLAYERS)
 
@@ -82,7 +82,7 @@ def network(path: Path) -> DiffusionGemma:
 
 def engine(
     path: Path,
-    size: str = "base",
+    size: str = "short",
     layout: ParallelLayout = SINGLE,
     dtype: torch.dtype = torch.float32,
     loop: int | str | None = "none",

@@ -109,11 +109,11 @@ def test_every_weight_input_is_described_and_fits_the_checkpoint(bundle):
 
 
 def test_the_other_checkpoint_of_the_same_sizes_is_not_the_same(bundle, checkpoint, traces):
-    other = checkpoint("base")  # the same sizes, other numbers
+    other = checkpoint("short")  # the same sizes, other numbers
     shown = Shown()
     found = check(CheckConfig(str(bundle), steps=4), shown)
     assert (found["verdict"], found["computed_by"], shown.exit_code) == ("agrees", "onnxruntime", 0)
-    assert found["agreement"]["routing"] == [1.0] * kit.config("base").num_hidden_layers
+    assert found["agreement"]["routing"] == [1.0] * kit.config("short").num_hidden_layers
     assert check(CheckConfig(str(bundle), checkpoint=str(other), steps=4), shown)["verdict"] == "differs"
     assert shown.exit_code == 1
     check(CheckConfig(str(bundle), steps=4, routing=False), shown)
@@ -175,10 +175,10 @@ def test_run_and_show_tell_what_is_there(bundle, traces):
     expected = kit.network(traces).generate(torch.tensor([[2, 10, 11]]), max_new_tokens=8, seed=3, sampler=sampler)
     assert found["sequences"] == expected.sequences.tolist()
     one = run(RunConfig(str(bundle), prompt_ids=[2, 10, 11]), Shown())["sequences"][0]
-    assert len(one) == 3 + kit.config("base").canvas_length  # one canvas unless told otherwise
+    assert len(one) == 3 + kit.config("short").canvas_length  # one canvas unless told otherwise
     shown = show(ShowConfig(str(bundle)), Shown())
     assert set(shown["graphs"]) == {"encode.rank0", "step.rank0", "loop.rank0"}
-    assert shown["graphs"]["loop.rank0"]["weight_inputs"] == shown["graphs"]["step.rank0"]["weight_inputs"] > 60
+    assert shown["graphs"]["loop.rank0"]["weight_inputs"] == shown["graphs"]["step.rank0"]["weight_inputs"] > 40
 
 
 @pytest.mark.parametrize(
@@ -363,6 +363,6 @@ def test_what_exists_is_not_overwritten(traces, bundle):
 
 def test_structure_without_weights_builds_but_does_not_run(traces, tmp_path):
     out = tmp_path / "structure"
-    build_bundle(kit.config("base"), out, Settings(weights="none", limits=LIMITS))
+    build_bundle(kit.config("short"), out, Settings(weights="none", limits=LIMITS))
     with pytest.raises(ValueError, match="was built without weights"):
         open_bundle(out)

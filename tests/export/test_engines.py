@@ -25,8 +25,8 @@ SINGLE, FOUR = ParallelLayout(), ParallelLayout(tensor=4, expert=2, expert_tenso
 TWO = ParallelLayout(tensor=2, expert=2)
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
 CONFIGS = {
-    torch.float32: kit.config("base"),
-    torch.float16: kit.config("base"),
+    torch.float32: kit.config("short"),
+    torch.float16: kit.config("short"),
     torch.bfloat16: CONFIG,
 }  # traced anyway
 LIMITS = Limits(batch=4, context=256, chunk=64)
@@ -82,7 +82,7 @@ def test_every_graph_builds_in_every_precision(graph, dtype, tmp_path):
 
 
 def test_a_loop_of_any_number_of_steps_builds(tmp_path):
-    network = built(to_loop(kit.graph("step"), None), "loop", tmp_path, kit.config("base"), steps=None)
+    network = built(to_loop(kit.graph("step"), None), "loop", tmp_path, kit.config("short"), steps=None)
     assert network.inputs["temperatures"].axes == ("steps",)
 
 

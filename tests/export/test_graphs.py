@@ -16,8 +16,8 @@ WINDOW = 8
 CONTEXTS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 2)  # the last in two calls of `encode`
 AROUND = CONTEXTS[1], CONTEXTS[2], CONTEXTS[4]  # below, at, above the window
 LAYOUTS = {
-    "tp2_ep2": ("base", ParallelLayout(tensor=2, expert=2)),
-    "ep2": ("base", ParallelLayout(expert=2)),
+    "tp2_ep2": ("short", ParallelLayout(tensor=2, expert=2)),
+    "ep2": ("short", ParallelLayout(expert=2)),
     "tp2": ("odd_vocab", ParallelLayout(tensor=2)),  # 61 ids: the last rank has a row less
     "tp4_ep2_etp2": ("one_global_kv", ParallelLayout(tensor=4, expert=2, expert_tensor=2)),  # shared key/value heads
 }

@@ -32,7 +32,7 @@ ROWS = 3
 
 def one_step(path: Path, disturbed: bool) -> dict[str, Tensor]:
     """A step of this rank of two; `disturbed`: rank 1 rounds its running sums so that it draws the next chunk."""
-    rank, config = dist.get_rank(), kit.config("base")
+    rank, config = dist.get_rank(), kit.config("short")
     weights = Weights(dict(read_weights(path, engine_weights(config, TWO), rank, torch.float32)))
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, config.canvas_length)
@@ -62,7 +62,7 @@ class Differs:
     """A session whose outputs are another on every rank."""
 
     def run(self, shared: Any, ranked: Any) -> list[dict[str, Tensor]]:
-        rank, config = dist.get_rank(), kit.config("base")
+        rank, config = dist.get_rank(), kit.config("short")
         shape = (ROWS, config.canvas_length)
         ids = torch.full(shape, 7 + rank)
         return [
@@ -79,7 +79,7 @@ class Differs:
 
 def decided() -> tuple[dict[str, Tensor], bool, bool]:
     """What an engine of this rank says after a step in which the ranks differ, and two votes."""
-    config, rank = kit.config("base"), dist.get_rank()
+    config, rank = kit.config("short"), dist.get_rank()
     engine = Engine(config, TWO, torch.float32, {"step": Differs()}, kit.LIMITS, Path(), [rank])
     found = engine.step(engine.start([0] * ROWS), {})
     return found, engine.agree(True), engine.agree(rank == 0)

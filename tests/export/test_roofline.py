@@ -99,11 +99,11 @@ def products_of_a_step(size: str, rows: int, context: int, window: int) -> int:
 def test_flops_of_a_step_are_those_of_the_formula(rows: int, context: int, window: int) -> None:
     sizes = dict(batch=rows, context_columns=context, window_columns=window)
     cost = count(kit.graph("step"), sizes)
-    assert cost.flops_by_dtype == {"float32": 2 * products_of_a_step("base", rows, context, window)}
+    assert cost.flops_by_dtype == {"float32": 2 * products_of_a_step("short", rows, context, window)}
 
 
 def test_bytes_of_a_step_are_inputs_and_outputs_once() -> None:
-    config = kit.config("base")
+    config = kit.config("short")
     positions = 3 * config.canvas_length
     context = sum(
         2 * 3 * groups * width * (16 if config.layer_kind(layer) == "full_attention" else 7) * 4
@@ -126,7 +126,7 @@ def test_loop_is_its_steps_and_reads_weights_in_each(steps: int | None) -> None:
     step, loop = count(kit.graph("step"), SIZES), count(to_loop(kit.graph("step"), steps), SIZES)
     assert loop.flops_by_dtype == {dtype: 6 * flops for dtype, flops in step.flops_by_dtype.items()}
     carried = (
-        2 * 3 * kit.config("base").canvas_length * (8 + 8 + 4 * kit.config("base").hidden_size)
+        2 * 3 * kit.config("short").canvas_length * (8 + 8 + 4 * kit.config("short").hidden_size)
     )  # stays on the chip
     assert 6 * (step.bytes - carried) < loop.bytes <= 6 * step.bytes
     assert loop.divided(6).flops_by_dtype == step.flops_by_dtype

@@ -124,7 +124,7 @@ def test_a_checkpoint_of_another_format_gives_the_same_bundle(traces, tmp_path, 
     for file in ("encode.rank0.onnx", "step.rank0.onnx"):
         assert (tmp_path / "found" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
     found, expected = (tensors(tmp_path / name / "checkpoint") for name in ("found", "expected"))
-    assert found.keys() == expected.keys() and len(found) > 60
+    assert found.keys() == expected.keys() and len(found) > 40
     for name, tensor in expected.items():
         assert tensor.dtype == found[name].dtype and torch.equal(tensor, found[name]), name
     # not under TMPDIR, which other nodes do not see

@@ -42,7 +42,8 @@ _BASE = dict(
 
 SIZES: dict[str, dict] = {
     "base": _BASE,
-    "one_global_kv": _BASE | dict(num_global_key_value_heads=1),
+    "short": _BASE | dict(layer_types=(SLIDING, FULL)),
+    "one_global_kv": _BASE | dict(num_global_key_value_heads=1, layer_types=(SLIDING, FULL)),
     "odd_vocab": _BASE | dict(vocab_size=61, layer_types=(SLIDING, FULL), num_attention_heads=8),
     "deep": _BASE
     | dict(
