@@ -48,9 +48,13 @@ def group_of(kind: Any) -> Any:
     return next((option for option in options_of(kind) if dataclasses.is_dataclass(option)), None)
 
 
-@functools.cache  # one class of each, which those of derived classes derive from
 def relaxed(schema: Any) -> Any:
     """A schema of the same keys and defaults whose values are of any type: nothing is converted on the way."""
+    return _relaxed(schema)
+
+
+@functools.cache  # one class of each, which those of derived classes derive from
+def _relaxed(schema: Any) -> Any:
     hints = get_type_hints(schema)
     fields = []
     for field in dataclasses.fields(schema):

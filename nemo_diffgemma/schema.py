@@ -191,20 +191,22 @@ def validate[Schema](
         plain: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
         if not isinstance(plain, dict):
             raise ConfigurationError(f"expected keys and values, not a list: {', '.join(keys_of(schema))}")
-        check_values(plain, schema)
-        merged = OmegaConf.merge(structured(schema, plain), plain)
+        data = data_group(schema, restore(plain))
+        check_values(plain, schema, data=data)
+        merged = OmegaConf.merge(structured(schema, data), plain)
         _check_architecture(OmegaConf.select(merged, "model.architecture") or {})
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(explain(error, schema, _data_group(schema, plain))) from None
+        raise ConfigurationError(explain(error, schema, data)) from None
     assert isinstance(values, dict)
-    return instance(schema, restore(values), data=_data_group(schema, values))
+    return instance(schema, restore(values))
 
 
 def instance[Schema](
     schema: type[Schema], values: Mapping[Any, Any], prefix: str = "", data: type[DataGroup] | None = None
 ) -> Schema:
     """`schema` from plain values as they are, without interpolation. Raises `ConfigurationError`."""
+    data = data or data_group(schema, values)
     hints = get_type_hints(schema)
     arguments = {}
     for name, value in values.items():
@@ -242,7 +244,7 @@ def check_values(
     Also for what would be converted without a word: text that YAML read as something else. `data` has the keys of the
     kind of data, of which there may be none above `values`.
     """
-    data = data or _data_group(schema, values)
+    data = data or data_group(schema, values)
     hints = _fields(schema, data)
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -290,21 +292,19 @@ def _check_numbers(key: str, value: Any) -> None:
             raise ConfigurationError(f"{key}={number}; expected a finite number")
 
 
-def structured(schema: type, values: Mapping[Any, Any]) -> DictConfig:
-    """`schema` as OmegaConf has it, with the keys of the kind of data that `values` name.
-
-    Raises `ConfigurationError` for a kind that does not exist, and for keys of another kind.
-    """
+def structured(schema: type, data: type[DataGroup] | None) -> DictConfig:
+    """`schema` as OmegaConf has it, with the keys of a kind of data, where it has data."""
     node = OmegaConf.structured(schema)
-    group = _data_group(schema, values)
-    if group is None:
-        return node
-    node.data = OmegaConf.structured(group)
+    if data is not None:
+        node.data = OmegaConf.structured(data)
     return node
 
 
-def _data_group(schema: type, values: Mapping[Any, Any]) -> type[DataGroup] | None:
-    """The keys of the kind of data in `values`; None where the schema has no data."""
+def data_group(schema: type, values: Mapping[Any, Any]) -> type[DataGroup] | None:
+    """The keys of the kind of data in `values`; None where the schema has no data.
+
+    Raises `ConfigurationError` for a kind that does not exist.
+    """
     if get_type_hints(schema).get("data") is not DataGroup:
         return None
     given = values.get("data")

@@ -39,6 +39,7 @@ GROUPS = {
         "tests/checkpoint/",
         "tests/distributed/",
         "tests/parallel/",
+        "tests/model/",
         "tests/training/test_archive",
         "tests/training/test_run",
         "tests/parity/test_joint",

@@ -46,6 +46,7 @@ from nemo_diffgemma.schema import (
     OptimGroup,
     TrainConfig,
     TrainerGroup,
+    data_group,
     structured,
 )
 from nemo_diffgemma.training import optimizer as optimizers
@@ -75,7 +76,7 @@ class ModelSettings:
         plain = OmegaConf.to_container(values) if isinstance(values, DictConfig) else dict(values)
         known = {k: v for k, v in plain.items() if k not in ("target", "nemo_version")}  # type: ignore[union-attr]
         try:
-            return OmegaConf.to_object(OmegaConf.merge(structured(cls, known), known))  # type: ignore[return-value]
+            return OmegaConf.to_object(OmegaConf.merge(structured(cls, data_group(cls, known)), known))  # type: ignore[return-value]
         except Exception as error:  # OmegaConf's many kinds
             raise ConfigurationError(f"the model's configuration cannot be used: {error}") from None
 
