@@ -55,15 +55,15 @@ def seconds(call: Callable[[], object], engine: Engine, repeats: int) -> float:
 
 def one_step(engine: Engine, ids: torch.Tensor) -> Callable[[], object]:
     """A call of `step` as the first of a canvas, with everything on the device."""
-    rows, canvas = ids.shape[0], (ids.shape[0], engine.config.canvas_length)
+    rows, canvas = ids.shape[0], (ids.shape[0], engine.model_config.canvas_length)
     context = engine.encode(ids.to(engine.device), engine.start([0] * rows))
     inputs = {
-        "canvas": torch.randint(engine.config.vocab_size, canvas),
+        "canvas": torch.randint(engine.model_config.vocab_size, canvas),
         "soft": engine.no_signal(rows),
         "temperature": torch.tensor(0.8),
         "entropy_bound": torch.tensor(0.1),
         "uniforms": torch.rand(canvas),
-        "replacements": torch.randint(engine.config.vocab_size, canvas),
+        "replacements": torch.randint(engine.model_config.vocab_size, canvas),
     }
     placed = {name: tensor.to(engine.device) for name, tensor in inputs.items()}
     return lambda: engine.step(context, placed)
@@ -75,9 +75,9 @@ def main() -> None:
     torch.manual_seed(0)
     settings = read_bundle(options.bundle).settings
     engine = open_bundle(options.bundle, options.provider, options.device)
-    ids = torch.randint(engine.config.vocab_size, (options.batch, options.context))
+    ids = torch.randint(engine.model_config.vocab_size, (options.batch, options.context))
     sampler = SamplerConfig(max_denoising_steps=options.steps, confidence_threshold=0.0)
-    new = engine.config.canvas_length
+    new = engine.model_config.canvas_length
     step = seconds(one_step(engine, ids), engine, options.repeats)
     canvas = seconds(lambda: engine.generate(ids, max_new_tokens=new, sampler=sampler), engine, options.repeats)
     where = f"CPU, threads: {options.threads}"

@@ -34,15 +34,15 @@ def denoising_step(model: DiffusionGemma, chosen: tuple[int, ...]) -> Callable[[
     generator = torch.Generator().manual_seed(0)
 
     def ids(tokens: int) -> torch.Tensor:
-        return torch.randint(3, model.model.vocab_size, (tokens,), generator=generator)
+        return torch.randint(3, model.model_config.vocab_size, (tokens,), generator=generator)
 
     contexts = [CONTEXTS[index] for index in chosen]
     with torch.no_grad():
         start = model.start([0] * len(chosen))
         tokens = torch.cat([ids(length) for length in contexts])
-        cache = model.run(tokens, model.stream(start.sequences, contexts)).cache.trimmed(model.model)
+        cache = model.run(tokens, model.stream(start.sequences, contexts)).cache.trimmed(model.model_config)
     canvas = torch.stack([ids(CANVAS) for _ in chosen])
-    soft = torch.randn(*canvas.shape, model.model.hidden_size, generator=generator)
+    soft = torch.randn(*canvas.shape, model.model_config.hidden_size, generator=generator)
     inputs = StepInputs(canvas, torch.rand(canvas.shape), canvas, 0.6, 0.1, soft, [ids(NEW[index]) for index in chosen])
     return lambda: model.sampling_step(inputs, cache)
 
@@ -52,10 +52,10 @@ def training_step(model: DiffusionGemma, chosen: tuple[int, ...]) -> Callable[[]
     prompts = [CONTEXTS[index] for index in chosen]
     lengths = [CONTEXTS[index] + RESPONSES[index] * CANVAS for index in chosen]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, model.model.vocab_size, (sum(lengths),), generator=generator)
+    tokens = torch.randint(3, model.model_config.vocab_size, (sum(lengths),), generator=generator)
     rows = Rows(tokens, prompts, lengths, chosen)
     canvases = method.choose_canvases(rows, CANVAS, 0, seed=0)
-    corrupted = method.corrupt(rows, canvases, CANVAS, model.model.vocab_size, seed=0)
+    corrupted = method.corrupt(rows, canvases, CANVAS, model.model_config.vocab_size, seed=0)
     config, totals = method.ObjectiveConfig(canvases_per_example=0), method.count(rows, canvases, CANVAS)
 
     def step() -> None:

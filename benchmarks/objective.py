@@ -55,11 +55,11 @@ def network(vocabulary: int) -> DiffusionGemma:
 def step(model: DiffusionGemma, prompt: int, canvases: int, scored: int) -> None:
     """Forward and backward of one row."""
     length = prompt + canvases * CANVAS
-    tokens = torch.randint(3, model.model.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, model.model_config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
     rows = Rows(tokens, [prompt], [length], [0])
     config = method.ObjectiveConfig(canvases_per_example=scored)
     canvases = method.choose_canvases(rows, CANVAS, scored, seed=0)
-    corrupted = method.corrupt(rows, canvases, CANVAS, model.model.vocab_size, seed=0)
+    corrupted = method.corrupt(rows, canvases, CANVAS, model.model_config.vocab_size, seed=0)
     totals = method.count(rows, canvases, CANVAS)
     method.objective(model, rows, canvases, corrupted, config, 0, totals).total.backward()
     model.zero_grad(set_to_none=True)

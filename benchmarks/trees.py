@@ -84,7 +84,8 @@ def training_step(model: Any, tokens: Any, prompt: int, scored: int) -> Callable
         batch = Rows(tokens.flatten(), *keys)
     except ImportError:  # trees before 26 Nov 2026 have rectangles
         batch = method.Rows(tokens, *keys)  # type: ignore[call-arg]
-    length, vocabulary = model.model.canvas_length, model.model.vocab_size
+    sizes = getattr(model, "model_config", None) or model.model  # its name in older trees
+    length, vocabulary = sizes.canvas_length, sizes.vocab_size
     canvases = method.choose_canvases(batch, length, scored, seed=0)
     corrupted = method.corrupt(batch, canvases, length, vocabulary, seed=0)
     config, totals = method.ObjectiveConfig(canvases_per_example=scored), method.count(batch, canvases, length)

@@ -178,7 +178,7 @@ def _released_format(checkpoint: Path, folder: Path, layout: ParallelLayout, tea
     if (checkpoint / "config.json").is_file():
         return checkpoint
     from nemo_diffgemma.checkpoint import nemo_archive
-    from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
+    from nemo_diffgemma.checkpoint.open import DTYPES, format_of
     from nemo_diffgemma.parallel import ParallelLayout, initialize
 
     if format_of(checkpoint) == "nemo":
@@ -186,9 +186,11 @@ def _released_format(checkpoint: Path, folder: Path, layout: ParallelLayout, tea
             nemo_archive.extract(checkpoint, folder)
         return folder / nemo_archive.WEIGHTS
     initialize(layout if team.size % layout.world_size == 0 else ParallelLayout())
+    from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.checkpoint.contents import contents
 
-    load_network(checkpoint, DTYPES[contents(str(checkpoint)).dtype]).save_huggingface(folder / "checkpoint")
+    network = DiffusionGemma.from_checkpoint(checkpoint, DTYPES[contents(str(checkpoint)).dtype])
+    network.save_huggingface(folder / "checkpoint")
     return folder / "checkpoint"
 
 

@@ -109,13 +109,13 @@ def _reference(
     """What the PyTorch model does with prompts of each length: trajectories and tokens. Its memory is free again."""
     from export.bundle.comparison import trajectory
     from nemo_diffgemma import DiffusionGemma, ParallelLayout
-    from nemo_diffgemma.checkpoint.open import DTYPES, load_network
+    from nemo_diffgemma.checkpoint.open import DTYPES
     from nemo_diffgemma.parallel import initialize
 
     initialize(ParallelLayout())
     dtype = DTYPES[config.reference_dtype]
     network = (
-        load_network(config.checkpoint, dtype)
+        DiffusionGemma.from_checkpoint(config.checkpoint, dtype)
         if config.checkpoint
         else DiffusionGemma.from_huggingface(bundle.assets, dtype)
     )
@@ -123,9 +123,9 @@ def _reference(
     exact: dict[int, Trajectory] = {}
     sequences: dict[int, Tensor] = {}
     for length in lengths:
-        ids = torch.randint(network.model.vocab_size, (batch, length), generator=generator)
+        ids = torch.randint(network.model_config.vocab_size, (batch, length), generator=generator)
         exact[length] = trajectory(network, ids, sampler, config.seed)
-        new = config.canvases * network.model.canvas_length
+        new = config.canvases * network.model_config.canvas_length
         sequences[length] = network.generate(ids, max_new_tokens=new, sampler=sampler, seed=config.seed).sequences.cpu()
     del network
     gc.collect()  # modules and hooks refer to each other

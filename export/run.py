@@ -37,7 +37,7 @@ def run(config: RunConfig, results: Results) -> dict[str, Any]:
     from export import open_bundle
 
     engine = open_bundle(config.bundle, config.provider, config.device)
-    json, seconds = generate_after_prompt(engine, engine.config.canvas_length, config, results)
+    json, seconds = generate_after_prompt(engine, engine.model_config.canvas_length, config, results)
     return {**json, "seconds": round(seconds, 4)}
 
 

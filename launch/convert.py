@@ -37,14 +37,15 @@ class ConvertConfig:
 
 def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:
     """Convert one checkpoint."""
-    from nemo_diffgemma.checkpoint.contents import contents, open_network
-    from nemo_diffgemma.checkpoint.open import check_target, save_network
+    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint.contents import contents
+    from nemo_diffgemma.checkpoint.open import check_target, dtype_of, save_network
     from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 
     check_target(config.target, config.format)  # before anything is read
     found = contents(config.source)
     if not config.dry_run:
-        save_network(open_network(config.source, found.dtype), config.target, config.format)
+        save_network(DiffusionGemma.from_checkpoint(config.source, dtype_of(found.dtype)), config.target, config.format)
         written = contents(config.target)
         if (written.tensors, written.bytes) != (found.tensors, found.bytes):
             raise CheckpointError(

@@ -32,7 +32,8 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
     """Train, evaluate, generate, draw."""
     if config.data.kind != "sudoku":
         raise ConfigurationError(f"data.kind={config.data.kind!r}; the demo is about sudoku: use launch/train.py")
-    from nemo_diffgemma.checkpoint.contents import open_network
+    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint.open import dtype_of
     from nemo_diffgemma.cli.measures_view import measure
     from nemo_diffgemma.training import run  # NeMo: ten seconds
 
@@ -41,7 +42,7 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
     if done.preempted:
         results.exit_code = done.exit_code
         return trained
-    network = open_network(trained["checkpoint"], config.model.dtype)
+    network = DiffusionGemma.from_checkpoint(trained["checkpoint"], dtype_of(config.model.dtype))
     results.show(f"trained {trained['step']} steps, loss {trained['loss']:.4f}\n")
     measures = measure(network, task_of(config.data), LEVELS, BUDGETS, config.seed, results)
     prompt = solve_one(network, config, results)

@@ -48,11 +48,12 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig, results: Results) -> dict[str, Any]:
     """Evaluate one checkpoint."""
-    from nemo_diffgemma.checkpoint.contents import open_network
+    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint.open import dtype_of
     from nemo_diffgemma.cli.measures_view import measure
 
     task = task_of(config.data)
-    network = open_network(config.checkpoint, config.dtype)
+    network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
     return measure(network, task, config.levels, config.steps, config.seed, results, config.batch_size)
 
 

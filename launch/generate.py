@@ -38,10 +38,11 @@ class GenerateConfig(PromptOptions):
 
 def generate(config: GenerateConfig, results: Results) -> dict[str, Any]:
     """Generate after one prompt."""
-    from nemo_diffgemma.checkpoint.contents import open_network
+    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint.open import dtype_of
 
-    network = open_network(config.checkpoint, config.dtype)
-    return generate_after_prompt(network, network.model.canvas_length, config, results)[0]
+    network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
+    return generate_after_prompt(network, network.model_config.canvas_length, config, results)[0]
 
 
 if __name__ == "__main__":

@@ -47,14 +47,14 @@ class VerifyConfig:
 
 def verify(config: VerifyConfig, results: Results) -> dict[str, Any]:
     """Compare one checkpoint."""
-    from nemo_diffgemma.checkpoint.contents import open_network
+    from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.evaluation import comparison
 
-    network = open_network(config.checkpoint, "float32")
+    network = DiffusionGemma.from_checkpoint(config.checkpoint)
     # a converted checkpoint may be large: what a killed verification left is swept by the next one
     with scratch_directory(Path(tempfile.gettempdir()), "nemo_diffgemma-verify", private=True) as folder:
         reference = load_reference(_released_format(config.checkpoint, network, folder))
-        window = network.model.sliding_window
+        window = network.model_config.sliding_window
         lengths = config.prompt_lengths or [max(1, window // 2), window + 3]
         differences: dict[str, float] = {}
         routes: list[float] = []
@@ -73,7 +73,7 @@ def verify(config: VerifyConfig, results: Results) -> dict[str, Any]:
                 )
             )
 
-        canvas = comparison.random_ids(network, config.rows, network.model.canvas_length, config.seed)
+        canvas = comparison.random_ids(network, config.rows, network.model_config.canvas_length, config.seed)
         for length in lengths:
             prompts = comparison.random_ids(network, config.rows, length, config.seed)
             comparison.compare_passes(network, reference, prompts, canvas, differences, routes)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.checkpoint import huggingface
-from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
-from nemo_diffgemma.config import ConfigError, ModelConfig
+from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, StepInputs, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig, accept
@@ -22,9 +21,9 @@ from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.model.segments import left_padding
 from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.non_finite import raise_non_finite
-from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import device
-from nemo_diffgemma.parallel.layout import LayoutError
+from nemo_diffgemma.repository import user_path
 
 
 class DiffusionGemma(Network):
@@ -36,15 +35,33 @@ class DiffusionGemma(Network):
 
         Raises `ConfigError`, `LayoutError` or `CheckpointError`, on every rank.
         """
-        error: Exception | None = None
-        try:
+        with all_or_none():
             config = ModelConfig.from_pretrained(path)
             huggingface.check(config, path)  # before memory is taken for sizes that may be wrong
             model = cls(config, dtype)
-        except (ConfigError, LayoutError, CheckpointError, OSError) as failure:
-            error = failure
-        agree_error(error)
         huggingface.load(model, path)
+        return model.eval()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionGemma:
+        """Load a checkpoint of any format, weights only: a released-format directory, a sharded one or a `.nemo`.
+
+        Collective. Raises `ConfigError`, `LayoutError` or `CheckpointError`, on every rank.
+        """
+        from nemo_diffgemma.checkpoint import nemo_archive, open, sharded  # they read what Megatron writes: seconds
+
+        place, config = user_path(path), None
+        with all_or_none():
+            format = open.format_of(place)
+            if format == "sharded":
+                config = ModelConfig.from_pretrained(place / sharded.ASSETS)
+                sharded.check(config, place)  # before memory is taken for sizes that may be wrong
+        if format == "nemo":
+            place = nemo_archive.unpacked_weights(place)
+        if config is None:
+            return cls.from_huggingface(place, dtype)
+        model = cls(config, dtype)
+        sharded.load_sharded(model, place)
         return model.eval()
 
     def save_huggingface(self, path: str | Path) -> huggingface.Written:
@@ -54,7 +71,7 @@ class DiffusionGemma(Network):
     @property
     def sampler_defaults(self) -> SamplerConfig:
         """Sampler settings of the checkpoint's generation_config.json, else Hugging Face's defaults."""
-        return SamplerConfig.of_checkpoint(self.assets, self.model)
+        return SamplerConfig.of_checkpoint(self.assets, self.model_config)
 
     @torch.no_grad()
     def generate(
@@ -77,17 +94,17 @@ class DiffusionGemma(Network):
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
         sampler = sampler or self.sampler_defaults
-        sampler.check_ids(self.model.vocab_size)
+        sampler.check_ids(self.model_config.vocab_size)
         if noise is None:
             noise = KeyedNoise.for_rows(
-                seed, input_ids.shape[0], self.model.canvas_length, self.model.vocab_size, device()
+                seed, input_ids.shape[0], self.model_config.canvas_length, self.model_config.vocab_size, device()
             )
         with reused_scratch():
             return generate(
                 self,
                 input_ids.to(device()),
                 left_padding(input_ids, attention_mask),
-                canvas_length=self.model.canvas_length,
+                canvas_length=self.model_config.canvas_length,
                 max_new_tokens=max_new_tokens,
                 sampler=sampler,
                 noise=noise,
@@ -123,7 +140,7 @@ class DiffusionGemma(Network):
             entropy=entropy,
             accepted=accepted,
             soft=None if soft is None else soft.view(*shape, -1),
-            cache=result.cache.trimmed(self.model) if context else cache,
+            cache=result.cache.trimmed(self.model_config) if context else cache,
         )
 
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:

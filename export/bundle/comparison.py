@@ -98,7 +98,7 @@ def trajectory(network: DiffusionGemma, input_ids: Tensor, sampler: SamplerConfi
     """All steps of the PyTorch model for one canvas. Replicas in several processes all follow the first."""
     from nemo_diffgemma.evaluation.comparison import chosen_experts
 
-    rows, config = input_ids.shape[0], network.model
+    rows, config = input_ids.shape[0], network.model_config
     noise = KeyedNoise.for_rows(seed, rows, config.canvas_length, config.vocab_size, device())
     cache = network.encode(input_ids)
     canvas, soft = noise.initial(0), None
@@ -125,7 +125,7 @@ def _by_row(x_KGD: Tensor, rows: int) -> Tensor:
 @torch.no_grad()
 def in_lockstep(engine: Engine, exact: Trajectory, model: Model | None = None) -> Differences:
     """Differences of `encode` and of every step of a trajectory; with `model` also of the routing."""
-    rows, config = exact.input_ids.shape[0], engine.config
+    rows, config = exact.input_ids.shape[0], engine.model_config
     noise = KeyedNoise.for_rows(exact.seed, rows, config.canvas_length, config.vocab_size, engine.device)
     context = engine.encode(exact.input_ids.to(engine.device), engine.start([0] * rows))
     found = Differences()

@@ -106,7 +106,7 @@ class Engine:
         loop_steps: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.config, self.layout, self.dtype = config, layout, dtype
+        self.model_config, self.layout, self.dtype = config, layout, dtype
         self.limits, self.assets, self.device = limits, assets, device or torch.device("cpu")
         self.loop_steps = loop_steps
         self._sessions = sessions
@@ -117,7 +117,7 @@ class Engine:
     @property
     def sampler_defaults(self) -> SamplerConfig:
         """Sampler settings of the checkpoint."""
-        return SamplerConfig.of_checkpoint(self.assets, self.config)
+        return SamplerConfig.of_checkpoint(self.assets, self.model_config)
 
     def generate(
         self,
@@ -135,11 +135,11 @@ class Engine:
         off (`confidence_threshold=0`) and nobody observes. Raises `EngineError` beyond what the engines were built for.
         """
         sampler = sampler or self.sampler_defaults
-        sampler.check_ids(self.config.vocab_size)
+        sampler.check_ids(self.model_config.vocab_size)
         self._check(input_ids, max_new_tokens)
-        rows, length = input_ids.shape[0], self.config.canvas_length
+        rows, length = input_ids.shape[0], self.model_config.canvas_length
         if noise is None:
-            noise = KeyedNoise.for_rows(seed, rows, length, self.config.vocab_size, self.device)
+            noise = KeyedNoise.for_rows(seed, rows, length, self.model_config.vocab_size, self.device)
         whole = "loop" in self._sessions and observe is None and sampler.confidence_threshold <= 0
         steps = sampler.max_denoising_steps
         whole = whole and (self.loop_steps == steps or (self.loop_steps is None and steps <= LOOP_STEPS))
@@ -174,7 +174,7 @@ class Engine:
 
     def no_signal(self, rows: int) -> Tensor:
         """The self-conditioning signal of a first step."""
-        shape = (rows, self.config.canvas_length, self.config.hidden_size)
+        shape = (rows, self.model_config.canvas_length, self.model_config.hidden_size)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _denoise(self, graph: str, context: Context, inputs: Tensors) -> dict[str, Tensor]:
@@ -184,9 +184,9 @@ class Engine:
 
     def _append(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
         past = {}
-        for layer in range(self.config.num_hidden_layers):
-            # a window of 1 sees no context, but engines have no empty axes
-            keep = max(1, self.config.sliding_window - 1) if self.config.layer_kind(layer) == SLIDING else None
+        window = max(1, self.model_config.sliding_window - 1)  # of 1 it sees nothing, but engines have no empty axes
+        for layer in range(self.model_config.num_hidden_layers):
+            keep = window if self.model_config.layer_kind(layer) == SLIDING else None
             for name, fresh in zip(past_names(layer), present_names(layer), strict=True):
                 kept = torch.cat([old[name], new[fresh]], dim=2) if length else new[fresh]
                 past[name] = kept if keep is None or kept.shape[2] <= keep else kept[:, :, -keep:].contiguous()
@@ -196,7 +196,7 @@ class Engine:
 
     def start(self, first_positions: Sequence[int]) -> Context:
         """No context yet, of rows whose first tokens will have these positions: that many columns are padding."""
-        buffers = empty_context(self.config, self.layout, len(first_positions), self.dtype, self.device)
+        buffers = empty_context(self.model_config, self.layout, len(first_positions), self.dtype, self.device)
         past = {
             name: buffer
             for layer, pair in enumerate(buffers)
@@ -278,7 +278,7 @@ class Engine:
         return DenoisedCanvas(outputs["argmax"], cache, live_B, outputs["entropy"].isfinite().all())
 
     def _check(self, input_ids: Tensor, max_new_tokens: int) -> None:
-        config, limits = self.config, self.limits
+        config, limits = self.model_config, self.limits
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise EngineError(f"input_ids has shape {list(input_ids.shape)}; expected [rows, at least one token]")
         if max_new_tokens < 1:

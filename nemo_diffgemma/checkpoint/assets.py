@@ -37,8 +37,8 @@ def write_assets(network: Network, directory: Path) -> None:
     settings = complete_generation(directory, network)
     if settings is not None:
         (directory / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    config = network.model.to_huggingface()
-    if network.model.source is None:
+    config = network.model_config.to_huggingface()
+    if network.model_config.source is None:
         config["dtype"] = str(network.dtype).removeprefix("torch.")
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -64,8 +64,8 @@ def complete_generation(directory: Path, network: Network) -> dict[str, Any] | N
     """The generation_config.json of `directory` with all that neighbours ask for, or None where nothing is missing."""
     file = directory / GENERATION
     there = read_object(file, CheckpointError) if file.is_file() else {}
-    sampler = SamplerConfig.of_checkpoint(directory, network.model)
-    wanted = {"bos_token_id": network.model.bos_token_id, "max_new_tokens": network.model.canvas_length}
+    sampler = SamplerConfig.of_checkpoint(directory, network.model_config)
+    wanted = {"bos_token_id": network.model_config.bos_token_id, "max_new_tokens": network.model_config.canvas_length}
     wanted |= sampler.to_huggingface()
     if all(value is None or there.get(key) is not None for key, value in wanted.items()):
         return None

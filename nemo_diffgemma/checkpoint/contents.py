@@ -1,12 +1,8 @@
-"""The checkpoint argument of the entry points: open it, or say what it holds without reading its tensors.
-
-A `.nemo` is unpacked for either, once a process.
-"""
+"""What a checkpoint of any format holds, without reading its tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -14,26 +10,12 @@ import torch
 
 from nemo_diffgemma.checkpoint import nemo_archive, sharded
 from nemo_diffgemma.checkpoint.names import released_name, released_shape
-from nemo_diffgemma.checkpoint.open import DTYPES, format_of, load_network
+from nemo_diffgemma.checkpoint.open import format_of
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles, read_header
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.diffusion_gemma import DiffusionGemma
-from nemo_diffgemma.schema import ConfigurationError
+from nemo_diffgemma.repository import user_path
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what a text model can have on disk
-
-
-def open_network(checkpoint: str, dtype: str) -> DiffusionGemma:
-    """The network of a checkpoint of any format, in the current layout. Raises one-paragraph errors on every rank."""
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype={dtype!r}; use one of {', '.join(DTYPES)}")
-    place = Path(checkpoint).expanduser()
-    return load_network(_unpacked(place) if nemo_archive.is_archive(place) else place, DTYPES[dtype])
-
-
-@cache
-def _unpacked(archive: Path) -> Path:
-    return nemo_archive.unpack(archive) / nemo_archive.WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -47,10 +29,10 @@ class Contents:
 
 def contents(checkpoint: str) -> Contents:
     """What a checkpoint holds, from headers; a `.nemo` is unpacked to get at them. Raises `CheckpointError`."""
-    found, place = format_of(checkpoint), Path(checkpoint).expanduser()
+    found, place = format_of(checkpoint), user_path(checkpoint)
     if found == "sharded":
         return _of_sharded(place)
-    return _of_directory(_unpacked(place) if found == "nemo" else place)
+    return _of_directory(nemo_archive.unpacked_weights(place) if found == "nemo" else place)
 
 
 def _of_directory(directory: Path) -> Contents:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from nemo_diffgemma.checkpoint.names import (
 from nemo_diffgemma.checkpoint.tensor_files import DTYPES, INDEX, SINGLE, CheckpointError, TensorFiles
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.config_keys import QUANTISED
-from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
-from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
+from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.scratch import follow_umask, obstacle, scratch_directory
 
 SHARD_BYTES = 5 << 30
@@ -56,7 +56,7 @@ def check(config: ModelConfig, directory: str | Path) -> None:
                 f"{files.directory} holds no safetensors; give a directory with {SINGLE}, or with {INDEX} and "
                 "the files that it names"
             )
-        if files.overridden and (not dist.is_initialized() or dist.get_rank() == 0):
+        if files.overridden and is_rank_zero():
             _log.warning(
                 "%s holds %s, which is used; %s beside it count for nothing",
                 *(files.directory, SINGLE, ", ".join([INDEX, *files.overridden])),
@@ -106,9 +106,11 @@ def load(network: Network, directory: str | Path) -> None:
     Collective. Raises `CheckpointError` on every rank: with no weight set where two copies of a weight differ, and
     where a weight is NaN or infinite.
     """
-    agree_error(_error_of(lambda: _check_copies(Path(directory))))
-    agree_error(_error_of(lambda: _fill(network, Path(directory))))
-    agree_error(_error_of(lambda: check_finite(network, Path(directory))))
+    with all_or_none():
+        _check_copies(Path(directory))
+    with all_or_none():
+        _fill(network, Path(directory))
+        check_finite(network, Path(directory))
     network.assets = Path(directory)
 
 
@@ -120,14 +122,6 @@ def check_finite(network: Network, directory: Path) -> None:
     weight = first_non_finite((released_name(name), tensor) for name, tensor in text_tensors(network))
     if weight is not None:
         raise CheckpointError(f"{weight}, in {directory}: {DAMAGED}")
-
-
-def _error_of(work: Callable[[], None]) -> Exception | None:
-    try:
-        work()
-    except (CheckpointError, OSError) as error:
-        return error
-    return None
 
 
 def _check_copies(directory: Path) -> None:
@@ -143,7 +137,7 @@ def _fill(network: Network, directory: Path) -> None:
         for name, tensor in text_tensors(network):
             stored = files.slice(released_name(name))
             network.file_dtypes[released_name(name)] = stored.get_dtype()
-            _read_slices(name, tensor, stored, network.model.vocab_size)
+            _read_slices(name, tensor, stored, network.model_config.vocab_size)
 
 
 def _read_slices(name: str, tensor: Tensor, stored: Any, vocab_size: int) -> None:
@@ -178,13 +172,13 @@ def save(network: Network, directory: str | Path) -> Written:
 
     Raises `CheckpointError` on every rank when `directory` exists and is not empty, or cannot be written.
     """
-    target = Path(directory).expanduser()
+    target = user_path(directory)
     written = Written(0, 0)
     with new_directory(target) as partial:
         shards = _plan(network)
         weight_map: dict[str, str] = {}
         carried: dict[str, Tensor] = {}
-        with on_first_rank(partial):
+        with writing(partial):
             if partial is not None:
                 write_assets(network, partial)  # first: what is wrong with them is said before tensors are gathered
                 carried = carried_tensors(network)
@@ -192,12 +186,12 @@ def save(network: Network, directory: str | Path) -> Written:
         for index, names in enumerate(shards):
             file = _file_name(index, files)
             tensors = {released_name(n): t for n, t in full_tensors(network, names)}
-            with on_first_rank(partial):  # the others must not wait in the next gather when the disk is full
+            with writing(partial):  # the others must not wait in the next gather when the disk is full
                 if partial is not None:
                     save_file(tensors, partial / file, metadata={"format": "pt"})
                     weight_map |= dict.fromkeys(tensors, file)
                     written = _add(written, tensors)
-        with on_first_rank(partial):
+        with writing(partial):
             if partial is not None:
                 if carried:  # byte for byte, in a file of their own
                     save_file(carried, partial / _file_name(files - 1, files), metadata={"format": "pt"})
@@ -256,9 +250,9 @@ def full_tensors(network: Network, names: list[str]) -> Iterator[tuple[str, Tens
     tensors = dict(text_tensors(network))
     for name in names:
         full = _gather(tensors[name].detach(), shard_of(tensors[name]))
-        if dist.get_rank() == 0:
+        if is_rank_zero():
             dtype = DTYPES.get(network.file_dtypes.get(released_name(name), ""), full.dtype)
-            shape = released_shape(name, tuple(full.shape), network.model)
+            shape = released_shape(name, tuple(full.shape), network.model_config)
             full = full[: shape[0]] if name == "embed_tokens.weight" else full.reshape(shape)
             yield name, full.to(dtype).cpu().clone(memory_format=torch.contiguous_format)
 
@@ -279,16 +273,13 @@ def _gather(tensor: Tensor, shard: Shard) -> Tensor:
 
 
 @contextlib.contextmanager
-def on_first_rank(partial: Path | None) -> Iterator[None]:
-    """Work of the rank that writes; when it fails, every rank raises."""
-    error: Exception | None = None
-    try:
-        yield
-    except UserError as failure:
-        error = failure
-    except (OSError, SafetensorError) as failure:
-        error = CheckpointError(f"cannot write {partial}: {failure}")
-    agree_error(error)
+def writing(partial: Path | None) -> Iterator[None]:
+    """Collective block in which rank 0 writes: if it fails there, every rank raises `CheckpointError`."""
+    with all_or_none():
+        try:
+            yield
+        except (OSError, SafetensorError) as failure:
+            raise CheckpointError(f"cannot write {partial}: {failure}") from failure
 
 
 @contextlib.contextmanager
@@ -299,11 +290,11 @@ def new_directory(target: Path) -> Iterator[Path | None]:
     """
     with contextlib.ExitStack() as stack:
         partial: Path | None = None
-        with on_first_rank(target):
-            if dist.get_rank() == 0:
+        with writing(target):
+            if is_rank_zero():
                 partial = stack.enter_context(partial_of(target, is_directory=True))
         yield partial
-        with on_first_rank(partial):
+        with writing(partial):
             if partial is not None:
                 follow_umask(partial)
                 if target.exists():

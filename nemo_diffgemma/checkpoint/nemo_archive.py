@@ -16,16 +16,16 @@ import shutil
 import socket
 import tarfile
 import zlib
+from functools import cache
 from pathlib import Path, PurePosixPath
-
-import torch.distributed as dist
 
 from nemo_diffgemma.checkpoint import huggingface
 from nemo_diffgemma.checkpoint.assets import FOLDERS
 from nemo_diffgemma.checkpoint.huggingface import Written
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.model.network import Network
-from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.agreement import all_or_none, gather, is_rank_zero
+from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.scratch import obstacle, temporary_directory
 
 CONFIG, WEIGHTS = "model_config.yaml", "weights"
@@ -41,15 +41,15 @@ def write_archive(network: Network, path: str | Path, config: str = "") -> Writt
 
     Collective. Raises `CheckpointError` on every rank when `path` exists or cannot be written.
     """
-    target = Path(path).expanduser().absolute()
+    target = user_path(path).absolute()
     with contextlib.ExitStack() as stack:
         work = Path()
-        with huggingface.on_first_rank(target):
-            if dist.get_rank() == 0:
+        with huggingface.writing(target):
+            if is_rank_zero():
                 work = stack.enter_context(huggingface.partial_of(target, is_directory=False))
         written = huggingface.save(network, work / WEIGHTS)
-        with huggingface.on_first_rank(target):
-            if dist.get_rank() == 0:
+        with huggingface.writing(target):
+            if is_rank_zero():
                 _pack(work, config, target)
     return written
 
@@ -65,31 +65,30 @@ def _pack(work: Path, config: str, target: Path) -> None:
     os.replace(work / "archive", target)
 
 
+@cache
+def unpacked_weights(path: Path) -> Path:
+    """The released-format directory inside an archive, which is unpacked once a process. Collective, as `unpack`."""
+    return unpack(path) / WEIGHTS
+
+
 def unpack(path: str | Path) -> Path:
     """Unpack an archive once on every machine -> a directory with its two members, removed when the process ends.
 
     Collective. It lies under TMPDIR and needs as much space as the archive. Raises `CheckpointError` on every rank.
     """
-    source = Path(path).expanduser().absolute()
-    error: CheckpointError | None = None
+    source = user_path(path).absolute()
     directory: Path | None = None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            directory, stack = temporary_directory("nemo_diffgemma-unpacked")
-            with contextlib.ExitStack() as failing:
-                failing.callback(stack.close)
-                extract(source, directory)
-                failing.pop_all()
-        except OSError as failure:
-            error = CheckpointError(f"TMPDIR cannot be written ({failure}); {source} is unpacked there")
-        except CheckpointError as failure:
-            error = failure
-    agree_error(error)
-    places = [(socket.gethostname(), directory)]
-    if dist.get_world_size() > 1:
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, places[0])
-        places = everyone
+    with all_or_none():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            try:
+                directory, stack = temporary_directory("nemo_diffgemma-unpacked")
+                with contextlib.ExitStack() as failing:
+                    failing.callback(stack.close)
+                    extract(source, directory)
+                    failing.pop_all()
+            except OSError as failure:
+                raise CheckpointError(f"TMPDIR cannot be written ({failure}); {source} is unpacked there") from failure
+    places = gather((socket.gethostname(), directory))
     return next(place for host, place in places if host == socket.gethostname() and place is not None)
 
 

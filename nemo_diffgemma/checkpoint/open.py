@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
-from nemo_diffgemma.config import ConfigError, ModelConfig
-from nemo_diffgemma.diffusion_gemma import DiffusionGemma
-from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.errors import ConfigurationError
+from nemo_diffgemma.model.network import Network
+from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero
+from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.scratch import obstacle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a network can be loaded as
@@ -20,7 +20,7 @@ FORMATS = ("huggingface", "sharded", "nemo")
 
 def format_of(path: str | Path) -> str:
     """One of `FORMATS`. Raises `CheckpointError` where `path` is none of them."""
-    place = Path(path).expanduser()
+    place = user_path(path)
     if not place.exists():
         raise CheckpointError(f"checkpoint {path} does not exist; give a directory or a .nemo file")
     if place.is_dir() and sharded.is_sharded(place):
@@ -37,32 +37,14 @@ def format_of(path: str | Path) -> str:
     )
 
 
-def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionGemma:
-    """The network of any checkpoint, in the current layout, weights only and ready for inference. Collective.
-
-    Raises `CheckpointError`, `ConfigError` or `LayoutError`, on every rank.
-    """
-    format, config, error = "", None, None
-    place = Path(path).expanduser()
-    try:
-        format = format_of(place)
-        if format == "sharded":
-            config = ModelConfig.from_pretrained(place / sharded.ASSETS)
-            sharded.check(config, place)  # before memory is taken for sizes that may be wrong
-    except (CheckpointError, ConfigError) as failure:
-        error = failure
-    agree_error(error)
-    if format == "huggingface":
-        return DiffusionGemma.from_huggingface(place, dtype)
-    if format == "nemo":
-        return DiffusionGemma.from_huggingface(nemo_archive.unpack(place) / nemo_archive.WEIGHTS, dtype)
-    assert config is not None
-    network = DiffusionGemma(config, dtype)
-    sharded.load_sharded(network, place)
-    return network.eval()
+def dtype_of(name: str, key: str = "dtype") -> torch.dtype:
+    """What `key=name` asks for. Raises `ConfigurationError`."""
+    if name not in DTYPES:
+        raise ConfigurationError(f"{key}={name!r}; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
-def save_network(network: DiffusionGemma, path: str | Path, format: str) -> None:
+def save_network(network: Network, path: str | Path, format: str) -> None:
     """Write the weights in one of `FORMATS`. Collective; raises `CheckpointError` on every rank."""
     check_target(path, format)
     if format == "huggingface":
@@ -75,10 +57,9 @@ def save_network(network: DiffusionGemma, path: str | Path, format: str) -> None
 
 def check_target(path: str | Path, format: str) -> None:
     """Raise `CheckpointError`, on every rank, where `path` is no place for a new checkpoint of that format."""
-    error: CheckpointError | None = None
-    if format not in FORMATS:
-        error = CheckpointError(f"format={format!r}; use one of {', '.join(FORMATS)}")
-    elif dist.get_rank() == 0:
-        reason = obstacle(Path(path).expanduser(), is_directory=format != "nemo")
-        error = None if reason is None else CheckpointError(reason)
-    agree_error(error)
+    with all_or_none():
+        if format not in FORMATS:
+            raise CheckpointError(f"format={format!r}; use one of {', '.join(FORMATS)}")
+        reason = obstacle(user_path(path), is_directory=format != "nemo") if is_rank_zero() else None
+        if reason is not None:
+            raise CheckpointError(reason)

@@ -17,7 +17,7 @@ import io
 import json
 import pickle
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ from nemo_diffgemma.checkpoint.assets import write_assets as _write_assets
 from nemo_diffgemma.checkpoint.names import released_name, released_shape, released_tensors, text_tensors
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.json_files import brief, read_object
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
-from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
+from nemo_diffgemma.repository import user_path
 
 MODEL = "model."
 ASSETS, DTYPES = "assets", "dtypes.json"
@@ -114,7 +114,7 @@ def save_sharded(
     Collective. Raises `CheckpointError` on every rank when `directory` is not empty or cannot be written.
     """
     megatron_cpu.enable()
-    with huggingface.new_directory(Path(directory).expanduser()) as partial:
+    with huggingface.new_directory(user_path(directory)) as partial:
         paths = [partial]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(paths, src=0)
@@ -125,7 +125,7 @@ def save_sharded(
             dist_checkpointing.save(state, str(paths[0]))
         except (CheckpointException, OSError) as failure:  # torch tells every rank what befell one of them
             raise CheckpointError(f"cannot write {directory}: {_reason(failure)}") from failure
-        with huggingface.on_first_rank(partial):
+        with huggingface.writing(partial):
             if partial is not None:
                 _write_beside(network, partial)
 
@@ -162,9 +162,11 @@ def load_sharded(network: Network, directory: str | Path) -> None:
     or a weight is NaN or infinite.
     """
     source = Path(directory)
-    agree_error(_error(lambda: check(network.model, source)))
+    with all_or_none():
+        check(network.model_config, source)
     read_tensors(sharded_state_dict(network), source)
-    agree_error(_error(lambda: huggingface.check_finite(network, source)))
+    with all_or_none():
+        huggingface.check_finite(network, source)
     network.file_dtypes = file_dtypes(source)
     network.assets = source / ASSETS
 
@@ -190,14 +192,12 @@ def read_common(directory: str | Path) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
 
-    def read() -> None:
+    with all_or_none():
         _check_sizes(Path(directory), _read_metadata(Path(directory)))
         try:
             values.update(load_common_state_dict(str(directory)))
         except (*_UNREADABLE, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
-
-    agree_error(_error(read))
     return values
 
 
@@ -317,11 +317,3 @@ def _reason(error: BaseException) -> str:
         rank, (failure, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {type(failure).__name__}: {failure}".splitlines()[0]
     return str(error)
-
-
-def _error(action: Callable[[], None]) -> Exception | None:
-    try:
-        action()
-    except (UserError, CheckpointingException, OSError) as error:
-        return error
-    return None

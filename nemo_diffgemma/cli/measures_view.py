@@ -20,7 +20,7 @@ def measure(
     batch_size: int = 400,
 ) -> dict[str, Any]:
     """`canvas_loss` by noise level, and what the task measures by budget of denoising steps. Collective."""
-    losses = canvas_losses(network, held_out_rows(task, network.model), levels, seed)
+    losses = canvas_losses(network, held_out_rows(task, network.model_config), levels, seed)
     results.show(table(["noise", "canvas loss"], [[level, f"{loss:.4f}"] for level, loss in losses.items()]) + "\n")
     measures = task.measures(network, budgets, seed, batch_size)
     if measures.header:

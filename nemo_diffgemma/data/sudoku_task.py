@@ -130,7 +130,7 @@ def sudoku_solve_rate(
     Puzzle i draws its noise by (seed, i), whatever the batch.
     """
     sampler = SamplerConfig(max_denoising_steps=steps, eos_token_id=None, pad_token_id=None)
-    model, cells = network.model, len(puzzles[0])
+    model, cells = network.model_config, len(puzzles[0])
     responses, forwards = [], 0
     for start in range(0, len(puzzles), batch):
         part = puzzles[start : start + batch]

@@ -1,7 +1,7 @@
 """What a run is about: one `Task` for each kind of data, chosen once by `data.kind`.
 
     task = task_of(config.data)
-    task.check(network.model)
+    task.check(network.model_config)
     task.training_examples(seed)[7];  task.held_out_examples(400)       # what is trained on, and what never is
     task.measures(network, budgets=[4, 16], seed=0)                     # what is measured beside the canvas loss
 

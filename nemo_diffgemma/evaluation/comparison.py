@@ -20,7 +20,7 @@ from nemo_diffgemma.parallel.groups import device
 
 def random_ids(network: Any, rows: int, length: int, seed: int) -> Tensor:
     """Uniform ids [rows, length], the same on every rank."""
-    return torch.randint(network.model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(network.model_config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -74,8 +74,8 @@ def compare_tokens(
     A row is robust where transformers itself keeps its tokens when its logits are disturbed by `probe` and by `-probe`.
     """
     sampler = dataclasses.replace(network.sampler_defaults, max_denoising_steps=max_denoising_steps)
-    new_tokens = canvases * network.model.canvas_length
-    noise = KeyedNoise.for_rows(seed, len(prompts), network.model.canvas_length, network.model.vocab_size)
+    new_tokens = canvases * network.model_config.canvas_length
+    noise = KeyedNoise.for_rows(seed, len(prompts), network.model_config.canvas_length, network.model_config.vocab_size)
     ours = network.generate(prompts, max_new_tokens=new_tokens, sampler=sampler, noise=noise).sequences.cpu()
 
     def theirs() -> list[Tensor]:

@@ -1,6 +1,6 @@
 """How good a network is on any data: canvas loss at fixed noise levels. No gradient, no NeMo.
 
-    losses = canvas_losses(network, held_out_rows(task, network.model), LEVELS, seed=0)    # {0.1: 0.02, ...}
+    losses = canvas_losses(network, held_out_rows(task, network.model_config), LEVELS, seed=0)    # {0.1: 0.02, ...}
 
 What else is measured, a task knows: data/tasks.py.
 
@@ -39,13 +39,18 @@ def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], 
 
     Without self-conditioning: what the first denoising step of a canvas with that much noise has to go by.
     """
-    canvases = choose_canvases(rows, network.model.canvas_length, 0, seed)
+    canvases = choose_canvases(rows, network.model_config.canvas_length, 0, seed)
     cache = network.encode_clean(rows.tokens_T, rows.lengths).cache
     places = [(canvas.row, canvas.start) for canvas in canvases]
     losses = {}
     for level in levels:
         corrupted = corrupt(
-            rows, canvases, network.model.canvas_length, network.model.vocab_size, seed, level=float(level)
+            rows,
+            canvases,
+            network.model_config.canvas_length,
+            network.model_config.vocab_size,
+            seed,
+            level=float(level),
         )
         hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
         labels = corrupted.clean_MC.flatten()

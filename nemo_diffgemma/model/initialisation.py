@@ -20,7 +20,7 @@ def initialise(network: Network, seed: int) -> None:
     Raises `UserError` for a seed of more than 64 bits.
     """
     check_seed(seed)
-    std = network.model.initializer_range
+    std = network.model_config.initializer_range
     for name, tensor in network.named_parameters():
         if tensor.ndim == 1:
             tensor.fill_(1.0)

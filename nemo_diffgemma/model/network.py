@@ -59,7 +59,7 @@ class Network(MegatronModule):
         config = transformer_config(model, layout, dtype)
         super().__init__(config=config)
         groups = process_groups()
-        self.model, self.dtype, self.groups = model, dtype, groups
+        self.model_config, self.dtype, self.groups = model, dtype, groups
         self.recompute = "none"
         self.embed_tokens = TokenTable(model, config, groups)
         self.layers = nn.ModuleList(Layer(model, i, config, groups) for i in range(model.num_hidden_layers))
@@ -95,11 +95,13 @@ class Network(MegatronModule):
     ) -> Stream:
         """The stream of new tokens of each sequence (`contexts`, how many) and of canvases (sequence, start)."""
         places = tuple((sequence, start) for sequence, start in canvases)
-        return stream_of(sequences, tuple(contexts), places, self.model.canvas_length, self.groups.tp.size())
+        return stream_of(sequences, tuple(contexts), places, self.model_config.canvas_length, self.groups.tp.size())
 
     def _embed(self, stream: Stream, tokens: Tensor, soft_MCH: Tensor | None) -> tuple[Tensor, Tensor | bool]:
         """This rank's tokens of the stream, [T/tp, H], and which of them are canvas tokens."""
-        x = self.embed_tokens.look_up(nn.functional.pad(tokens, (0, stream.padding), value=self.model.pad_token_id))
+        x = self.embed_tokens.look_up(
+            nn.functional.pad(tokens, (0, stream.padding), value=self.model_config.pad_token_id)
+        )
         if not stream.canvases:
             return x, False
         soft_TH = None
@@ -122,7 +124,7 @@ class Network(MegatronModule):
         kept = []
         for index, layer in enumerate(self.layers):
             past = cache.layers[index] if cache is not None and cache.layers else None
-            args = (x, is_canvas, rotary[self.model.layer_kind(index)], stream, past)
+            args = (x, is_canvas, rotary[self.model_config.layer_kind(index)], stream, past)
             x, context = recompute(layer, *args) if level == "full" else layer(*args, selective=level == "selective")
             kept.append(context)
         return x, kept
@@ -156,7 +158,7 @@ class Network(MegatronModule):
         padding = left_padding(input_ids, attention_mask)
         tokens = torch.cat(without_padding(input_ids.to(device()), padding))
         stream = self.stream(Cache.empty(padding).sequences, [input_ids.shape[1] - columns for columns in padding])
-        return self.run(tokens, stream).cache.trimmed(self.model)
+        return self.run(tokens, stream).cache.trimmed(self.model_config)
 
     @torch.no_grad()
     def denoise(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
@@ -174,7 +176,7 @@ class Network(MegatronModule):
         places = [(index, span.end) for index, span in enumerate(cache.sequences)]
         hidden = self.canvas_hidden(canvas.to(device()), places, cache, soft_MCH)
         logits = vocabulary.logits(
-            hidden, self.embed_tokens.weight, self.embed_tokens.shard, self.model.final_logit_softcapping
+            hidden, self.embed_tokens.weight, self.embed_tokens.shard, self.model_config.final_logit_softcapping
         )
         return logits.view(*canvas.shape, -1)
 
@@ -186,7 +188,7 @@ class Network(MegatronModule):
             hidden_NH,
             self.embed_tokens.weight,
             self.embed_tokens.shard,
-            softcap=self.model.final_logit_softcapping,
+            softcap=self.model_config.final_logit_softcapping,
             temperature=temperature,
             uniforms_N=uniforms_N,
             soft_embedding=soft_embedding,
@@ -219,7 +221,7 @@ class Network(MegatronModule):
     def soft_embedding(self, hidden_NH: Tensor) -> Tensor:
         """Untempered self-conditioning signal of gradient-free hidden states; gradient reaches the table only."""
         return vocabulary.soft_embedding(
-            hidden_NH, self.embed_tokens.weight, self.embed_tokens.shard, self.model.final_logit_softcapping
+            hidden_NH, self.embed_tokens.weight, self.embed_tokens.shard, self.model_config.final_logit_softcapping
         )
 
     def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +232,7 @@ class Network(MegatronModule):
             labels_N,
             weights_N,
             self.embed_tokens.shard,
-            self.model.final_logit_softcapping,
+            self.model_config.final_logit_softcapping,
         )
 
     # -- input checks --------------------------------------------------------------------------------------------
@@ -240,22 +242,22 @@ class Network(MegatronModule):
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.shape[0] == 0:
             raise UserError(
                 f"input_ids has shape {list(ids.shape)}; expected [rows, tokens] with at least one token (an empty "
-                f"prompt needs at least the <bos> token, id {self.model.bos_token_id})"
+                f"prompt needs at least the <bos> token, id {self.model_config.bos_token_id})"
             )
         low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.model.vocab_size:
+        if low < 0 or high >= self.model_config.vocab_size:
             raise UserError(
-                f"token ids range from {low} to {high}, but this model has {self.model.vocab_size} ids (0 to "
-                f"{self.model.vocab_size - 1}); was the prompt made with another tokenizer?"
+                f"token ids range from {low} to {high}, but this model has {self.model_config.vocab_size} ids (0 to "
+                f"{self.model_config.vocab_size - 1}); was the prompt made with another tokenizer?"
             )
 
     def check_canvas(self, canvas: Tensor, rows: int) -> None:
         """Raise `UserError` unless `canvas` is [rows, canvas_length] inside the vocabulary."""
-        expected = [rows, self.model.canvas_length]
+        expected = [rows, self.model_config.canvas_length]
         if list(canvas.shape) != expected:
             raise UserError(
                 f"canvas has shape {list(canvas.shape)}; expected {expected}, that is one canvas of "
-                f"canvas_length={self.model.canvas_length} tokens for each encoded row"
+                f"canvas_length={self.model_config.canvas_length} tokens for each encoded row"
             )
         self.check_ids(canvas)
 

@@ -40,8 +40,8 @@ def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def agree_error(error: Exception | None) -> None:
-    """Raise on every rank as soon as any rank has an error: its own there, an error of the same kind elsewhere."""
+def _agree(error: Exception | None) -> None:
+    """Raise on every rank as soon as any rank has an error: its own there, one of the same kind elsewhere."""
     if world_size() == 1:
         if error is not None:
             raise error
@@ -80,7 +80,7 @@ def all_or_none() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    agree_error(error)
+    _agree(error)
 
 
 def on_rank_zero[T](function: Callable[[], T]) -> T:

@@ -76,7 +76,7 @@ class Validation(Callback):
         network, task, seed = module.network, module.task, module.settings.seed
         network.eval()
         try:
-            rows = held_out_rows(task, network.model, self.examples)
+            rows = held_out_rows(task, network.model_config, self.examples)
             losses = canvas_losses(network, rows, LEVELS, seed)
             return {"canvas_loss": losses, **task.validate(network, self.examples, seed)}
         finally:

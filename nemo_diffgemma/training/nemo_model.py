@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from nemo_diffgemma import non_finite
 from nemo_diffgemma.checkpoint import nemo_archive
-from nemo_diffgemma.checkpoint.open import DTYPES, load_network
+from nemo_diffgemma.checkpoint.open import DTYPES
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches, collate
 from nemo_diffgemma.data.tasks import DataGroup, Task, default_data, fill_id, task_of
@@ -162,7 +162,7 @@ class DiffusionGemmaModel(ModelPT):
 
     def _loader(self, examples: Any, batches: Iterable[list[int]]) -> DataLoader:
         assert self.network is not None
-        model = self.network.model
+        model = self.network.model_config
         to_rows = partial(collate, canvas_length=model.canvas_length, eos_token_id=fill_id(model))
         return DataLoader(examples, batch_sampler=batches, collate_fn=to_rows)
 
@@ -235,7 +235,7 @@ class DiffusionGemmaModel(ModelPT):
         """
         assert self.network is not None
         network, settings = self.network, self.settings
-        config, length = settings.network.objective, network.model.canvas_length
+        config, length = settings.network.objective, network.model_config.canvas_length
         parts = [
             (rows, choose_canvases(rows, length, config.canvases_per_example, settings.seed))
             for rows in micro_batches(batch, micro_batch_size)
@@ -245,7 +245,7 @@ class DiffusionGemmaModel(ModelPT):
         shares = torch.zeros(3, dtype=torch.float64, device=device())
         for rows, canvases in parts:
             corrupted = corrupt(
-                rows, canvases, length, network.model.vocab_size, settings.seed, noise_floor=config.noise_floor
+                rows, canvases, length, network.model_config.vocab_size, settings.seed, noise_floor=config.noise_floor
             )
             loss: Loss = objective(network, rows, canvases, corrupted, config, settings.seed, totals)
             if backward:
@@ -305,7 +305,7 @@ def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
     """The network that `group` describes, with its weights. Raises on every rank alike where there is none."""
     if group.checkpoint is not None:
         _check(group)
-        network = load_network(group.checkpoint, DTYPES[group.dtype])
+        network = DiffusionGemma.from_checkpoint(group.checkpoint, DTYPES[group.dtype])
         network.recompute = group.recompute
         return network
     network = empty_network(group)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
-from nemo_diffgemma.parallel.agreement import agree_error
+from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
 
@@ -126,7 +126,8 @@ def steps_taken(optimizer: MegatronOptimizer) -> int:
 @torch.no_grad()
 def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path, steps: int) -> None:
     """Fill the optimizer from a checkpoint of any layout. Collective; raises `CheckpointError` on every rank."""
-    agree_error(_missing(network, directory))
+    with all_or_none():
+        _check_keys(network, directory)
     _prime(optimizer)
     held = _held(optimizer)
     for kind in _kinds(network):  # one kind at a time: whole parameters are held while it is read
@@ -141,17 +142,16 @@ def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path
     _set_steps(optimizer, steps)
 
 
-def _missing(network: nn.Module, directory: Path) -> CheckpointError | None:
-    found = sharded.keys(directory)
+def _check_keys(network: nn.Module, directory: Path) -> None:
+    keys = sharded.keys(directory)
     for kind in _kinds(network):
-        missing = [name for name, _ in network.named_parameters() if f"{PREFIX}{kind}.{name}" not in found]
+        missing = [name for name, _ in network.named_parameters() if f"{PREFIX}{kind}.{name}" not in keys]
         if missing:
-            return CheckpointError(
+            raise CheckpointError(
                 f"{directory} has no optimizer state `{kind}` for {len(missing)} parameters, first {missing[0]}: it "
                 "was saved without, or with another model.dtype; start a new run from its weights with "
                 f"model.checkpoint={directory}"
             )
-    return None
 
 
 def _buffers(network: nn.Module, kind: str) -> Iterator[tuple[str, ShardedTensor]]:

@@ -105,7 +105,7 @@ def _train(
     else:  # Lightning fills it, and the optimizer, from the checkpoint
         model.network = empty_network(config.model, resumed / sharded.ASSETS)
     assert model.network is not None
-    model.task.check(model.network.model)
+    model.task.check(model.network.model_config)
     run_directory.write_assets(model.network, model.task, run_dir)
     trainer = _trainer(config.trainer.max_steps, [*_callbacks(config, run_dir), preemption, heartbeat, watchdog])
     exp_manager(trainer, _exp_manager(config, run_dir, resumed))

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from nemo_diffgemma.errors import ConfigurationError
+from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.schema import TrainConfig
 from nemo_diffgemma.training.callbacks import append_line, truncate_after
 
@@ -80,7 +81,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 def _plain(config: TrainConfig) -> dict[str, Any]:
     values = json.loads(json.dumps(dataclasses.asdict(config)))  # no tuples
     if config.model.checkpoint is not None:
-        values["model"]["checkpoint"] = str(Path(config.model.checkpoint).expanduser().absolute())
+        values["model"]["checkpoint"] = str(user_path(config.model.checkpoint).absolute())
     return values
 
 

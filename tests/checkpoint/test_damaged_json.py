@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemo_diffgemma.checkpoint.open import load_network, save_network
+from nemo_diffgemma import DiffusionGemma
+from nemo_diffgemma.checkpoint.open import save_network
 from nemo_diffgemma.checkpoint.tensor_files import INDEX
 from nemo_diffgemma.errors import UserError
 from tests.distributed import cases
@@ -77,7 +78,7 @@ def test_any_change_is_read_or_named(places, file, where, value, damage, positio
     }[damage]
     try:
         place.write_bytes(bad)
-        network = load_network(places[file[0]])
+        network = DiffusionGemma.from_checkpoint(places[file[0]])
         network.sampler_defaults  # noqa: B018 (reads generation_config.json)
     except UserError as error:
         assert "\n" not in str(error) and str(places[file[0]]) in str(error), error

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from export.graph.weights import WeightsError, engine_weights, read_weights
 from nemo_diffgemma import DiffusionGemma, ModelConfig
-from nemo_diffgemma.checkpoint.open import load_network, save_network
+from nemo_diffgemma.checkpoint.open import save_network
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.parallel import ParallelLayout
 
@@ -53,7 +53,7 @@ def test_other_formats_too(single, checkpoint, tmp_path, format):
     target = tmp_path / ("model.nemo" if format == "nemo" else "sharded")
     save_network(network, target, format)
     with pytest.raises(CheckpointError, match="layers.1.self_attn.q_proj.weight holds NaN"):
-        load_network(target)
+        DiffusionGemma.from_checkpoint(target)
 
 
 def test_engines_take_no_such_weights(damaged):

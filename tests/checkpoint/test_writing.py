@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_diffgemma import DiffusionGemma, ModelConfig, SamplerConfig
-from nemo_diffgemma.checkpoint.open import FORMATS, load_network, save_network
+from nemo_diffgemma.checkpoint.open import FORMATS, save_network
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.errors import UserError
 from tests.distributed import cases
@@ -68,7 +68,7 @@ def files_beside(path: Path, format: str) -> dict[str, str]:
 def test_everything_that_belongs_to_a_checkpoint_is_copied_or_named(network, source, tmp_path, caplog, format):
     save_network(network, tmp_path / "first" / name_of(format), format)
     assert "left out, as no part of a checkpoint: model.gguf, original, pytorch_model.bin in " in caplog.text
-    again = load_network(tmp_path / "first" / name_of(format))
+    again = DiffusionGemma.from_checkpoint(tmp_path / "first" / name_of(format))
     save_network(again, tmp_path / "second" / name_of(format), format)  # and from there once more
     for place in ("first", "second"):
         there = files_beside(tmp_path / place / name_of(format), format)
@@ -143,7 +143,9 @@ def test_a_model_from_scratch_has_all_settings_of_generation(single, checkpoint,
     assert written["sampler_config"] == {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1}
     theirs = DiffusionGemmaGenerationConfig(**written)
     assert (theirs.stability_threshold, theirs.confidence_threshold, theirs.max_new_tokens) == (1, 0.005, 4)
-    assert load_network(tmp_path / name_of(format)).sampler_defaults == SamplerConfig(eos_token_id=1, pad_token_id=0)
+    assert DiffusionGemma.from_checkpoint(tmp_path / name_of(format)).sampler_defaults == SamplerConfig(
+        eos_token_id=1, pad_token_id=0
+    )
 
 
 def test_settings_that_are_there_are_kept_and_the_others_added(single, checkpoint, tmp_path):

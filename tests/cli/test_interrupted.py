@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_diffgemma.checkpoint.open import load_network, save_network
+from nemo_diffgemma import DiffusionGemma
+from nemo_diffgemma.checkpoint.open import save_network
 from nemo_diffgemma.data import build_tokenizer
 from nemo_diffgemma.repository import ROOT
 
@@ -55,7 +56,7 @@ def test_what_a_signal_ends_leaves_nothing(model, single, tmp_path, case, sent, 
         arguments = command("convert", f"source={model}", f"target={target}", "format=sharded", "parallel=ep2")
         begun = lambda: any(target.parent.iterdir())
     else:
-        save_network(load_network(model), str(tmp_path / "model.nemo"), "nemo")
+        save_network(DiffusionGemma.from_checkpoint(model), str(tmp_path / "model.nemo"), "nemo")
         arguments = command(
             "generate", f"checkpoint={tmp_path / 'model.nemo'}", "prompt_ids=[2,10]", "max_new_tokens=9999"
         )

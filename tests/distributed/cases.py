@@ -81,13 +81,13 @@ def gradients(
     config = method.ObjectiveConfig(**objective)
     data = process_groups().dp
     loss = torch.zeros((), device=device())
-    whole, length = rows.to(device()), model.model.canvas_length
+    whole, length = rows.to(device()), model.model_config.canvas_length
     wanted = config.canvases_per_example
     totals = method.count(whole, method.choose_canvases(whole, length, wanted, seed), length)
     shares = whole.split(len(whole) // data.size() // micro_batches)
     for part in shares[data.rank() * micro_batches : (data.rank() + 1) * micro_batches]:
         canvases = method.choose_canvases(part, length, wanted, seed)
-        noised = method.corrupt(part, canvases, length, model.model.vocab_size, seed)
+        noised = method.corrupt(part, canvases, length, model.model_config.vocab_size, seed)
         result = method.objective(model, part, canvases, noised, config, seed, totals)
         result.total.backward()
         loss += result.total.detach()
@@ -121,7 +121,7 @@ def mixed_passes(path: str, layout: dict[str, int], size: str, together: list[li
     with torch.no_grad():
         for indices in together:
             chosen = [members[index] for index in indices]
-            cache = mixed.encoded(model, chosen).trimmed(model.model)
+            cache = mixed.encoded(model, chosen).trimmed(model.model_config)
             step = model.sampling_step(mixed.step_of(chosen), cache)
             for place, (index, outcome) in enumerate(zip(indices, mixed.pass_of(model, chosen, cache), strict=True)):
                 results[index] = dict(

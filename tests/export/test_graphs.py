@@ -79,7 +79,7 @@ def test_the_sum_of_the_ranks_equals_pytorch(checkpoint, name):
     path = kit.calm(checkpoint, size)
     engine, network = kit.engine(path, size, layout), kit.network(path)
     for context in CONTEXTS:
-        ids = prompts(2, context, network.model.vocab_size)
+        ids = prompts(2, context, network.model_config.vocab_size)
         assert_lockstep(in_lockstep(engine, trajectory(network, ids, sampler(12), seed=context)))
         given = dict(max_new_tokens=12, sampler=sampler(12), seed=1)
         ours, theirs = network.generate(ids, **given), engine.generate(ids, **given)

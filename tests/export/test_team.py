@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from export.build import BuildConfig, build
-from nemo_diffgemma.checkpoint.open import load_network, save_network
+from nemo_diffgemma import DiffusionGemma
+from nemo_diffgemma.checkpoint.open import save_network
 from nemo_diffgemma.schema import ParallelGroup
 from tests.export import kit
 from tests.export.test_bundle import Shown
@@ -112,7 +113,7 @@ def test_more_processes_than_ranks_are_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize("format", ["nemo", "sharded"])
 def test_a_checkpoint_of_another_format_gives_the_same_bundle(traces, tmp_path, format, monkeypatch):
     given = tmp_path / ("model.nemo" if format == "nemo" else "sharded")
-    save_network(load_network(traces), str(given), format)
+    save_network(DiffusionGemma.from_checkpoint(traces), str(given), format)
     unpacked = []
     extract = tarfile.TarFile.extractall
     monkeypatch.setattr(

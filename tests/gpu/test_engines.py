@@ -86,7 +86,7 @@ def numbers(path: Path, provider: str, length: int, calls: int = 1) -> list[dict
     """
     engine = _open(path, provider)
     generator = torch.Generator().manual_seed(length)
-    vocabulary, canvas = engine.config.vocab_size, (2, engine.config.canvas_length)
+    vocabulary, canvas = engine.model_config.vocab_size, (2, engine.model_config.canvas_length)
     ids = torch.randint(vocabulary, (2, length), generator=generator)
     context = engine.encode(ids.to(engine.device), engine.start([0, 1]))
     results = [{name: tensor.cpu() for name, tensor in context.past[0].items()}]
@@ -111,9 +111,9 @@ def tokens(path: Path, provider: str, length: int, **sampler: Any) -> Tensor:
     from nemo_diffgemma import SamplerConfig
 
     engine = _open(path, provider)
-    ids = torch.randint(engine.config.vocab_size, (3, length), generator=torch.Generator().manual_seed(length))
+    ids = torch.randint(engine.model_config.vocab_size, (3, length), generator=torch.Generator().manual_seed(length))
     settings = SamplerConfig(**{**SAMPLER, **sampler})
-    new = 2 * engine.config.canvas_length
+    new = 2 * engine.model_config.canvas_length
     return engine.generate(ids, max_new_tokens=new, sampler=settings, seed=5).sequences.cpu()
 
 

@@ -184,7 +184,7 @@ def test_canvas_loss_is_the_mean_cross_entropy_of_what_denoise_predicts(model_th
     from nemo_diffgemma.evaluation.measures import canvas_losses, held_out_rows
 
     network = DiffusionGemma.from_huggingface(model_that_reads_text)
-    rows = held_out_rows(Sudoku(SudokuData(test_puzzles=5)), network.model)
+    rows = held_out_rows(Sudoku(SudokuData(test_puzzles=5)), network.model_config)
     corrupted = corrupt(rows, choose_canvases(rows, 16, 0, 7), 16, 64, 7, level=0.5)
     prompts = rows.tokens_T.view(len(rows), -1)[:, :18]
     logits = network.denoise(corrupted.noised_MC, network.encode(prompts))
@@ -277,16 +277,17 @@ def test_verification_finds_us_equal_and_a_moved_weight_different(model, single,
     assert found["agreement"]["router"] == 1.0
     assert max(found["differences"].values()) < 1e-4
 
-    from nemo_diffgemma.checkpoint import contents as checkpoints
+    from nemo_diffgemma import DiffusionGemma
 
-    def moved(path: str, dtype: str) -> Any:
-        network = opened(path, dtype)
+    opened = DiffusionGemma.from_checkpoint
+
+    def moved(path: str) -> Any:
+        network = opened(path)
         with torch.no_grad():
             network.norm.weight[0] *= 1.01
         return network
 
-    opened = checkpoints.open_network
-    monkeypatch.setattr(checkpoints, "open_network", moved)
+    monkeypatch.setattr(DiffusionGemma, "from_checkpoint", moved)
     results = Shown()
     assert verify.verify(config, results)["verdict"] == "different"
     assert results.exit_code == 1

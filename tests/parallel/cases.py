@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_diffgemma.errors import ConfigurationError, UserError
-from nemo_diffgemma.parallel.agreement import agree_error, all_or_none, gather, on_rank_zero
+from nemo_diffgemma.parallel.agreement import all_or_none, gather, on_rank_zero
 
 ERRORS = {
     "user": lambda: ConfigurationError("give optim.lr=1"),
@@ -32,9 +32,7 @@ def _fail(form: str, error: Exception | None) -> None:
         if error is not None:
             raise error
 
-    if form == "agree_error":
-        agree_error(error)
-    elif form == "on_rank_zero":
+    if form == "on_rank_zero":
         on_rank_zero(work)
     else:
         with all_or_none():

@@ -6,7 +6,7 @@ import pytest
 
 from tests.parallel import cases
 
-FORMS = ("agree_error", "all_or_none", "on_rank_zero")
+FORMS = ("all_or_none", "on_rank_zero")
 CASES = [(form, rank, kind) for form in FORMS for rank in (0, 1) for kind in cases.ERRORS]
 
 

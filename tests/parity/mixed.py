@@ -107,7 +107,7 @@ def loss_of(outcomes: Sequence[Outcome], chosen: Sequence[Member]) -> Tensor:
 def logits_of(model: Any, outcome: Outcome) -> Tensor:
     """Of the member's canvases, [m*C, V]."""
     hidden, table = outcome.canvas_hidden.flatten(0, 1), model.embed_tokens
-    return vocabulary.logits(hidden, table.weight, table.shard, model.model.final_logit_softcapping).cpu()
+    return vocabulary.logits(hidden, table.weight, table.shard, model.model_config.final_logit_softcapping).cpu()
 
 
 def step_of(chosen: Sequence[Member], seed: int = 1) -> StepInputs:

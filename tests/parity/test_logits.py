@@ -67,7 +67,7 @@ def test_a_finished_canvas_leaves_the_cache_of_one_long_prompt(both, context):
     end, padding = everything.shape[1], (asked.attention_mask == 0).sum(1).tolist()
     assert cache.sequences == whole.sequences == tuple((first, end) for first in padding)
     for layer, (stepwise, at_once) in enumerate(zip(cache.layers, whole.layers, strict=True)):
-        most = end if ours.layers[layer].self_attn.window is None else ours.model.sliding_window - 1
+        most = end if ours.layers[layer].self_attn.window is None else ours.model_config.sliding_window - 1
         assert stepwise.kept == at_once.kept == tuple((max(first, end - most), end) for first in padding)
         assert len(stepwise.keys) == sum(span.length for span in stepwise.kept)
         assert stepwise.keys.sub(at_once.keys).abs().max() < TOLERANCE
@@ -80,7 +80,7 @@ def test_no_signal_is_a_zero_signal_and_not_zero_logits(both):
     asked = question(theirs, "plain", 9)
     cache = ours.encode(asked.input_ids)
     nothing = ours.denoise(asked.canvas, cache)
-    zeros = torch.zeros(*asked.canvas.shape, ours.model.hidden_size)
+    zeros = torch.zeros(*asked.canvas.shape, ours.model_config.hidden_size)
     canvases = [(row, 9) for row in range(3)]
     without = ours.canvas_hidden(asked.canvas, canvases, cache, None)
     silent = ours.canvas_hidden(asked.canvas, canvases, cache, zeros)

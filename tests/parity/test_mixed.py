@@ -112,7 +112,7 @@ def test_sequences_come_and_go(single, checkpoint):
     """As in a server: two are dropped, one is added and joins the pass that denoises the others, one pauses."""
     model, members = cases.load(checkpoint("base", **WEIGHTS), {}), mixed.members()
     with torch.no_grad():
-        cache = mixed.encoded(model, members).trimmed(model.model)
+        cache = mixed.encoded(model, members).trimmed(model.model_config)
         cache = cache.select([4, 2, 1]).add([0])
         assert cache.sequences == ((5, 22), (3, 12), (0, 5), (0, 0))
         chosen = [members[4], members[2], members[3]]  # members[1] has no part in this pass
@@ -124,11 +124,11 @@ def test_sequences_come_and_go(single, checkpoint):
         result = model.run(tokens, model.stream(cache.sequences, lengths, places), cache=cache, soft_MCH=soft)
         hidden = result.canvas_hidden.view(soft.shape).split([len(member.starts) for member in chosen])
         for part, member in zip(hidden, chosen, strict=True):
-            (own,) = mixed.pass_of(model, [member], mixed.encoded(model, [member]).trimmed(model.model))
+            (own,) = mixed.pass_of(model, [member], mixed.encoded(model, [member]).trimmed(model.model_config))
             assert part.sub(own.canvas_hidden).abs().max() < mixed.TOLERANCE
         for before, after in zip(cache.layers, result.cache.layers, strict=True):
             assert all(map(torch.equal, before.of(2), after.of(2)))  # the pausing one is as it was
-        for layer, kept in zip(model.layers, result.cache.trimmed(model.model).layers, strict=True):
+        for layer, kept in zip(model.layers, result.cache.trimmed(model.model_config).layers, strict=True):
             window = layer.self_attn.window
             assert all(window is None or span.length <= window - 1 for span in kept.kept)
 

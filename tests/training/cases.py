@@ -131,11 +131,11 @@ def weights_of_archive(path: str, layout: dict[str, int]) -> dict[str, Any]:
 
 def weights_of(path: str, layout: dict[str, int]) -> dict[str, Any]:
     """Whole tensors of any checkpoint, on rank 0."""
-    from nemo_diffgemma.checkpoint.open import load_network
+    from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.parallel import ParallelLayout, initialize
 
     initialize(ParallelLayout(**layout))
-    return _whole(load_network(path))
+    return _whole(DiffusionGemma.from_checkpoint(path))
 
 
 def _whole(network: Any) -> dict[str, Any]:

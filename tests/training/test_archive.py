@@ -158,12 +158,12 @@ def test_a_checkpoint_that_is_damaged_inside_is_refused(single, trained, tmp_pat
 
 
 def test_what_is_no_checkpoint_is_named(single, tmp_path):
-    from nemo_diffgemma.checkpoint.open import load_network
+    from nemo_diffgemma import DiffusionGemma
 
     (tmp_path / "file.nemo").write_text("no archive")
     for path in (tmp_path / "nothing", tmp_path, tmp_path / "file.nemo"):
         with pytest.raises(CheckpointError, match=str(path)):
-            load_network(path)
+            DiffusionGemma.from_checkpoint(path)
 
 
 def test_the_sizes_of_another_model_are_named(single, trained):
@@ -179,7 +179,7 @@ def test_fine_tuning_keeps_what_the_checkpoint_carried(pool, single, checkpoint,
     """Vision tensors, dtypes and configuration survive a run, its sharded checkpoint and the way back."""
     from safetensors.torch import load_file
 
-    from nemo_diffgemma.checkpoint.open import load_network
+    from nemo_diffgemma import DiffusionGemma
 
     source = checkpoint("deep")
     pool(2).run(
@@ -189,7 +189,7 @@ def test_fine_tuning_keeps_what_the_checkpoint_carried(pool, single, checkpoint,
         layout={"tensor": 2, "expert": 2},
         model__checkpoint=str(source),
     )
-    network = load_network(tmp_path / "run" / "checkpoints" / "step-1")
+    network = DiffusionGemma.from_checkpoint(tmp_path / "run" / "checkpoints" / "step-1")
     network.save_huggingface(tmp_path / "back")
     before, after = ({k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()} for d in
                      (source, tmp_path / "back"))  # fmt: skip
