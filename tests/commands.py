@@ -64,6 +64,7 @@ class Command:
         given = (path, list(arguments), {**os.environ, **environment}, str(cwd), streams)
         self._process = fork_context().Process(target=_work, args=given)
         self._process.start()
+        atexit.register(self._process.kill)  # one that a failed test has left would be waited for
         self.pid: int = self._process.pid
 
     def poll(self) -> int | None:

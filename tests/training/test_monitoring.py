@@ -191,7 +191,7 @@ def test_a_second_start_in_the_same_directory_leaves_the_first_alone(tmp_path):
     _, errors = end(start(tmp_path, steps=100_000), 2)
     assert f"process {first.pid} on" in " ".join(errors.split()) and "exp_manager.version" in errors
     assert status(tmp_path / "run" / "one")["state"] == "running"
-    first.kill()
-    first.communicate()
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=60)
     process = start(tmp_path, steps=3)  # the killed one no longer holds it
     end(process)
