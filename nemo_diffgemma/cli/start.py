@@ -15,6 +15,7 @@ import gc
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -34,6 +35,7 @@ from nemo_diffgemma.parallel import launcher
 from nemo_diffgemma.parallel.agreement import known_to_all
 from nemo_diffgemma.parallel.layout import LayoutError
 from nemo_diffgemma.schema import ConfigurationError
+from nemo_diffgemma.scratch import sweep
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(sys.argv[0]).resolve().parent)]
@@ -62,6 +64,7 @@ def start(work: Work, schema: type, config_name: str, *, distributed: bool = Fal
 
 
 def _start(work: Work, schema: type, config_name: str, distributed: bool) -> None:
+    sweep(Path(tempfile.gettempdir()))  # an archive that a killed command has unpacked, 52 GB of the released model
     launched = launcher.started_by_launcher()
     config = frozen(schema)
     if config is not None:
