@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,23 +237,6 @@ def test_a_conversion_onto_something_is_refused_before_anything_is_read(model, t
         with pytest.raises(UserError, match=str(target)):
             convert(ConvertConfig(str(model), str(target), format, dry_run=dry_run), Shown())
     assert (tmp_path / "mine.nemo").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", [b'{"version": "1', b"[]", b'"\xe9"', b"{}", b'{"added_tokens": 3, "model": []}'])
-def test_a_damaged_tokenizer_is_named(model_that_reads_text, tmp_path, name, content):
-    from launch.text import Text
-
-    from nemo_diffgemma.errors import UserError
-
-    shutil.copytree(model_that_reads_text, tmp_path / "model")
-    (tmp_path / "model" / name).write_bytes(content)
-    try:
-        Text(tmp_path / "model")
-    except UserError as error:
-        assert str(tmp_path / "model") in str(error) and "\n" not in str(error)
-    else:
-        assert name == "tokenizer_config.json" and content.startswith(b"{") and content.endswith(b"}")
 
 
 def _tensors(directory: Path) -> dict[str, bytes]:
