@@ -16,13 +16,13 @@ def read_object(file: Path, error: type[UserError] = UserError) -> dict[str, Any
     """The JSON object in `file`. Raises `error` for anything else, and OSError where the file cannot be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as found:
+    except UnicodeDecodeError as fault:
         raise error(
-            f"{file} is not UTF-8 text (byte {found.start} is {found.object[found.start]:#04x}); copy it again from "
+            f"{file} is not UTF-8 text (byte {fault.start} is {fault.object[fault.start]:#04x}); copy it again from "
             "the checkpoint, or save it as UTF-8"
         ) from None
-    except (ValueError, RecursionError) as found:  # a number of 5000 digits is a plain ValueError
-        raise error(f"{file} is not valid JSON ({found}); copy it again from the checkpoint") from None
+    except (ValueError, RecursionError) as fault:  # a number of 5000 digits is a plain ValueError
+        raise error(f"{file} is not valid JSON ({fault}); copy it again from the checkpoint") from None
     if not isinstance(value, dict):
         raise error(
             f"{file} is damaged: it holds {brief(value)}, expected a JSON object {{...}}; copy it again from the "

@@ -73,14 +73,14 @@ def non_finite_gradient(network: nn.Module) -> str | None:
 def non_finite_output(network: nn.Module, run: Callable[[], Any]) -> str | None:
     """The module whose output is the first that is not finite, on any rank, when `run` calls the network."""
     calls = 0
-    first: list[tuple[int, str]] = []
+    failures: list[tuple[int, str]] = []
 
     def look(name: str, output: Any) -> None:
         nonlocal calls
         calls += 1
         parts = output if isinstance(output, tuple | list) else [output]
-        if not first and not all(is_finite(part) for part in parts if isinstance(part, Tensor)):
-            first.append((calls, name))
+        if not failures and not all(is_finite(part) for part in parts if isinstance(part, Tensor)):
+            failures.append((calls, name))
 
     handles = [
         module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
@@ -92,4 +92,4 @@ def non_finite_output(network: nn.Module, run: Callable[[], Any]) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    return min((call for calls_of_rank in gather(first) for call in calls_of_rank), default=(0, None))[1]
+    return min((call for calls_of_rank in gather(failures) for call in calls_of_rank), default=(0, None))[1]

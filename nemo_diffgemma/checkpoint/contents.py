@@ -29,10 +29,10 @@ class Contents:
 
 def contents(checkpoint: str) -> Contents:
     """What a checkpoint holds, from headers; a `.nemo` is unpacked to get at them. Raises `CheckpointError`."""
-    found, place = format_of(checkpoint), user_path(checkpoint)
-    if found == "sharded":
+    kind, place = format_of(checkpoint), user_path(checkpoint)
+    if kind == "sharded":
         return _of_sharded(place)
-    return _of_directory(nemo_archive.unpacked_weights(place) if found == "nemo" else place)
+    return _of_directory(nemo_archive.unpacked_weights(place) if kind == "nemo" else place)
 
 
 def _of_directory(directory: Path) -> Contents:

@@ -145,9 +145,9 @@ class TensorFiles:
                 )
 
     def _check_not_quantised(self) -> None:
-        tell = next((name for name in self.files if _OF_QUANTISERS.search(name)), None)
-        if tell is not None:
-            raise CheckpointError(f"{self.files[tell]} holds {tell}: {QUANTISED}")
+        quantised = next((name for name in self.files if _OF_QUANTISERS.search(name)), None)
+        if quantised is not None:
+            raise CheckpointError(f"{self.files[quantised]} holds {quantised}: {QUANTISED}")
         if (self.directory / "hf_quant_config.json").is_file():
             raise CheckpointError(f"{self.directory} has an hf_quant_config.json: {QUANTISED}")
 

@@ -125,15 +125,15 @@ def _nearest(layout: ParallelLayout, cluster: ClusterGroup, model: ModelConfig |
     yield f"cluster.nodes={min(near, key=lambda nodes: abs(nodes - cluster.nodes))}"
     gpus = cluster.nodes * cluster.gpus_per_node
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
-    found = []
+    layouts = []
     for tensor, expert, expert_tensor in product(sizes, repeat=3):
         other = ParallelLayout(tensor, expert, expert_tensor)
         if gpus % other.world_size or not _suits(other, model):
             continue
         distance = sum(abs(math.log2(a / b)) for a, b in zip(vars(other).values(), vars(layout).values(), strict=True))
-        found.append((distance, -other.world_size, f"parallel.tensor={tensor} parallel.expert={expert}"
+        layouts.append((distance, -other.world_size, f"parallel.tensor={tensor} parallel.expert={expert}"
                       + (f" parallel.expert_tensor={expert_tensor}" if expert_tensor > 1 else "")))  # fmt: skip
-    yield min(found)[2]
+    yield min(layouts)[2]
 
 
 def _suits(layout: ParallelLayout, model: ModelConfig | None) -> bool:

@@ -114,10 +114,10 @@ def compose[Schema](schema: type[Schema], config_name: str, documentation: str, 
         except _Raised as raised:
             raise raised.error from None
         except Exception as error:
-            told = _explain(error, schema, others)
-            if told is None:
+            explanation = _explain(error, schema, others)
+            if explanation is None:
                 raise
-            raise ConfigurationError(told) from None
+            raise ConfigurationError(explanation) from None
         finally:
             GlobalHydra.instance().clear()
 

@@ -280,14 +280,14 @@ def _check_nobody_works_in(directory: Path) -> None:
 
 def _make_absolute(config: Any) -> list[list[Path]]:
     """Paths mean in the job what they meant where it was submitted -> those that are read, and those written."""
-    found: list[list[Path]] = []
+    paths: list[list[Path]] = []
     for names in (_INPUTS, _OUTPUTS):
-        found.append([])
+        paths.append([])
         for holder, name in product((config, getattr(config, "model", None)), names):
             if (given := getattr(holder, name, None)) is not None:
-                found[-1].append(user_path(given).absolute())
-                setattr(holder, name, str(found[-1][-1]))
-    return found
+                paths[-1].append(user_path(given).absolute())
+                setattr(holder, name, str(paths[-1][-1]))
+    return paths
 
 
 def _collect(results: Results, job: str, directory: Path, cluster: ClusterGroup) -> None:

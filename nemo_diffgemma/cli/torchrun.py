@@ -65,11 +65,11 @@ def run_in_processes(config: Any, processes: int) -> None:
 
 def _exit_code(folder: Path, failed: Any) -> int:
     """Tell what the children left behind, in one message: a user's error before the others, the first of them."""
-    told = reports(folder)
+    left_behind = reports(folder)
     rank, failure = failed.get_first_failure()
-    if told:
-        print_report(told[0])
-        return told[0]["exit_code"]
+    if left_behind:
+        print_report(left_behind[0])
+        return left_behind[0]["exit_code"]
     if failure.exitcode < 0:
         print_error(f"process {rank} was ended by {failure.signal_name()}; if it is SIGKILL, memory may have run out")
         return 128 - failure.exitcode

@@ -224,21 +224,21 @@ class SudokuTask:
         """
         random = Random(f"sudoku test {self.seed}")
         grids = self.test_grids
-        found: dict[Grid, Grid] = {}
+        puzzles: dict[Grid, Grid] = {}
         for _ in range(100 * self.test_puzzles):
-            if len(found) == self.test_puzzles:
+            if len(puzzles) == self.test_puzzles:
                 break
             solution = grids[_between(random, 0, len(grids) - 1)]
             shown = set(_shuffled(random, range(16))[: _between(random, *self.test_clues)])
             puzzle = tuple(digit if cell in shown else 0 for cell, digit in enumerate(solution))
             if solve(puzzle, limit=2) == [solution]:
-                found[puzzle] = solution
-        if len(found) < self.test_puzzles:
+                puzzles[puzzle] = solution
+        if len(puzzles) < self.test_puzzles:
             raise UserError(
                 f"test_puzzles={self.test_puzzles} with test_clues={tuple(self.test_clues)}, held_out={self.held_out}: "
-                f"found only {len(found)} puzzles with one solution; use fewer test_puzzles or test_clues=(4, 8)"
+                f"found only {len(puzzles)} puzzles with one solution; use fewer test_puzzles or test_clues=(4, 8)"
             )
-        return list(found.items())
+        return list(puzzles.items())
 
 
 class SudokuDataset:

@@ -108,12 +108,12 @@ def task_class(kind: str) -> type[Task]:
 
 def task_of(data: DataGroup) -> Task:
     """The task of a run. Raises `ConfigurationError` where its keys do not make one."""
-    found = task_class(data.kind)
-    if not isinstance(data, found.keys):
+    task = task_class(data.kind)
+    if not isinstance(data, task.keys):
         raise ConfigurationError(
             f"data.kind={data.kind!r} with the keys of {type(data).__name__}; choose both with data={data.kind}"
         )
-    return found(data)
+    return task(data)
 
 
 def default_data() -> DataGroup:

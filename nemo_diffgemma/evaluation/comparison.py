@@ -35,7 +35,7 @@ def compare_passes(
         gaps = (ours.cpu() - theirs).abs().nan_to_num(nan=math.inf)  # NaN is above no tolerance
         differences[name] = max(differences.get(name, 0.0), float(gaps.max()))
 
-    first: Any = None  # logits without self-conditioning
+    plain_logits: Any = None  # logits without self-conditioning
     their_cache: Any = None
     with chosen_experts(network) as ours:
         tokens = prompts.to(device()).flatten()
@@ -52,17 +52,17 @@ def compare_passes(
     note("encoder_states", hidden, states)
     routes += [same_experts(network, a, b) for a, b in zip(ours, chosen, strict=True)]
     for name, temperature in (("logits", None), ("self_conditioned_logits", 0.6)):
-        signal = None if temperature is None else first / temperature
+        signal = None if temperature is None else plain_logits / temperature
         with chosen_experts(network) as ours:
             logits = network.denoise(canvas, cache, signal)
 
         def denoise(signal: Tensor | None = signal) -> Any:
             with reference.routes(encoder=False) as chosen:
-                found = reference.denoise(canvas, their_cache, signal)
-            return found, chosen
+                their_logits = reference.denoise(canvas, their_cache, signal)
+            return their_logits, chosen
 
-        first, chosen = on_rank_zero(denoise)
-        note(name, logits, first)
+        plain_logits, chosen = on_rank_zero(denoise)
+        note(name, logits, plain_logits)
         routes += [same_experts(network, a, b) for a, b in zip(ours, chosen, strict=True)]
 
 
@@ -82,7 +82,7 @@ def compare_tokens(
         return [reference.generate(prompts, new_tokens, sampler, noise, size) for size in (0.0, probe, -probe)]
 
     sequences = [*on_rank_zero(theirs), ours]
-    width = max(found.shape[1] for found in sequences)
+    width = max(tokens.shape[1] for tokens in sequences)
     pad = -1 if sampler.pad_token_id is None else sampler.pad_token_id
     plain, up, down, ours = (torch.nn.functional.pad(x, (0, width - x.shape[1]), value=pad) for x in sequences)
     robust = (plain == up).all(-1) & (plain == down).all(-1)

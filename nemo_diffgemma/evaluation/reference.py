@@ -42,8 +42,8 @@ class Reference:
     def encode(self, tokens_BS: Tensor) -> tuple[DynamicCache, Tensor]:
         """Cache and final encoder states [B, S, H]."""
         cache = DynamicCache(config=self.model.config.get_text_config())
-        found = self.model.model.encoder(input_ids=tokens_BS, past_key_values=cache)
-        return cache, found.last_hidden_state
+        output = self.model.model.encoder(input_ids=tokens_BS, past_key_values=cache)
+        return cache, output.last_hidden_state
 
     @torch.no_grad()
     def denoise(self, canvas_BC: Tensor, cache: DynamicCache, signal_BCV: Tensor | None) -> Tensor:
@@ -85,13 +85,13 @@ class Reference:
     def routes(self, encoder: bool) -> Iterator[list[Tensor]]:
         """Experts that each layer chooses meanwhile, [B * tokens, K] a layer."""
         stack = self.model.model.encoder.language_model if encoder else self.model.model.decoder
-        found: list[Tensor] = []
+        experts: list[Tensor] = []
         handles = [
-            layer.router.register_forward_hook(lambda module, args, output: found.append(output[2]))
+            layer.router.register_forward_hook(lambda module, args, output: experts.append(output[2]))
             for layer in stack.layers
         ]
         try:
-            yield found
+            yield experts
         finally:
             for handle in handles:
                 handle.remove()

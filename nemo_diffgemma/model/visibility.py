@@ -73,8 +73,8 @@ class Visibility:
     def _members(self) -> dict[tuple[Kind, int, int], list[int]]:
         """Indices of segments by kind, queries, and keys before the first query."""
         members: dict[tuple[Kind, int, int], list[int]] = {}
-        for index, (segment, first) in enumerate(zip(self.stream.segments, self._first_keys, strict=True)):
-            members.setdefault((segment.kind, segment.length, segment.start - first), []).append(index)
+        for index, (segment, first_key) in enumerate(zip(self.stream.segments, self._first_keys, strict=True)):
+            members.setdefault((segment.kind, segment.length, segment.start - first_key), []).append(index)
         return members
 
     @cached_property
@@ -122,9 +122,9 @@ class Visibility:
     def ranges(self) -> Tensor:
         """[T, 4] int32: each token sees keys [low, high) of the context, and [low, high) of context and canvas keys."""
         parts = []
-        for segment, offset, first in zip(self.stream.segments, self.stream.offsets, self._first_keys, strict=True):
+        for segment, offset, first_key in zip(self.stream.segments, self.stream.offsets, self._first_keys, strict=True):
             own = self._row(segment.sequence, segment.start) + torch.arange(segment.length)
-            low = torch.full_like(own, self._row(segment.sequence, first))
+            low = torch.full_like(own, self._row(segment.sequence, first_key))
             if segment.kind is Kind.CANVAS:
                 begin = self.context_keys + offset - self.stream.context_tokens
                 high, canvas = torch.full_like(own, int(own[0])), torch.tensor([begin, begin + segment.length])

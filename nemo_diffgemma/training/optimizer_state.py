@@ -48,20 +48,20 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _held(optimizer: MegatronOptimizer) -> dict[Tensor, _Held]:
-    found = {}
+    held = {}
     for part in _parts(optimizer):
         state = part.optimizer.state
         if isinstance(part, DistributedOptimizer):
             for parameter, (group, order) in part.model_param_group_index_map.items():
                 main = part.optimizer.param_groups[group]["params"][order]
                 span = part._get_model_param_range_map(parameter)["param"]
-                found[parameter] = _Held(main, state[main], slice(span.start, span.end))
+                held[parameter] = _Held(main, state[main], slice(span.start, span.end))
         else:
             low = [parameter for group in getattr(part, "float16_groups", []) for parameter in group]
             of_main = {id(parameter.main_param): parameter for parameter in low}
             for main in (main for group in part.optimizer.param_groups for main in group["params"]):
-                found[of_main.get(id(main), main)] = _Held(main, state[main], slice(0, main.numel()))
-    return found
+                held[of_main.get(id(main), main)] = _Held(main, state[main], slice(0, main.numel()))
+    return held
 
 
 def _kinds(network: nn.Module) -> tuple[str, ...]:

@@ -66,9 +66,9 @@ def _compared(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _refuse_another_run(changed: dict[str, list[Any]], run_dir: Path) -> None:
     fixed = [key for key in changed if _is_in(key, _FIXED) and key not in _FREE_OF_FIXED]
     if fixed:
-        told = ", ".join(f"{key}={_shown(changed[key][0])} (now {_shown(changed[key][1])})" for key in fixed)
+        given = ", ".join(f"{key}={_shown(changed[key][0])} (now {_shown(changed[key][1])})" for key in fixed)
         raise ConfigurationError(
-            f"the run in {run_dir} was started with {told}; resumed with anything else it would be another run: give "
+            f"the run in {run_dir} was started with {given}; resumed with anything else it would be another run: give "
             "the same again, or begin a new one with another exp_manager.version"
         )
 
