@@ -43,18 +43,20 @@ def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:
     from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 
     check_target(config.target, config.format)  # before anything is read
-    found = contents(config.source)
+    source = contents(config.source)
     if not config.dry_run:
-        save_network(DiffusionGemma.from_checkpoint(config.source, dtype_of(found.dtype)), config.target, config.format)
+        save_network(
+            DiffusionGemma.from_checkpoint(config.source, dtype_of(source.dtype)), config.target, config.format
+        )
         written = contents(config.target)
-        if (written.tensors, written.bytes) != (found.tensors, found.bytes):
+        if (written.tensors, written.bytes) != (source.tensors, source.bytes):
             raise CheckpointError(
-                f"{config.source} holds {found.tensors} tensors of {found.bytes} bytes, but {config.target} has "
+                f"{config.source} holds {source.tensors} tensors of {source.bytes} bytes, but {config.target} has "
                 f"{written.tensors} of {written.bytes}; do not use it, and report this as a defect"
             )
     verb = "would be written" if config.dry_run else "written"
-    results.show(f"{found.tensors} tensors, {found.bytes / 1e9:.3f} GB {verb} to {config.target} ({config.format})")
-    return {"tensors": found.tensors, "bytes": found.bytes, "peak_memory": _peak_memory()}
+    results.show(f"{source.tensors} tensors, {source.bytes / 1e9:.3f} GB {verb} to {config.target} ({config.format})")
+    return {"tensors": source.tensors, "bytes": source.bytes, "peak_memory": _peak_memory()}
 
 
 def _peak_memory() -> int:

@@ -79,7 +79,7 @@ def collect(job: str) -> list[Row]:
     jobs = slurm_jobs(job)
     if not jobs:
         raise UserError(f"Slurm does not know job {job} (any more); give its run directory instead")
-    rows = [row for found in jobs for row in _of_job(found)]
+    rows = [row for job_fields in jobs for row in _of_job(job_fields)]
     return sorted(rows, key=lambda row: [int(number) for number in re.findall(r"\d+", row["job"])])
 
 
@@ -105,14 +105,14 @@ def slurm_jobs(job: str) -> list[dict[str, str]]:
     ]
 
 
-def _of_job(found: dict[str, str]) -> list[Row]:
-    directory, element = Path(found["StdOut"]).parents[1], found.get("ArrayTaskId")
+def _of_job(fields: dict[str, str]) -> list[Row]:
+    directory, element = Path(fields["StdOut"]).parents[1], fields.get("ArrayTaskId")
     if element is None:
-        return [_row(directory, found["JobId"], found)]
+        return [_row(directory, fields["JobId"], fields)]
     numbers: list[int] = []  # of an element, or of those that wait together: 0-3,7
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", element.partition("%")[0]):
         numbers += range(int(first), int(last or first) + 1)
-    return [_row(directory / str(number), f"{found['ArrayJobId']}_{number}", found) for number in numbers]
+    return [_row(directory / str(number), f"{fields['ArrayJobId']}_{number}", fields) for number in numbers]
 
 
 def _of_directory(directory: Path) -> list[Row]:

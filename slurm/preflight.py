@@ -39,11 +39,11 @@ def main() -> None:
     arguments = _parser().parse_args()
     nodes = arguments.nodes.split(",")
     if arguments.verdict is not None:
-        broken, told = verdict(arguments.verdict, nodes)
-        for line in told:
+        broken, problems = verdict(arguments.verdict, nodes)
+        for line in problems:
             print(line, file=sys.stderr)
         print(*broken)
-        raise SystemExit(BROKEN_NODE if broken else int(bool(told)))
+        raise SystemExit(BROKEN_NODE if broken else int(bool(problems)))
     report = Report(arguments.report, os.environ.get("SLURMD_NODENAME", socket.gethostname()))
     last = threading.Timer(arguments.timeout, report.give_up, [f"not done within {arguments.timeout:g} s (--timeout)"])
     last.daemon = True
@@ -86,10 +86,10 @@ class Report:
     def write(self) -> None:
         """Whole or not at all; problems also on standard error."""
         seconds = round(time.monotonic() - self.started, 1)
-        found = dict(node=self.node, problems=self.problems, blames=self.blames, failed=self.failed, seconds=seconds)
+        report = dict(node=self.node, problems=self.problems, blames=self.blames, failed=self.failed, seconds=seconds)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(found) + "\n")
+        partial.write_text(json.dumps(report) + "\n")
         partial.replace(self.file)
         for problem in self.problems:
             print(f"pre-flight check of {self.node}: {problem}", file=sys.stderr, flush=True)
@@ -112,19 +112,19 @@ def verdict(directory: Path, nodes: list[str]) -> tuple[list[str], list[str]]:
             reports[node] = json.loads(file.read_text())
     if not reports:
         return [], ["no node has reported: the check was cut off, or could not start (see the job's output)"]
-    told = [f"{node}: no report" for node in nodes if node not in reports]
-    told += [f"{node}: {problem}" for node, found in reports.items() for problem in found["problems"]]
+    problems = [f"{node}: no report" for node in nodes if node not in reports]
+    problems += [f"{node}: {problem}" for node, report in reports.items() for problem in report["problems"]]
     broken = [node for node in nodes if node not in reports or reports[node]["problems"]]
     if len(broken) == len(nodes) > 1:
-        return [], [*told, "every node fails: does cluster.preflight ask for what these nodes have?"]
+        return [], [*problems, "every node fails: does cluster.preflight ask for what these nodes have?"]
     if broken:
-        return broken, told
-    blames = Counter(other for found in reports.values() for other in found["blames"])
-    told = [
-        f"{other}: {why} (says {node})" for node, found in reports.items() for other, why in found["blames"].items()
+        return broken, problems
+    blames = Counter(other for report in reports.values() for other in report["blames"])
+    problems = [
+        f"{other}: {why} (says {node})" for node, report in reports.items() for other, why in report["blames"].items()
     ]
-    told += [f"{node}: {found['failed']}" for node, found in reports.items() if found["failed"]]
-    return [node for node in nodes if blames[node] > len(reports) / 2], told
+    problems += [f"{node}: {report['failed']}" for node, report in reports.items() if report["failed"]]
+    return [node for node in nodes if blames[node] > len(reports) / 2], problems
 
 
 # -- checks of one node ------------------------------------------------------------------------------------------------
