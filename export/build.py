@@ -91,9 +91,9 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
             total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.is_rank_zero
         )
         with bar:
-            tell = bar.set_description_str
-            built = build_bundle(source, out, settings, config.builder, targets, prompts, tell, team)
-            tell("done")
+            progress = bar.set_description_str
+            built = build_bundle(source, out, settings, config.builder, targets, prompts, progress, team)
+            progress("done")
     results.show(_table(built))
     results.show(f"bundle: {config.out}")
     return {"bundle": config.out, "graphs": {name: dataclasses.asdict(graph) for name, graph in built.items()}}

@@ -84,23 +84,25 @@ def check(config: CheckConfig, results: Results) -> dict[str, Any]:
     traced = torch_engine(bundle) if routed or by_pytorch else None
     engine = traced[0] if by_pytorch and traced else open_bundle(config.bundle, config.provider)
     new = config.canvases * bundle.config.canvas_length
-    found: dict[int, Differences] = {}
+    differences: dict[int, Differences] = {}
     tokens: dict[int, list[bool]] = {}
     for length, run in exact.items():
-        found[length] = in_lockstep(engine, run)
-        found[length].keys_values = max(team.gather(found[length].keys_values))  # each rank has heads of its own
+        differences[length] = in_lockstep(engine, run)
+        differences[length].keys_values = max(
+            team.gather(differences[length].keys_values)
+        )  # each rank has heads of its own
         tokens[length] = tokens_agree(engine, sequences[length], run.input_ids, new, sampler, config.seed)
-    found, tokens = team.from_rank_zero((found, tokens))
+    differences, tokens = team.from_rank_zero((differences, tokens))
     computed_by = "the traced functions in PyTorch" if by_pytorch else config.provider
     results.show(f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}")
     results.show(f"by {computed_by}; PyTorch model in {config.reference_dtype}")
-    results.show(_table(found, tokens))
+    results.show(_table(differences, tokens))
     routing: list[float] = []
     if routed and traced:
         few = replace(run, steps=run.steps[:_ROUTED_STEPS], experts=run.experts[:_ROUTED_STEPS])
         routing = in_lockstep(traced[0], few, traced[1]).routing
         results.show("tokens with the same experts, by layer: " + " ".join(f"{share:.3f}" for share in routing))
-    return {**_judge(config, settings, found, tokens, routing, results), "computed_by": computed_by}
+    return {**_judge(config, settings, differences, tokens, routing, results), "computed_by": computed_by}
 
 
 def _reference(
@@ -134,10 +136,10 @@ def _reference(
     return exact, sequences
 
 
-def _table(found: Mapping[int, Differences], tokens: Mapping[int, list[bool]]) -> str:
+def _table(differences: Mapping[int, Differences], tokens: Mapping[int, list[bool]]) -> str:
     header = ["prompt", "encode: K/V", "step: entropy", "soft", "worst arg-max", "worst canvas", "rows of equal tokens"]
     rows = []
-    for length, d in found.items():
+    for length, d in differences.items():
         numbers = [f"{number:.1e}" for number in (d.keys_values, d.entropy, d.soft)]
         shares = [f"{min(share):.4f}" for share in (d.argmax, d.canvas)]
         rows.append([length, *numbers, *shares, f"{sum(tokens[length])}/{len(tokens[length])}"])
@@ -147,14 +149,14 @@ def _table(found: Mapping[int, Differences], tokens: Mapping[int, list[bool]]) -
 def _judge(
     config: CheckConfig,
     settings: Settings,
-    found: Mapping[int, Differences],
+    differences: Mapping[int, Differences],
     tokens: Mapping[int, list[bool]],
     routing: list[float],
     results: Results,
 ) -> dict[str, Any]:
     """The JSON line, and exit code 1 where the bundle differs."""
-    worst = {name: max(getattr(d, name) for d in found.values()) for name in ("keys_values", "entropy", "soft")}
-    argmax = [share for differences in found.values() for share in differences.argmax]
+    worst = {name: max(getattr(d, name) for d in differences.values()) for name in ("keys_values", "entropy", "soft")}
+    argmax = [share for d in differences.values() for share in d.argmax]
     rows = [same for of_length in tokens.values() for same in of_length]
     agreement = sum(argmax) / len(argmax)
     if settings.dtype == config.reference_dtype == "float32" and settings.quantization is None:

@@ -68,9 +68,9 @@ def demo(config: DemoConfig, results: Results) -> dict[str, Any]:
     for name, given in BUNDLES.items():
         built[name] = one(name, given, checkpoint, builder, config, results)
     results.show("The float32 bundle solves a puzzle, step by step:\n")
-    first = f"{config.out}/float32"
-    solved = run(RunConfig(first, prompt=PUZZLE, show=True, sampler=SamplerGroup(max_denoising_steps=STEPS)), results)
-    again = f"bundle={first} prompt={PUZZLE} show=true sampler.max_denoising_steps={STEPS}"
+    bundle = f"{config.out}/float32"
+    solved = run(RunConfig(bundle, prompt=PUZZLE, show=True, sampler=SamplerGroup(max_denoising_steps=STEPS)), results)
+    again = f"bundle={bundle} prompt={PUZZLE} show=true sampler.max_denoising_steps={STEPS}"
     results.show(f"\nrun it again: python export/run.py {again}\n")
     return {"checkpoint": str(checkpoint), "bundles": built, "text": solved["text"]}
 
@@ -97,15 +97,15 @@ def one(
     )
     graphs = build(asked, results)["graphs"]
     results.show("")
-    found = check(CheckConfig(str(out), canvases=1, agreement=0.8), results)
+    verdict = check(CheckConfig(str(out), canvases=1, agreement=0.8), results)
     results.show("")
-    return {"graphs": graphs, **found}
+    return {"graphs": graphs, **verdict}
 
 
 def newest() -> str | None:
     """The last checkpoint of the newest run of the Sudoku experiment."""
-    found = list(RUNS.glob("*/checkpoints/step-*"))
-    return str(max(found, key=lambda place: (place.stat().st_mtime, place.name))) if found else None
+    checkpoints = list(RUNS.glob("*/checkpoints/step-*"))
+    return str(max(checkpoints, key=lambda place: (place.stat().st_mtime, place.name))) if checkpoints else None
 
 
 def train_a_short_one(results: Results) -> str:

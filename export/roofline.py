@@ -118,11 +118,11 @@ def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
     context = min(1024, settings.limits.context) if config.context is None else config.context
     sizes = _sizes(config, bundle, context)
     # a buffer of no context has one column, as engines have no empty axes
-    first = {**sizes, "context_columns": 1, "window_columns": 1}
+    first_chunk = {**sizes, "context_columns": 1, "window_columns": 1}
     costs = {}
     for graph in settings.graphs:
         model: ModelProto = onnx.load(bundle.path / settings.file(graph, 0), load_external_data=False)
-        costs[graph] = count(model, first if graph == "encode" else sizes, bundle.weight_inputs)
+        costs[graph] = count(model, first_chunk if graph == "encode" else sizes, bundle.weight_inputs)
     if "loop" in costs:
         costs["loop"] = costs["loop"].divided(sizes["steps"])
     gain = config.tokens_per_forward or bundle.config.canvas_length / sizes["steps"]

@@ -43,7 +43,7 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
             model = onnx.load(file, load_external_data=False)
             operators = Counter(node.op_type for node in _nodes(model.graph))
             weights = sum(value.name in names for value in model.graph.input)
-            found = {
+            facts = {
                 "nodes": sum(operators.values()),
                 "inputs": len(model.graph.input),
                 "weight_inputs": weights,
@@ -51,8 +51,8 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
                 "onnx_bytes": file.stat().st_size,
                 "engine_bytes": engine.stat().st_size if engine.is_file() else 0,
             }
-            graphs[f"{graph}.rank{rank}"] = found
-            rows.append([f"{graph}.rank{rank}", *found.values()])
+            graphs[f"{graph}.rank{rank}"] = facts
+            rows.append([f"{graph}.rank{rank}", *facts.values()])
     results.show(
         f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}, {settings.layout}"
     )

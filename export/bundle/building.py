@@ -26,11 +26,11 @@ from export.bundle.format import (
 from export.engine.builders import (
     BUILDERS,
     build_engine,
-    check_gpu_at_hand,
+    check_local_target,
     check_target,
     check_world,
-    gpu_at_hand,
     load_module,
+    local_target,
 )
 from export.graph.inline import Place, inline, places_in, store
 from export.graph.loop import to_loop
@@ -82,7 +82,7 @@ def build_bundle(
     before anything is written; nothing half-written stays.
     """
     config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig.from_pretrained(checkpoint)
-    targets = targets or gpu_at_hand(builder)
+    targets = targets or local_target(builder)
     check_request(config, settings, builder, targets, prompts)
     settings = replace(settings, graphs=tuple(graph for graph in GRAPHS if graph in settings.graphs))
     if team.size > settings.layout.world_size:
@@ -171,7 +171,7 @@ def check_request(
         schemes.check(settings.quantization, config, settings.layout, given)
     check_world(builder, settings.layout.world_size)
     check_target(builder, targets, settings.dtype, settings.quantization)
-    check_gpu_at_hand(builder, targets)
+    check_local_target(builder, targets)
     if builder != "onnx":
         load_module(builder)  # raises where it cannot be loaded: not after minutes of tracing
 
@@ -202,8 +202,8 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
     if team.is_rank_zero:
         for graph in settings.graphs:
             _common(work.partial, graph).unlink()
-    found = {name: one for part in team.gather(built) for name, one in part.items()}
-    return {name: found[name] for name in sorted(found, key=lambda name: _order(settings, name))}
+    graphs = {name: one for part in team.gather(built) for name, one in part.items()}
+    return {name: graphs[name] for name in sorted(graphs, key=lambda name: _order(settings, name))}
 
 
 def _places(work: _Work, weights: dict[str, Weight], rank: int) -> dict[str, Place]:

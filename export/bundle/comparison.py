@@ -128,28 +128,28 @@ def in_lockstep(engine: Engine, exact: Trajectory, model: Model | None = None) -
     rows, config = exact.input_ids.shape[0], engine.model_config
     noise = KeyedNoise.for_rows(exact.seed, rows, config.canvas_length, config.vocab_size, engine.device)
     context = engine.encode(exact.input_ids.to(engine.device), engine.start([0] * rows))
-    found = Differences()
+    differences = Differences()
     buffers = _buffers(context, config.num_hidden_layers)
     for layer, (whole, past) in enumerate(zip(exact.keys_values, buffers, strict=True)):
         heads = slice(*key_value_heads(config.heads(layer).key_value_heads, engine.layout, engine.ranks[0]))
         for kept, given in zip(whole, past, strict=True):
-            found.add("keys_values", kept[:, heads], given)
+            differences.add("keys_values", kept[:, heads], given)
     canvas, signal = noise.initial(0), None
     shares: list[list[float]] = []
     for index, (ours, chosen) in enumerate(zip(exact.steps, exact.experts, strict=True)):
         step = _step(exact.sampler, noise, exact.sampler.max_denoising_steps - index, canvas, signal)
         theirs = engine.sampling_step(step, context)
-        found.add("entropy", ours.entropy, theirs.entropy)
-        found.add("soft", ours.soft, theirs.soft)
-        found.argmax.append(_share(ours.argmax, theirs.argmax))
-        found.canvas.append(_share(ours.canvas, theirs.canvas))
+        differences.add("entropy", ours.entropy, theirs.entropy)
+        differences.add("soft", ours.soft, theirs.soft)
+        differences.argmax.append(_share(ours.argmax, theirs.argmax))
+        differences.canvas.append(_share(ours.canvas, theirs.canvas))
         if model is not None:
             shares.append([_same_experts(a, b) for a, b in zip(chosen, model.routed, strict=True)])
         canvas = ours.canvas.to(engine.device)
         signal = ours.soft.to(engine.device, engine.dtype)
     if shares:
-        found.routing = torch.tensor(shares).mean(0).tolist()
-    return found
+        differences.routing = torch.tensor(shares).mean(0).tolist()
+    return differences
 
 
 def tokens_agree(

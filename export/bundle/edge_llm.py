@@ -65,21 +65,21 @@ def write_checkpoint(source: Path, target: Path) -> None:
 
 
 def _configuration(source: Path, config: ModelConfig) -> dict[str, Any]:
-    found = json.loads((source / CONFIG).read_text())
-    if not isinstance(found.get("vision_config"), dict):
+    configuration = json.loads((source / CONFIG).read_text())
+    if not isinstance(configuration.get("vision_config"), dict):
         # what a model gets that was never read from a file
-        found["vision_config"] = replace(config, source=None).to_huggingface()["vision_config"]
-    return found
+        configuration["vision_config"] = replace(config, source=None).to_huggingface()["vision_config"]
+    return configuration
 
 
 def _generation(source: Path, config: ModelConfig) -> dict[str, Any]:
     """The settings that are there, with every one that the exporter reads; it takes null for a number."""
     file = source / GENERATION
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    given = json.loads(file.read_text()) if file.is_file() else {}
     sampler = SamplerConfig.of_checkpoint(source, config)
     eos = sampler.eos_token_id
     return {
-        **found,
+        **given,
         "max_denoising_steps": sampler.max_denoising_steps,
         "t_min": sampler.t_min,
         "t_max": sampler.t_max,

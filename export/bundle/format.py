@@ -262,20 +262,20 @@ def _versions() -> dict[str, str]:
         "tensorrt-rtx-cu13",
         "tensorrt-llm",
     )
-    found = {}
+    versions = {}
     for name in (*names, "nvidia-modelopt"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
     """Size, and a checksum of what a build writes itself: not of the checkpoint's tensors."""
-    found: dict[str, Any] = {"bytes": file.stat().st_size}
+    fingerprint: dict[str, Any] = {"bytes": file.stat().st_size}
     if file.suffix in _HASHED or file.match(QUANTIZED.format(rank="*")):
         with file.open("rb") as stream:
-            found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+            fingerprint["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return fingerprint
 
 
 def _write(file: Path, content: Any) -> None:
@@ -333,8 +333,8 @@ def _naming(file: Path) -> Iterator[None]:
 def verify_checksums(bundle: Bundle) -> None:
     """Compare every recorded checksum. Raises `BundleError` naming the first file that differs."""
     for name, expected in bundle.info["files"].items():
-        found = _fingerprint(bundle.path / name)
-        if any(found.get(key) != value for key, value in expected.items()):
+        fingerprint = _fingerprint(bundle.path / name)
+        if any(fingerprint.get(key) != value for key, value in expected.items()):
             raise BundleError(
                 f"{bundle.path / name} is not what was built: its checksum differs; copy the bundle again"
             )

@@ -70,7 +70,7 @@ class TritonPythonModel:
         prompt, mask = self._prompt(request)
         sampler = self._sampler(request)
         stream = _Stream(sampler, lambda tokens: sender.send(self._answer(tokens)), sender.is_cancelled)
-        found = self.engine.generate(
+        generation = self.engine.generate(
             prompt,
             attention_mask=mask,
             max_new_tokens=_one(request, "max_new_tokens", 256),
@@ -78,8 +78,10 @@ class TritonPythonModel:
             seed=_one(request, "seed", 0),
             observe=stream if _one(request, "stream", True) else None,
         )
-        rest = found.sequences[:, prompt.shape[1] + stream.sent :]
-        return self._answer(rest, forwards=found.forwards.long(), tokens_per_forward=found.tokens_per_forward.float())
+        rest = generation.sequences[:, prompt.shape[1] + stream.sent :]
+        return self._answer(
+            rest, forwards=generation.forwards.long(), tokens_per_forward=generation.tokens_per_forward.float()
+        )
 
     def _prompt(self, request: Any) -> tuple[Any, Any]:
         """Token ids [B, S] and the mask, None where every token counts."""

@@ -28,7 +28,7 @@ from typing import Any
 from nemo_diffgemma.errors import UserError
 
 BUILDERS = ("onnx", "tensorrt_rtx", "tensorrt", "tensorrt_llm", "edge_llm")
-_FOR_GPU_AT_HAND = ("tensorrt", "tensorrt_llm")
+_FOR_LOCAL_GPU = ("tensorrt", "tensorrt_llm")
 
 Profile = Mapping[str, tuple[int, int, int]]  # (least, optimal, most) of every dynamic axis
 Shapes = dict[str, tuple[tuple[int, ...], ...]]  # the same three of every dynamic input
@@ -99,14 +99,14 @@ def load_module(builder: str) -> ModuleType:
         )
     # tensorrt_llm pins the TensorRT it wants
     module = _import("tensorrt_llm", builder) if builder == "tensorrt_llm" else trt
-    found = str(getattr(module, "__version__", ""))
-    version = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    installed = str(getattr(module, "__version__", ""))
+    version = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
     if builder == "tensorrt" and version < (10, 16):
         raise BuilderError(
-            f"tensorrt {found} is installed; 10.16 or later is needed: install it with {_INSTALL[builder]}"
+            f"tensorrt {installed} is installed; 10.16 or later is needed: install it with {_INSTALL[builder]}"
         )
     if builder == "tensorrt_llm" and not (1, 0) <= version < (1, 3):
-        raise BuilderError(f"tensorrt_llm {found} is installed, which cannot build engines; {_INSTALL[builder]}")
+        raise BuilderError(f"tensorrt_llm {installed} is installed, which cannot build engines; {_INSTALL[builder]}")
     return trt
 
 
@@ -152,10 +152,10 @@ def _check_formats(targets: Sequence[str], formats: Iterable[str]) -> None:
 
 
 def _capability(target: str) -> int:
-    found = re.fullmatch(r"sm_(\d{2,3})", target)
-    if found is None:
+    digits = re.fullmatch(r"sm_(\d{2,3})", target)
+    if digits is None:
         raise BuilderError(f"target {target!r} is no compute capability; give sm_89, sm_120, ... or a file of conf/gpu")
-    return int(found[1])
+    return int(digits[1])
 
 
 # -- building ----------------------------------------------------------------------------------------------------------
@@ -228,11 +228,11 @@ class _Build:
         self._set_ranks()
 
     def _parser_errors(self) -> str:
-        found = []
+        errors = []
         for error in map(self.parser.get_error, range(self.parser.num_errors)):
             place = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
-            found.append(place + error.desc().strip())
-        return "; ".join(dict.fromkeys([*found, self._logged()]))  # the log may know the file that is missing
+            errors.append(place + error.desc().strip())
+        return "; ".join(dict.fromkeys([*errors, self._logged()]))  # the log may know the file that is missing
 
     def _logged(self) -> str:
         return "; ".join(dict.fromkeys(self.log.messages)) or "no reason was logged"
@@ -243,10 +243,10 @@ class _Build:
     def collectives(self) -> list[Any]:
         # the parser gives them as plain layers, on which num_ranks cannot be seen
         kind = getattr(self.trt.LayerType, "DIST_COLLECTIVE", None)
-        found = [layer for layer in self.layers() if kind is not None and layer.type == kind]
-        for layer in found:
+        collectives = [layer for layer in self.layers() if kind is not None and layer.type == kind]
+        for layer in collectives:
             layer.__class__ = self.trt.IDistCollectiveLayer
-        return found
+        return collectives
 
     def _set_ranks(self) -> None:
         collectives = self.collectives()
@@ -329,21 +329,21 @@ class _Build:
         return plan
 
 
-def gpu_at_hand(builder: str) -> tuple[str, ...]:
-    """The target of this machine's GPU where `builder` builds for no other; none without a GPU."""
+def local_target(builder: str) -> tuple[str, ...]:
+    """The target of this machine's GPU if `builder` builds for no other; empty without a GPU."""
     import torch
 
-    if builder not in _FOR_GPU_AT_HAND or not torch.cuda.is_available():
+    if builder not in _FOR_LOCAL_GPU or not torch.cuda.is_available():
         return ()
     return ("sm_{}{}".format(*torch.cuda.get_device_capability()),)
 
 
-def check_gpu_at_hand(builder: str, targets: Sequence[str]) -> None:
+def check_local_target(builder: str, targets: Sequence[str]) -> None:
     """Raise `BuilderError` where an engine would be built for the GPU at hand, and that is not what is wanted."""
-    found = gpu_at_hand(builder)
-    if found and targets and set(targets) != set(found):
+    local = local_target(builder)
+    if local and targets and set(targets) != set(local):
         raise BuilderError(
-            f"TensorRT builds for the GPU at hand, {found[0]}, but the target is {', '.join(targets)}; build on a "
+            f"TensorRT builds for the GPU at hand, {local[0]}, but the target is {', '.join(targets)}; build on a "
             "machine with the target GPU, or leave out gpu="
         )
 

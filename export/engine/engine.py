@@ -51,15 +51,15 @@ class EngineError(UserError):
 class Context:
     """What the canvases see: `length` columns of left-padded rows, in the buffers of each rank of this process.
 
-    `first` [B] is the left padding of each row, under the name of the graphs' input.
+    `left_padding` [B] counts the columns before each row's first token; the graphs call this input `first`.
     """
 
-    first: Tensor
+    left_padding: Tensor
     length: int
     past: tuple[dict[str, Tensor], ...]
 
     def inputs(self) -> dict[str, Tensor]:
-        return {"first": self.first, "past_length": torch.tensor(self.length)}
+        return {"first": self.left_padding, "past_length": torch.tensor(self.length)}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Engine:
                 [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)],
             )
             past = tuple(self._append(old, new, context.length) for old, new in zip(context.past, fresh, strict=True))
-            context = Context(context.first, context.length + chunk.shape[1], past)
+            context = Context(context.left_padding, context.length + chunk.shape[1], past)
         return context
 
     def step(self, context: Context, inputs: Tensors) -> dict[str, Tensor]:
@@ -179,8 +179,10 @@ class Engine:
 
     def _denoise(self, graph: str, context: Context, inputs: Tensors) -> dict[str, Tensor]:
         ranked = [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)]
-        found = self._sessions[graph].run({**inputs, **context.inputs()}, ranked)[0]
-        return found if self._alone else {**found, **tensors_of_rank_zero({name: found[name] for name in _DECIDING})}
+        outputs = self._sessions[graph].run({**inputs, **context.inputs()}, ranked)[0]
+        return (
+            outputs if self._alone else {**outputs, **tensors_of_rank_zero({name: outputs[name] for name in _DECIDING})}
+        )
 
     def _append(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
         past = {}
@@ -253,7 +255,7 @@ class Engine:
         """With the new ids of every row, which are put into left-padded columns: that is what the graphs take."""
         if not context:
             return cache
-        padding = cache.first.tolist() if cache.length == 0 else [0] * len(context)
+        padding = cache.left_padding.tolist() if cache.length == 0 else [0] * len(context)
         rows = [F.pad(ids, (columns, 0)) for ids, columns in zip(context, padding, strict=True)]
         return self.encode(torch.stack(rows), cache)
 

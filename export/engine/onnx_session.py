@@ -61,9 +61,9 @@ class OnnxSession:
             if name not in feed:
                 given = ranked[rank][inner] if inner in ranked[rank] else shared[inner]
                 feed[name] = onnxruntime.OrtValue.ortvalue_from_numpy(given.contiguous().numpy())
-        found = self._session.run_with_ort_values(self._outputs, feed)
+        values = self._session.run_with_ort_values(self._outputs, feed)
         outputs: list[dict[str, Tensor]] = [{} for _ in range(self._ranks)]
-        for name, value in zip(self._outputs, found, strict=True):
+        for name, value in zip(self._outputs, values, strict=True):
             rank, inner = _rank_and_name(name, self._ranks)
             outputs[rank][inner] = torch.from_numpy(value.numpy())
         return outputs

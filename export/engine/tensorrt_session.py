@@ -214,11 +214,11 @@ class EngineSession:
         """
         while len(self._captured) >= GRAPHS_KEPT:
             self._captured.popitem(last=False)  # its memory first
-        graph, apart = None, self._attempt(self._apart, inputs)
-        if self._all(apart is not None) and apart and self._launched_before(apart[0]):
-            graph = self._attempt(self._recorded, apart[0])
-        if self._all(graph is not None) and apart and graph:
-            self._captured[key] = _Captured(graph, *apart)
+        graph, prepared = None, self._attempt(self._own_buffers, inputs)
+        if self._all(prepared is not None) and prepared and self._launched_before(prepared[0]):
+            graph = self._attempt(self._recorded, prepared[0])
+        if self._all(graph is not None) and prepared and graph:
+            self._captured[key] = _Captured(graph, *prepared)
         else:
             self._capturable = False
 
@@ -232,7 +232,7 @@ class EngineSession:
     def _all(self, flag: bool) -> bool:
         return flag if self._world == 1 else all_ranks(flag, self._device)
 
-    def _apart(self, inputs: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    def _own_buffers(self, inputs: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """An execution context, inputs and outputs of a captured call's own."""
         context = self._new_context()
         self._set_weights(context)

@@ -24,8 +24,8 @@ class TorchSession:
         layers = range(self._model.config.num_hidden_layers)
         past = [tuple(given.pop(name) for name in past_names(layer)) for layer in layers]
         if self._graph == "step":
-            found = self._model.step(self._weights, past=past, **given)  # type: ignore[arg-type]
-            return [dict(zip(STEP_OUTPUTS, found, strict=True))]
+            outputs = self._model.step(self._weights, past=past, **given)  # type: ignore[arg-type]
+            return [dict(zip(STEP_OUTPUTS, outputs, strict=True))]
         fresh = self._model.encode(self._weights, past=past, **given)  # type: ignore[arg-type]
         return [
             {name: tensor for layer in layers for name, tensor in zip(present_names(layer), fresh[layer], strict=True)}

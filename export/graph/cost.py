@@ -208,15 +208,15 @@ class _Counter:
 
 
 def _kinds(graph: GraphProto) -> dict[str, _Kind]:
-    found = {}
+    kinds = {}
     for value in [*graph.value_info, *graph.input, *graph.output]:
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
             shape = tuple(dim.dim_value for dim in kind.shape.dim)
-            found[value.name] = _Kind(prod(shape), shape, kind.elem_type)
+            kinds[value.name] = _Kind(prod(shape), shape, kind.elem_type)
     for tensor in graph.initializer:
-        found[tensor.name] = _Kind(prod(tensor.dims), tuple(tensor.dims), tensor.data_type)
-    return found
+        kinds[tensor.name] = _Kind(prod(tensor.dims), tuple(tensor.dims), tensor.data_type)
+    return kinds
 
 
 def _kind(name: str, kinds: Mapping[str, _Kind], node: NodeProto) -> _Kind:

@@ -75,6 +75,6 @@ def _external(value: ValueInfoProto, place: Place) -> TensorProto:
     dims = [dim.dim_value for dim in kind.shape.dim]
     tensor = TensorProto(name=value.name, data_type=kind.elem_type, dims=dims)
     tensor.data_location = TensorProto.EXTERNAL
-    for key, told in (("location", place.file), ("offset", place.offset), ("length", place.length)):
-        tensor.external_data.add(key=key, value=str(told))
+    for key, where in (("location", place.file), ("offset", place.offset), ("length", place.length)):
+        tensor.external_data.add(key=key, value=str(where))
     return tensor

@@ -29,7 +29,7 @@ from nemo_diffgemma.model.routing import route, router_logits
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 CHUNK = 1024  # ids whose masses the inverse CDF sums first
-_NEVER = -1e30  # finite: masked entries must not make a NaN anywhere
+MASKED_LOGIT = -1e30  # finite: masked entries must not make a NaN anywhere
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -172,7 +172,7 @@ class Model:
         weights: Weights,
         x: Tensor,
         positions: Tensor,
-        first: Tensor,
+        left_padding: Tensor,
         past_length: Tensor,
         past: Sequence[KeyValue],
         rank: Tensor,
@@ -181,7 +181,8 @@ class Model:
         rotary = {kind: cosine_and_sine(positions, table, self.dtype) for kind, table in self.frequencies.items()}
         columns = {self.config.layer_kind(i): keys.shape[2] for i, (keys, _) in enumerate(past)}
         masks = {
-            kind: self._mask(kind, count, positions, first, past_length, causal) for kind, count in columns.items()
+            kind: self._mask(kind, count, positions, left_padding, past_length, causal)
+            for kind, count in columns.items()
         }
         fresh = []
         self.routed = []
@@ -198,12 +199,12 @@ class Model:
         return x, fresh
 
     def _mask(
-        self, kind: str, columns: int, positions: Tensor, first: Tensor, past_length: Tensor, causal: bool
+        self, kind: str, columns: int, positions: Tensor, left_padding: Tensor, past_length: Tensor, causal: bool
     ) -> Tensor:
         """Additive float32 mask [B, 1, 1, S or 1, P + S] over a buffer of `columns` and the new tokens."""
         new = positions.shape[0]
         key = past_length - columns + torch.arange(columns + new)
-        seen = (key >= first[:, None])[:, None]  # [B, 1, P + S]; what lies before column 0 is no context at all
+        seen = (key >= left_padding[:, None])[:, None]  # [B, 1, P + S]; what lies before column 0 is no context at all
         if causal:
             band = key <= positions[:, None]
             if kind != GLOBAL:
@@ -211,7 +212,7 @@ class Model:
             seen = seen & band
         elif kind != GLOBAL:  # anchored at the canvas, not at its tokens
             seen = seen & (key > past_length - self.config.sliding_window)
-        return torch.where(seen, 0.0, _NEVER)[:, None, None]
+        return torch.where(seen, 0.0, MASKED_LOGIT)[:, None, None]
 
     def _attention(
         self, weights: Weights, prefix: str, kind: str, x: Tensor, rotary: KeyValue, mask: Tensor, past: KeyValue
@@ -289,10 +290,10 @@ class Model:
         rows = table.shape[0]
         z = torch.tanh(F.linear(hidden_TH, table).float() * (1.0 / softcap)) * (softcap / temperature)
         if self.config.vocab_size % self.layout.tensor:  # zero rows at the end of the last ranks
-            z = torch.where(rank * rows + torch.arange(rows) < self.config.vocab_size, z, _NEVER)
+            z = torch.where(rank * rows + torch.arange(rows) < self.config.vocab_size, z, MASKED_LOGIT)
         chunk = min(CHUNK, rows)
         chunks = -(-rows // chunk)
-        z_TKc = F.pad(z, (0, chunks * chunk - rows), value=_NEVER).view(-1, chunks, chunk)
+        z_TKc = F.pad(z, (0, chunks * chunk - rows), value=MASKED_LOGIT).view(-1, chunks, chunk)
         local_TK = z_TKc.amax(-1)
         masses_TKc = torch.exp(z_TKc - local_TK[..., None])
         maximum_TK, mass_TK, moment_TK = self._gather(

@@ -70,13 +70,13 @@ def quantize_graph(model: ModelProto, scheme: str, amax: Mapping[str, float] | N
 def _products(model: ModelProto) -> dict[str, str]:
     """Output of every product by an expert matrix -> the matrix. torch writes MatMul after Transpose, or Gemm."""
     matrices = {value.name: value.name for value in model.graph.input if is_quantized(value.name)}
-    found = {}
+    products = {}
     for node in model.graph.node:
         if node.op_type == "Transpose" and node.input[0] in matrices:
             matrices[node.output[0]] = matrices[node.input[0]]
         elif node.op_type in ("MatMul", "Gemm") and node.input[1] in matrices:
-            found[node.output[0]] = matrices[node.input[1]]
-    return found
+            products[node.output[0]] = matrices[node.input[1]]
+    return products
 
 
 def _replace_input(graph: GraphProto, value: ValueInfoProto, scheme: str, amax: Mapping[str, float]) -> None:

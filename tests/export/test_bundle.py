@@ -20,7 +20,7 @@ from export.build import BuildConfig, _settings, build
 from export.bundle.building import build_bundle, check_request
 from export.bundle.format import BUILD_INFO, Settings, read_bundle, verify_checksums
 from export.check import CheckConfig, check
-from export.engine.builders import BuilderError, check_gpu_at_hand
+from export.engine.builders import BuilderError, check_local_target
 from export.engine.engine import Limits
 from export.run import RunConfig, run
 from export.show import ShowConfig, show
@@ -300,10 +300,10 @@ def test_an_engine_for_another_gpu_than_the_one_at_hand_is_refused(traces, tmp_p
 
 def test_graphs_without_engines_are_for_any_gpu_whichever_is_at_hand(monkeypatch):
     _have_gpu(monkeypatch, (8, 0))
-    check_gpu_at_hand("onnx", ["sm_90"])
-    check_gpu_at_hand("tensorrt_rtx", ["sm_120"])
+    check_local_target("onnx", ["sm_90"])
+    check_local_target("tensorrt_rtx", ["sm_120"])
     with pytest.raises(BuilderError, match="for the GPU at hand, sm_80"):
-        check_gpu_at_hand("tensorrt", ["sm_90"])
+        check_local_target("tensorrt", ["sm_90"])
 
 
 def _have_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:

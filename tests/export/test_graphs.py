@@ -142,7 +142,7 @@ def test_what_lies_in_a_buffer_before_the_context_is_not_seen(checkpoint, engine
     }
     plain = engine.step(context, inputs)
     longer = {name: torch.nn.functional.pad(past, (0, 0, 6, 0), value=1e3) for name, past in context.past[0].items()}
-    padded = engine.step(type(context)(context.first, context.length, (longer,)), inputs)
+    padded = engine.step(type(context)(context.left_padding, context.length, (longer,)), inputs)
     for name in plain:
         assert torch.allclose(plain[name].float(), padded[name].float(), atol=1e-6), name
 

@@ -98,7 +98,7 @@ def captured(fails: str) -> tuple[list[str], int, bool]:
         done.append(name)
         return result
 
-    session._apart = lambda inputs: step("buffers", (None, {}, {}))  # type: ignore[method-assign]
+    session._own_buffers = lambda inputs: step("buffers", (None, {}, {}))  # type: ignore[method-assign]
     session._warm_up = lambda context: step("exchanges", True)  # type: ignore[method-assign]
     session._recorded = lambda context: step("graph", "graph")  # type: ignore[method-assign]
     session._capture((), {})

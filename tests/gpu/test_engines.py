@@ -124,7 +124,7 @@ def error_of_long_prompt(path: Path, provider: str) -> str:
     past = engine.start([0])
     grown = {name: tensor.new_zeros(1, tensor.shape[1], 65, tensor.shape[3]) for name, tensor in past.past[0].items()}
     try:
-        engine.encode(torch.ones(1, 2, dtype=torch.long), type(past)(past.first, 65, (grown,)))
+        engine.encode(torch.ones(1, 2, dtype=torch.long), type(past)(past.left_padding, 65, (grown,)))
     except EngineError as error:
         return str(error)
     return "no error"
