@@ -1,4 +1,4 @@
-"""Where numbers stop being finite: a tensor of the checkpoint, a gradient, else the first module whose output is not.
+"""Find where numbers stop being finite: in a tensor of the checkpoint, a gradient or a module's output.
 
 Asked only after a result was seen to be NaN or infinite, so that no step waits for the answer. What concerns a whole
 network is collective: every rank asks, and all get the same answer.

@@ -1,4 +1,4 @@
-"""Where the repository is: what is not code (conf/, the scripts of slurm/) lies beside the package.
+"""Paths of the repository: conf/ and the scripts of slurm/ lie beside the package.
 
 An installed wheel has the library only; the verbs and their configuration are used from a checkout.
 """

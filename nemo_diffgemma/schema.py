@@ -34,7 +34,7 @@ BUDGETS = (1, 2, 4, 8, 16, 48)  # numbers of denoising steps with which puzzles 
 
 @dataclass
 class ModelGroup:
-    """Where the network comes from. `checkpoint` wins; without one, `architecture` is trained from scratch."""
+    """The source of the network. `checkpoint` wins; without one, `architecture` is trained from scratch."""
 
     checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo
     architecture: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig
@@ -90,7 +90,7 @@ class TrainerGroup:
 
 @dataclass
 class ExpManagerGroup:
-    """Where results go: `exp_dir/name/version` is the run directory."""
+    """The directory for results: `exp_dir/name/version` is the run directory."""
 
     exp_dir: str = "runs"
     name: str = "default"
@@ -133,7 +133,7 @@ class PreflightGroup:
 
 @dataclass
 class ClusterGroup:
-    """Where the work is done. Without a scheduler, here; with `slurm` it is submitted: slurm/README.md."""
+    """The cluster that does the work; without a scheduler, this machine. `slurm` submits a job: slurm/README.md."""
 
     scheduler: str | None = None
     gpu: str | None = None  # of conf/gpu
@@ -313,7 +313,7 @@ def data_group(schema: type, values: Mapping[Any, Any]) -> type[DataGroup] | Non
 
 
 def _fields(schema: type, data: type[DataGroup] | None) -> dict[str, Any]:
-    """Types of the fields by name. Where the kind of data is not known (None), it has the keys of all kinds."""
+    """Types of the fields by name. If `data` is None, the kind is unknown: `DataGroup` then has the keys of all kinds."""
     if schema is not DataGroup:
         return get_type_hints(schema)
     groups = [data] if data is not None else [task_class(kind).keys for kind in KINDS]
@@ -334,7 +334,7 @@ def explain(error: OmegaConfBaseException, schema: type, data: type[DataGroup] |
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """That nothing is called `key`, the closest of the known keys, and what its group holds."""
+    """The error text for an unknown `key`: the closest known key and the keys of its group."""
     group, _, name = key.rpartition(".")
     others = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == group]
     message = f"unknown key {key}"

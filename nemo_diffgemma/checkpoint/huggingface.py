@@ -66,7 +66,7 @@ def check(config: ModelConfig, directory: str | Path) -> None:
 
 
 def _check_dtypes(files: TensorFiles) -> None:
-    """That every tensor can be written back bit for bit."""
+    """Check that every tensor can be written back bit for bit."""
     for name, file in files.files.items():
         dtype = files.slice(name).get_dtype()
         if dtype.startswith(("F8_", "F6_", "F4")) or (dtype in _PACKED and not name.startswith(CARRIED_PREFIXES)):

@@ -83,7 +83,7 @@ def check_complete(directory: Path) -> None:
 def sharded_tensor(key: str, data: Tensor, like: Tensor, replica: int | None = None) -> ShardedTensor:
     """`data`, of the shape of `like`, as this rank's part of the whole tensor `key`.
 
-    Of the ranks that hold the same part, the one whose replica number is all zeros writes it; `replica` replaces the
+    Several ranks may hold the same part; the one whose replica number is all zeros writes it; `replica` replaces the
     number among data-parallel replicas.
     """
     shard, groups = shard_of(like), process_groups()
@@ -139,7 +139,7 @@ def _write_in_process() -> None:
 
 
 def write_assets(network: Network, assets: Path) -> None:
-    """What a checkpoint has beside the text model: configuration, tokenizer, carried vision tensors. Rank 0 only."""
+    """Write configuration, tokenizer and carried vision tensors beside the text model. Rank 0 only."""
     assets.mkdir(parents=True, exist_ok=True)
     carried = huggingface.carried_tensors(network)
     if carried:
@@ -241,7 +241,7 @@ def check(config: ModelConfig, directory: str | Path) -> None:
 
 
 def _check_sizes(directory: Path, metadata: Any) -> None:
-    """That the files which `.metadata` names are there, and reach as far as it says."""
+    """Check that the files named by `.metadata` exist and are as long as it says."""
     ends: dict[str, int] = {}
     for part in metadata.storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)

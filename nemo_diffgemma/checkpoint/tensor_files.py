@@ -51,7 +51,7 @@ def tied_to(name: str) -> str | None:
 
 
 def read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Of a safetensors file: where its tensors begin, and dtype, shape and data_offsets of each by name."""
+    """Read a safetensors header: where its tensors begin, and each tensor's dtype, shape and data_offsets by name."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         return 8 + length, json.loads(stream.read(length))
@@ -135,7 +135,7 @@ class TensorFiles:
         return weights
 
     def _check_index(self) -> None:
-        """That the files hold what the index says."""
+        """Check that the files hold what the index says."""
         if (self.directory / SINGLE).is_file():
             return
         for name, file in (self._index() or {}).items():

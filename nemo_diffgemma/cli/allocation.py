@@ -1,4 +1,4 @@
-"""What fits: layouts and allocations are compared here, before anything waits in a queue.
+"""Check that a layout fits an allocation before anything waits in a queue.
 
 tasks = fit("train", config)      # one task a GPU; raises with the nearest that fits
 """

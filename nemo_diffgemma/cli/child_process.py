@@ -1,4 +1,4 @@
-"""Calls a function in a process of its own, which gives all of its memory back at its end.
+"""Call a function in a child process, whose memory is free again when it ends.
 
 A process that builds an engine needs no torch, and what tracing leaves in memory nobody else needs. The child, run as
 `python -m nemo_diffgemma.cli.child_process`, reads the pickled function and its arguments and answers with the pickled
@@ -61,7 +61,7 @@ def _search_path() -> str:
 
 
 def _one_gpu() -> dict[str, str]:
-    """Of several processes on a machine, each builds on a GPU of its own."""
+    """Each of several processes on a machine builds on a GPU of its own."""
     from nemo_diffgemma.parallel.team import own_device  # imports torch, for which the child may have no use
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

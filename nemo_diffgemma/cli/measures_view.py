@@ -1,4 +1,4 @@
-"""What a network is worth on its task, as tables for a reader and as JSON: what `evaluate` and `demo` share."""
+"""Show a network's measures on its task as tables and as JSON; `evaluate` and `demo` share this."""
 
 from __future__ import annotations
 

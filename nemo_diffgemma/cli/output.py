@@ -1,4 +1,4 @@
-"""What an entry point says, and where: results on standard output, everything else on standard error.
+"""Output of an entry point: results on standard output, everything else on standard error.
 
 Only rank 0 writes to standard output, and its last line is one JSON object.
 """

@@ -2,7 +2,7 @@
 
 A `UserError` is one paragraph on standard error and exit code 2, which tells a scheduler not to try again. A fault of
 the machine (`OSError`: a full disk; a child or another rank that died) is one paragraph and exit code 1. Everything
-else is a defect: its traceback and exit code 1. Of several ranks that have the same to say, one says it.
+else is a defect: its traceback and exit code 1. If several ranks report the same error, one prints it.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def print_error(text: str) -> None:
 
 
 def report(error: Exception) -> None:
-    """Tell on standard error, or hand to the parent that will tell for all ranks."""
+    """Print an error on standard error, or hand it to the parent, which prints one for all ranks."""
     explained = _is_explained(error)
     rank = launcher.rank()
     report = {
         "rank": rank,
         "time": time.time(),
         "exit_code": exit_code_of(error),
-        "paragraph": str(error) if explained else None,
+        "message": str(error) if explained else None,
         "traceback": "".join(traceback.format_exception(error)),
     }
     if HANDOVER in os.environ:
@@ -83,14 +83,14 @@ def _is_explained(error: Exception) -> bool:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """What `report` has handed over."""
-    if report["paragraph"] is None or "HYDRA_FULL_ERROR" in os.environ:
+    """Print a report on standard error: its message, or the traceback of a defect."""
+    if report["message"] is None or "HYDRA_FULL_ERROR" in os.environ:
         print(report["traceback"], end="", file=sys.stderr)
-    if report["paragraph"] is not None:
-        print_error(report["paragraph"])
+    if report["message"] is not None:
+        print_error(report["message"])
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks have handed over, most telling first: users' errors, then explained ones, then by time."""
+    """Reports that the ranks have handed over: users' errors first, each kind by time."""
     handed = [json.loads(file.read_text()) for file in folder.glob("error-*.json")]
     return sorted(handed, key=lambda one: (one["exit_code"] != USER_ERROR, one["time"]))

@@ -32,7 +32,7 @@ def fix_run_directory(config: Any) -> None:
 
 
 def agree_on_run_directory(config: Any) -> None:
-    """Where each process has composed for itself, rank 0's clock names the run."""
+    """Name the run by rank 0's clock if each process has composed its own configuration."""
     from nemo_diffgemma.parallel.agreement import from_rank_zero
 
     if hasattr(config, "exp_manager"):

@@ -1,4 +1,4 @@
-"""Signals that end a command end it as an exception does, so that nothing half-written stays."""
+"""Turn signals that end a command into exceptions, so that nothing half-written stays."""
 
 from __future__ import annotations
 

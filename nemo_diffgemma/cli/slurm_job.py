@@ -155,7 +155,7 @@ class Submission:
         self.configs.append(config)
 
     def send(self) -> None:
-        """Submit what was added, if anything was, and tell how to follow it; or with dry_run only show the script."""
+        """Submit the added runs, if there are any, and show how to follow them; with dry_run only show the script."""
         if not self.configs:
             return
         results = Results(0)

@@ -43,7 +43,7 @@ sys.path[:] = [entry for entry in sys.path if entry != str(Path(sys.argv[0]).res
 # Imports make a million objects that stay: Python's collector would look through them again and again.
 gc.set_threshold(50_000, 20, 100)
 
-# That there is no CUDA, TransformerEngine or apex is no news, and every process would tell it.
+# Every process would warn that there is no CUDA, TransformerEngine or apex: no news.
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -115,7 +115,7 @@ def _run(work: Work, config: Any, distributed: bool) -> None:
 
 
 def _patience(config: Any) -> timedelta:
-    """How long a rank waits for the others: longer than until a hang is told, with the stacks of all."""
+    """How long a rank waits for the others: longer than the watchdog, which reports a hang with all stacks."""
     hang_minutes = getattr(getattr(config, "trainer", None), "hang_minutes", 0.0)
     return timedelta(minutes=max(30.0, hang_minutes + 10.0))
 

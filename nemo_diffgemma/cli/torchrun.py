@@ -64,7 +64,7 @@ def run_in_processes(config: Any, processes: int) -> None:
 
 
 def _exit_code(folder: Path, failed: Any) -> int:
-    """Tell what the children left behind, in one message: a user's error before the others, the first of them."""
+    """Print one report of the children's: the first user error, else the first of any kind -> exit code."""
     left_behind = reports(folder)
     rank, failure = failed.get_first_failure()
     if left_behind:

@@ -1,4 +1,4 @@
-"""From examples to batches: what every dataset of this package returns, and who gets which example at which step.
+"""Examples and batches: what every dataset returns, and which replica gets which example at which step.
 
 dataset[index] -> Example;   Batches -> indices of a step;   collate -> Rows
 

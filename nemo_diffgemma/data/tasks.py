@@ -1,4 +1,4 @@
-"""What a run is about: one `Task` for each kind of data, chosen once by `data.kind`.
+"""Tasks: one `Task` for each kind of data, chosen once by `data.kind`.
 
     task = task_of(config.data)
     task.check(network.model_config)

@@ -2,7 +2,7 @@
 
     losses = canvas_losses(network, held_out_rows(task, network.model_config), LEVELS, seed=0)    # {0.1: 0.02, ...}
 
-What else is measured, a task knows: data/tasks.py.
+Each task defines its further measures: data/tasks.py.
 
 `canvas_losses` is collective, and gives the same on every rank. Shapes: M canvases of C tokens.
 """

@@ -1,4 +1,4 @@
-"""What context leaves for later passes: keys and values of each layer, which belong to sequences.
+"""The key/value cache: keys and values that each sequence's context leaves in each layer for later passes.
 
 Global layers keep every position, sliding layers the last `window - 1`: all that a later canvas can see, and with the
 token itself all that a later context token can see. Nothing is written in place: a cache stays valid whatever is
@@ -36,7 +36,7 @@ class KeyValue(NamedTuple):
         return self.keys[rows], self.values[rows]
 
     def select(self, sequences: Sequence[int]) -> KeyValue:
-        """Those of some sequences, in that order."""
+        """The cache of the given sequences, in that order."""
         lengths = [span.length for span in self.kept]
         keys, values = (_pick(x.split(lengths), sequences) for x in (self.keys, self.values))
         return KeyValue(keys, values, tuple(self.kept[index] for index in sequences))

@@ -1,4 +1,4 @@
-"""Who sees whom: the tokens of one pass as a list of segments of sequences.
+"""The tokens of one pass as a list of segments, which say who sees whom.
 
 A pass carries one flat stream of tokens: the new context of some sequences, then any number of canvases, then padding
 up to a multiple of the tensor-parallel size. Sequences are independent: each has its own first position, its own cached

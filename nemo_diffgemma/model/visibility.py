@@ -1,4 +1,4 @@
-"""What each token of a stream sees in layers of one kind, in the two forms that attention kernels ask for.
+"""Attention visibility: what each token of a stream sees, in the two forms that attention kernels take.
 
 The context keys of a layer lie in one tensor, sequence after sequence. As groups: segments of equal geometry, which run
 as one batch without a mask or with one small band. As ranges: for each token one range of those keys and one of the
@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
 
 class Visibility:
-    """Who sees whom in the layers whose window is `window` (None: all before it).
+    """Visibility of keys in the layers whose window is `window` (None: all before it).
 
     `kept` are the positions of each sequence whose keys the layer has, those of new context included. Raises ValueError
     for a segment that would see a key that was dropped.
@@ -45,7 +45,7 @@ class Visibility:
 
     @staticmethod
     def of(stream: Stream, window: int | None, kept: tuple[Span, ...]) -> Visibility:
-        """That of a layer; it is made for the first layer of a kind and kept with the stream."""
+        """The visibility of a layer, made for the first layer of a kind and kept with the stream."""
         made: dict[int | None, Visibility] = stream.__dict__.setdefault("_visibilities", {})
         if window not in made or made[window].kept != kept:
             made[window] = Visibility(stream, window, kept)

@@ -1,7 +1,7 @@
 """Arithmetic over a vocabulary that is cut over tensor parallelism, without a full-size temporary.
 
 The logits of N positions over V ids are the largest tensors of this model (a canvas of 256 at V = 262144 is 268 MB in
-float32). What sampler and loss need of them are a few numbers a position, so one sweep over chunks of the vocabulary
+float32). The sampler and the loss need only a few numbers a position, so one sweep over chunks of the vocabulary
 computes product, softcap, log-sum-exp, entropy, arg-max, chunk masses and the soft embedding while a chunk lies in the
 cache. Rows of the padded table beyond V are never multiplied: padding cannot leak.
 

@@ -1,4 +1,4 @@
-"""All ranks or none: what one rank meets, every rank learns, so that no rank waits in a collective for one that left.
+"""All ranks or none: every rank learns of another's error, so that none waits in a collective for one that left.
 
     with all_or_none():          # a collective block: if it fails in one process, it raises in all
         ...

@@ -26,7 +26,7 @@ _groups: list[dist.ProcessGroup] = []  # made for _layout; Megatron forgets its 
 def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta = timedelta(minutes=30)) -> None:  # noqa: B008
     """Make the process groups of `layout`. Without torchrun's variables the world is this one process.
 
-    Where a rank waits longer than `timeout` for the others, that is an error. Raises `LayoutError` on every rank when
+    A rank that waits longer than `timeout` for the others raises an error. Raises `LayoutError` on every rank when
     the world is not a whole number of replicas.
     """
     global _layout, _groups

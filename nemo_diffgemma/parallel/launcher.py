@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, srun) says about the processes that it started, and how they meet.
+"""Read what a launcher (torchrun, srun) says about its processes, and join their process group.
 
 started_by_launcher()       # is this process one of several? Slurm's variables get torchrun's names
 join(backend, timeout)      # the default process group; says after ten seconds who is awaited
@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from nemo_diffgemma.errors import UserError
 
-_QUIET_SECONDS = 10.0  # imports of several processes end seconds apart; who waits longer says for whom
+_QUIET_SECONDS = 10.0  # imports of several processes end seconds apart; a rank that waits longer names the missing ones
 _ALONE = "env -u RANK -u WORLD_SIZE -u SLURM_STEP_NUM_TASKS python ..."
 _SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "tcsh")  # names that Slurm gives to jobs of a shell
 

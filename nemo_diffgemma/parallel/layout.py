@@ -1,4 +1,4 @@
-"""How a model is cut over processes: sizes of the parallel axes, checked where they are chosen.
+"""A parallel layout: sizes of the axes over which a model is cut, checked where they are chosen.
 
 ParallelLayout(tensor=2, expert=2).world_size         # 2: the smallest world; any multiple adds replicas
 ParallelLayout(tensor=3).check(config)                # raises LayoutError with the sizes that fit

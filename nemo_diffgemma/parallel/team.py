@@ -28,7 +28,7 @@ def own_device() -> int:
 
 
 def tensors_of_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first process's tensors, in one exchange: float64 holds float32 numbers, flags and token ids exactly."""
+    """Rank 0's tensors, in one exchange: float64 holds float32 numbers, flags and token ids exactly."""
     packed = torch.cat([tensor.flatten().double() for tensor in tensors.values()])
     dist.broadcast(packed, 0)
     parts = packed.split([tensor.numel() for tensor in tensors.values()])
@@ -64,7 +64,7 @@ class Team:
         return agreement.gather(value) if self.size > 1 else [value]
 
     def from_rank_zero[T](self, value: T) -> T:
-        """The value of the first process."""
+        """The value that rank 0 gives."""
         return agreement.from_rank_zero(value) if self.size > 1 else value
 
     def all_or_none(self) -> AbstractContextManager[None]:

@@ -5,9 +5,9 @@ import warnings
 
 # Standard output is for results; NeMo reads this when it is first imported.
 os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")
-# That TransformerEngine and apex are absent, and what Megatron means to rename: said at every start, nothing to do.
+# TransformerEngine and apex are absent, and Megatron means to rename things: said at every start, nothing to do.
 for _module in (r"megatron\.", r"torch\.distributed\.checkpoint"):
     warnings.filterwarnings("ignore", category=UserWarning, module=_module)
-# That a run goes on in its directory, and that a run on a login node is no job: what was asked for.
+# A run goes on in its directory, and a run on a login node is no job: both were asked for.
 for _message in ("Checkpoint directory .* exists and is not empty", "The `srun` command is available on your system"):
     warnings.filterwarnings("ignore", message=_message, category=UserWarning, module=r"lightning\.")

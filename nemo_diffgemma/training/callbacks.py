@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run: its metrics file, validation, progress. Files are written by rank 0."""
+"""Callbacks of a run: metrics file, validation, progress. Rank 0 writes the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keeps a long run alive and visible on a cluster: stopping on a signal, a heartbeat, a watch for hangs.
+"""Keep a long run alive and visible on a cluster: stop on a signal, write a heartbeat, watch for hangs.
 
     SIGUSR1, SIGTERM    every rank finishes its step, one checkpoint is saved, the processes leave with PREEMPTED
     status.json         what rank 0 last knew, written every few seconds

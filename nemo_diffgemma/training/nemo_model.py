@@ -58,7 +58,7 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class ModelSettings:
-    """What the model class needs of a run. NeMo forbids a group named `model` here, so it is `network`."""
+    """Settings of a run that the model class needs. NeMo forbids a group named `model` here, so it is `network`."""
 
     network: ModelGroup = field(default_factory=ModelGroup)
     data: DataGroup = field(default_factory=default_data)
@@ -83,7 +83,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What is known after a step; `loss` is the mean over the global batch before the update."""
+    """Result of a step; `loss` is the mean over the global batch before the update."""
 
     step: int
     loss: float
@@ -190,7 +190,7 @@ class DiffusionGemmaModel(ModelPT):
         finalize_model_grads([wrapped])
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
         self.optimizers().step()
-        if not math.isfinite(self._adapter.grad_norm):  # before metrics or a checkpoint tell of it
+        if not math.isfinite(self._adapter.grad_norm):  # before it enters metrics or a checkpoint
             gradient = non_finite.non_finite_gradient(self.network)
             where = None if gradient is None else f"the gradient of {gradient}"
             raise _failure("gradient norm", self._adapter.grad_norm, step, where)

@@ -1,4 +1,4 @@
-"""Optimizer state as tensors of the parameters' shapes, so that it is saved and loaded like weights, in any layout.
+"""Optimizer state as tensors shaped like the parameters, so that it saves and loads like weights, in any layout.
 
 Megatron's own sharded optimizer state keeps one chain of optimizers for dense and one for expert parameters in a file,
 which an EP1 layout cannot read back; its default format is refused by its own writer (0.19.2), and it restores torch's

@@ -42,7 +42,7 @@ from nemo_diffgemma.training.strategy import MegatronStrategy
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the run is, its last checkpoint, the loss of its last step, and whether a signal ended it early."""
+    """Run directory, last checkpoint, loss of the last step, and whether a signal ended the run early."""
 
     run_dir: Path
     checkpoint: Path
@@ -52,7 +52,7 @@ class TrainResult:
 
     @property
     def exit_code(self) -> int:
-        """Of the process: `PREEMPTED` asks whoever has started it to do so again."""
+        """The process's exit code; `PREEMPTED` asks its starter to start it again."""
         return PREEMPTED if self.preempted else 0
 
     def json(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _train(
 def _fit(trainer: Trainer, model: DiffusionGemmaModel, run_dir: Path) -> Path:
     """Train -> the last checkpoint."""
     try:
-        trainer.fit(model)  # from the checkpoint that exp_manager has told it
+        trainer.fit(model)  # from the checkpoint that exp_manager has set
         last = run_dir / CHECKPOINTS / f"step-{trainer.global_step}"
         if not trainer.strategy.broadcast(sharded.is_sharded(last)):  # rank 0's files decide: saving is collective
             trainer.save_checkpoint(f"{last}.ckpt")
@@ -230,7 +230,7 @@ def _exp_manager(config: TrainConfig, run_dir: Path, resumed: Path | None) -> di
 
 
 def _last_loss(model: DiffusionGemmaModel, run_dir: Path) -> float:
-    """Of the last step; a run that had reached its end before reads it from its metrics."""
+    """The loss of the last step; a run that had ended before reads it from its metrics."""
     if model.result is not None:
         return model.result.loss
 

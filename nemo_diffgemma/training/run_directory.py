@@ -1,4 +1,4 @@
-"""What lies in a run directory, and how a run enters it.
+"""The run directory: its files, and how a run enters it.
 
 lock                     held while a run works here: run_lock.py
 config.json              the configuration of the start, and changes.jsonl of later ones: run_config.py

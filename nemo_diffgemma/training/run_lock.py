@@ -1,9 +1,9 @@
-"""One process group in a run directory: the lock that rank 0 holds from the start of a run to its end.
+"""Run lock: rank 0 holds it while the run lasts, so that one process group works in a run directory.
 
     lock = RunLock(run_dir / LOCK)
     lock.acquire();  ...;  lock.release()
 
-Where flock works, the kernel says who holds the file, and lets go of it when that process dies. Where it does not work,
+If flock works, the kernel knows who holds the file, and releases it when that process dies. If it does not work,
 or reaches no further than one machine (some network file systems), what is written in the file decides: host, process
 and job of the holder, who touches the file every few seconds. A holder that no longer does so is dead, and its lock is
 taken over. The file stays, empty when nobody holds it.
@@ -102,7 +102,7 @@ class RunLock:
         return holder if isinstance(holder, dict) else {}
 
     def _is_alive(self, holder: dict[str, Any]) -> bool:
-        """Of this machine the kernel knows; of another one, the file is watched for a touch."""
+        """Ask the kernel about a process of this machine; for another machine, watch the file for a touch."""
         if holder.get("host") == socket.gethostname() and holder.get("started") is not None:
             return _start_of(holder.get("pid")) == holder["started"]
         before, deadline = self._touched(), time.monotonic() + 3 * self.touch_seconds
