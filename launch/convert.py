@@ -25,7 +25,7 @@ from nemo_diffgemma.schema import ClusterGroup, ParallelGroup
 
 @dataclass
 class ConvertConfig:
-    """What `launch/convert.py` reads."""
+    """Configuration of `launch/convert.py`."""
 
     source: str = MISSING  # a checkpoint of any format
     target: str = MISSING  # a directory that is empty or does not exist; for nemo a file

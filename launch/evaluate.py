@@ -26,7 +26,7 @@ from nemo_diffgemma.schema import BUDGETS, LEVELS, ClusterGroup, ConfigurationEr
 
 @dataclass
 class EvaluateConfig:
-    """What `launch/evaluate.py` reads."""
+    """Configuration of `launch/evaluate.py`."""
 
     checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint or .nemo
     data: DataGroup = field(default_factory=default_data)

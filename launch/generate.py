@@ -29,7 +29,7 @@ from nemo_diffgemma.schema import ParallelGroup
 
 @dataclass
 class GenerateConfig(PromptOptions):
-    """What `launch/generate.py` reads."""
+    """Configuration of `launch/generate.py`."""
 
     checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint or .nemo
     dtype: str = "float32"  # or bfloat16

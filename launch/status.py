@@ -109,7 +109,7 @@ def _of_job(fields: dict[str, str]) -> list[Row]:
     directory, element = Path(fields["StdOut"]).parents[1], fields.get("ArrayTaskId")
     if element is None:
         return [_row(directory, fields["JobId"], fields)]
-    numbers: list[int] = []  # of an element, or of those that wait together: 0-3,7
+    numbers: list[int] = []  # one array element, or pending ones in one record: 0-3,7
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", element.partition("%")[0]):
         numbers += range(int(first), int(last or first) + 1)
     return [_row(directory / str(number), f"{fields['ArrayJobId']}_{number}", fields) for number in numbers]

@@ -32,7 +32,7 @@ _TRIES = 8  # prompts and noise with which rows are looked for whose tokens can 
 
 @dataclass
 class VerifyConfig:
-    """What `launch/verify.py` reads."""
+    """Configuration of `launch/verify.py`."""
 
     checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint or .nemo
     parallel: ParallelGroup = field(default_factory=ParallelGroup)

@@ -5,7 +5,7 @@
 
 Each node looks at its GPUs, disk, shared memory and clock, and does an all-reduce with the others. It writes what it
 found to DIR/<node>.json and ends with code 0 whatever that is, so that nobody's report is cut short; a node without a
-report is broken, unless none has one. Where the all-reduce fails, pairs of nodes tell who is to blame.
+report is broken, unless none has one. If the all-reduce fails, tests of pairs show which node is to blame.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Report:
 def verdict(directory: Path, nodes: list[str]) -> tuple[list[str], list[str]]:
     """Broken nodes, and what is wrong in sentences (also where no node is to blame); both empty where all is well.
 
-    Where several nodes all fail, what is asked of them is the likelier reason, and none is broken.
+    If every one of several nodes fails, the demands are probably wrong: then no node counts as broken.
     """
     reports = {}
     for node in nodes:
@@ -248,15 +248,15 @@ def check(arguments: argparse.Namespace, nodes: list[str], report: Report) -> No
         report.blames[nodes[0]] = f"its store cannot be reached ({str(error).splitlines()[0]})"
         return
     try:
-        check_together(meeting, report, arguments.max_clock_skew)
+        check_across_nodes(meeting, report, arguments.max_clock_skew)
     except RuntimeError as error:
         report.blames[nodes[0]] = f"its store is gone ({str(error).splitlines()[0]})"
     finally:
         meeting.leave()
 
 
-def check_together(meeting: Meeting, report: Report, max_skew: float) -> None:
-    """What only all nodes together can tell."""
+def check_across_nodes(meeting: Meeting, report: Report, max_skew: float) -> None:
+    """Checks that need all nodes: clocks and collectives."""
     came = meeting.exchange("problems", report.problems, meeting.patience)
     report.blames = {node: "did not come" for node in meeting.nodes if node not in came}
     if report.blames:  # those that did have waited for different times, so that their clocks cannot be compared
