@@ -41,7 +41,7 @@ _MAX_CONTEXT = 8192  # columns, where nothing else was asked for
 
 @dataclass
 class BuildConfig:
-    """What `export/build.py` reads."""
+    """Configuration of `export/build.py`."""
 
     checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo
     model: ModelGroup = field(default_factory=ModelGroup)  # instead of a checkpoint: build the structure only

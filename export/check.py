@@ -42,7 +42,7 @@ _ROUTED_STEPS = 8  # of the last prompts: the traced functions run on the CPU
 
 @dataclass
 class CheckConfig:
-    """What `export/check.py` reads."""
+    """Configuration of `export/check.py`."""
 
     bundle: str = "???"
     checkpoint: str | None = None  # another one than the bundle's own

@@ -38,7 +38,7 @@ SHORT = ("trainer.max_steps=300", "trainer.validate_every=0", "trainer.checkpoin
 
 @dataclass
 class DemoConfig:
-    """What `export/demo.py` reads."""
+    """Configuration of `export/demo.py`."""
 
     checkpoint: str | None = None
     out: str = "runs/export_demo"

@@ -99,7 +99,7 @@ def table(costs: Mapping[str, Cost], gpus: Sequence[Gpu], tokens_per_step: float
 
 @dataclass
 class RooflineConfig:
-    """What `export/roofline.py` reads."""
+    """Configuration of `export/roofline.py`."""
 
     bundle: str = "???"
     batch: int = 1

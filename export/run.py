@@ -25,7 +25,7 @@ from nemo_diffgemma.cli.start import start
 
 @dataclass
 class RunConfig(PromptOptions):
-    """What `export/run.py` reads."""
+    """Configuration of `export/run.py`."""
 
     bundle: str = "???"
     provider: str = "onnxruntime"  # tensorrt_rtx, tensorrt, tensorrt_llm

@@ -1,4 +1,4 @@
-"""What is in a bundle: model, graphs, engines, profiles, weights, versions.
+"""Show what is in a bundle: model, graphs, engines, profiles, weights, versions.
 
     python export/show.py bundle=bundles/mine
 
@@ -21,7 +21,7 @@ from nemo_diffgemma.cli.start import start
 
 @dataclass
 class ShowConfig:
-    """What `export/show.py` reads."""
+    """Configuration of `export/show.py`."""
 
     bundle: str = "???"
 

@@ -54,7 +54,7 @@ QUANTIZATION = "hf_quant_config.json"
 class Built:
     """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, most bytes in memory.
 
-    Where engines are built, tracing and building have a process each: its peak counts together with what this process
+    When engines are built, tracing and building run in child processes: `peak_memory` then adds what this process
     holds meanwhile.
     """
 
@@ -122,7 +122,7 @@ class _Work:
 
     @property
     def ranks(self) -> Sequence[int]:
-        """Those that this process has to build."""
+        """The ranks that this process builds."""
         return self.team.share_of(range(self.settings.layout.world_size))
 
 
@@ -207,7 +207,7 @@ def _build_graphs(work: _Work, weights: dict[str, Weight], amax: dict[str, float
 
 
 def _places(work: _Work, weights: dict[str, Weight], rank: int) -> dict[str, Place]:
-    """Where every weight of a rank lies, quantised ones too."""
+    """Write the weights of a rank -> where each lies, quantised ones too."""
     places = store(weights, rank, work.settings.torch_dtype, work.partial)
     if work.settings.quantization is not None:
         places |= places_in(work.partial / QUANTIZED.format(rank=rank), work.partial)
@@ -215,7 +215,7 @@ def _places(work: _Work, weights: dict[str, Weight], rank: int) -> dict[str, Pla
 
 
 def _call[T](work: _Work, function: Callable[..., T], *arguments: object) -> tuple[T, int]:
-    """The function's result, most bytes in memory meanwhile; apart where memory is wanted for engines."""
+    """Call `function` -> its result and peak memory in bytes; in a child process when engines need the memory."""
     if work.builder == "onnx":
         return function(*arguments), peak_memory()
     held = psutil.Process().memory_info().rss

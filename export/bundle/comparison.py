@@ -46,7 +46,7 @@ class Differences:
     routing: list[float] = field(default_factory=list)  # share of tokens with the same experts, one entry a layer
 
     def add(self, name: str, ours: Tensor, theirs: Tensor) -> None:
-        """What is no number on either side is infinitely far away."""
+        """Record the largest difference; it is infinite if either side holds NaN or infinity."""
         gaps = (ours.cpu().float() - theirs.cpu().float()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
         setattr(self, name, max(getattr(self, name), float(gaps.max())))
 
@@ -95,7 +95,7 @@ def check_one_rank(bundle: Bundle) -> None:
 
 @torch.no_grad()
 def trajectory(network: DiffusionGemma, input_ids: Tensor, sampler: SamplerConfig, seed: int) -> Trajectory:
-    """All steps of the PyTorch model for one canvas. Replicas in several processes all follow the first."""
+    """All steps of the PyTorch model for one canvas. Replicas in several processes all follow rank 0."""
     from nemo_diffgemma.evaluation.comparison import chosen_experts
 
     rows, config = input_ids.shape[0], network.model_config

@@ -150,7 +150,7 @@ def check_free(target: Path) -> None:
 def writing(target: Path, team: Team = ALONE) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes it when the block ends well, and vanishes otherwise.
 
-    The same for all processes of `team`; the first makes and renames it.
+    All processes of `team` get the same directory; rank 0 makes and renames it.
     """
     partial = target
     with contextlib.ExitStack() as stack:

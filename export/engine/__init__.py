@@ -1,1 +1,1 @@
-"""What builds and runs one graph: TensorRT, ONNX Runtime, PyTorch; and generation over any of them."""
+"""Build and run graphs with TensorRT, ONNX Runtime or PyTorch, and generate with any of them."""

@@ -339,7 +339,7 @@ def local_target(builder: str) -> tuple[str, ...]:
 
 
 def check_local_target(builder: str, targets: Sequence[str]) -> None:
-    """Raise `BuilderError` where an engine would be built for the GPU at hand, and that is not what is wanted."""
+    """Raise `BuilderError` if `builder` builds only for this machine's GPU and `targets` name another."""
     local = local_target(builder)
     if local and targets and set(targets) != set(local):
         raise BuilderError(

@@ -38,7 +38,7 @@ from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.parallel.team import tensors_of_rank_zero
 
-# outputs of a step that decide what comes next: the first rank's, as engines built apart may differ in the last bit
+# outputs of a step that decide what comes next: rank 0's, as separately built engines may differ in the last bit
 _DECIDING = ("next_canvas", "argmax", "entropy", "accepted", "accepted_count")
 LOOP_STEPS = 256  # most of a loop whose number of steps is an input
 
@@ -252,7 +252,7 @@ class Engine:
         )
 
     def _extended(self, cache: Context, context: Sequence[Tensor] | None) -> Context:
-        """With the new ids of every row, which are put into left-padded columns: that is what the graphs take."""
+        """Extend the context by every row's new ids, left-padded to equal columns as the graphs take them."""
         if not context:
             return cache
         padding = cache.left_padding.tolist() if cache.length == 0 else [0] * len(context)

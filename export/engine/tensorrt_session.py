@@ -242,7 +242,7 @@ class EngineSession:
     def _launched_before(self, context: Any) -> bool:
         """One call, so that nothing is allocated or copied to the device while capturing.
 
-        Where it has exchanges an error is raised, as in any call: the others wait for this rank, and only the end of
+        An engine with exchanges raises its errors, as in any call: other ranks wait for this one, and only the end of
         its process ends that.
         """
         return self._warm_up(context) if self._world > 1 else bool(self._attempt(self._warm_up, context))

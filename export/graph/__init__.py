@@ -1,1 +1,1 @@
-"""What is traced: the model as functions of weights and inputs, its weights, the loop, and what a graph costs."""
+"""Graphs: the model as traceable functions, its weights, the denoising loop, and the cost of a graph."""

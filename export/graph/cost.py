@@ -1,4 +1,4 @@
-"""What a graph computes, reads and sends, counted from its ONNX; see `export.roofline` for what counts and what not.
+"""Count what a graph computes, reads and sends from its ONNX; `export.roofline` says what counts.
 
 Sizes come from the graph itself: its dynamic axes are fixed, then constants are folded and shapes inferred from node to
 node. Tensors of the size of weights are never looked at, only their shapes.

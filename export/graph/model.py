@@ -306,7 +306,7 @@ class Model:
         entropy_T = ((top_T1 + total_T1.log()) - moment_TK.sum(1, keepdim=True) / total_T1)[:, 0].clamp_min(0.0)
 
         best_T1 = maximum_TK.argmax(1, keepdim=True)
-        drawn_T1, rest_T1 = self._of_first(*choose_chunk(mass_TK, uniforms_T), rank)
+        drawn_T1, rest_T1 = self._of_rank_zero(*choose_chunk(mass_TK, uniforms_T), rank)
         inside_best = self._chunk_of(z_TKc, best_T1, rank).argmax(1, keepdim=True)
         inside_drawn = choose_inside(torch.exp(self._chunk_of(z_TKc, drawn_T1, rank) - top_T1), rest_T1)
         places = torch.cat([best_T1, drawn_T1], 1), torch.cat([inside_best, inside_drawn], 1)
@@ -324,10 +324,10 @@ class Model:
         mine = (torch.arange(ranks) == rank).to(numbers.dtype)
         return all_reduce(numbers[:, :, None] * mine[:, None]).flatten(2)
 
-    def _of_first(self, drawn_T1: Tensor, rest_T1: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_rank_zero(self, drawn_T1: Tensor, rest_T1: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
         """The chunk and the rest of the uniform as rank 0 has them.
 
-        Engines built apart may round differently: two ranks, or none, would find the sampled id in a chunk of theirs.
+        Separately built engines may round differently; two ranks, or none, would then find the sampled id.
         """
         if self.layout.tensor == 1:
             return drawn_T1, rest_T1

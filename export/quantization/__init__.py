@@ -1,1 +1,1 @@
-"""What stands for an expert matrix: FP8, INT4 and NVFP4, their nodes in a graph, and the ranges of activations."""
+"""Quantised expert matrices in FP8, INT4 and NVFP4: their nodes in a graph and the ranges of activations."""
