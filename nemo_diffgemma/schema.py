@@ -313,7 +313,7 @@ def data_group(schema: type, values: Mapping[Any, Any]) -> type[DataGroup] | Non
 
 
 def _fields(schema: type, data: type[DataGroup] | None) -> dict[str, Any]:
-    """Types of the fields by name. If `data` is None, the kind is unknown: `DataGroup` then has the keys of all kinds."""
+    """Types of the fields by name. `data` None: the kind is unknown, and `DataGroup` has the keys of all kinds."""
     if schema is not DataGroup:
         return get_type_hints(schema)
     groups = [data] if data is not None else [task_class(kind).keys for kind in KINDS]
