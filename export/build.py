@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +76,13 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     team = Team.of_processes()
-    with scratch_directory(out.absolute().parent, f"{out.name}.source", private=True) as folder:
-        shared = Path(team.from_rank_zero(folder))
+    with ExitStack() as stack:
+        folder: Path | None = None
+        with team.all_or_none():
+            if team.is_rank_zero:
+                scratch = scratch_directory(out.absolute().parent, f"{out.name}.source", private=True)
+                folder = stack.enter_context(scratch)
+        shared = team.from_rank_zero(folder) or Path()
         with team.all_or_none():
             source = (
                 _structure(config.model) if checkpoint is None else _released_format(checkpoint, shared, layout, team)
@@ -85,8 +91,9 @@ def build(config: BuildConfig, results: Results) -> dict[str, Any]:
             _write_for_edge_llm(source, out, team)
             results.show(f"a checkpoint for tensorrt-edgellm-export is in {config.out}")
             return {"bundle": config.out, "graphs": {}}
-        settings = _settings(config, source)
-        prompts = _prompts(config.calibration, source) if config.calibration else ()
+        with team.all_or_none():
+            settings = _settings(config, source)
+            prompts = _prompts(config.calibration, source) if config.calibration else ()
         bar = tqdm(
             total=0, bar_format="{desc} [{elapsed}]", delay=0.5, file=sys.stderr, disable=not results.is_rank_zero
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,13 @@ def verify(config: VerifyConfig, results: Results) -> dict[str, Any]:
     """Compare one checkpoint."""
     from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.evaluation import comparison
+    from nemo_diffgemma.parallel.agreement import on_rank_zero
 
     network = DiffusionGemma.from_checkpoint(config.checkpoint)
     # a converted checkpoint may be large: what a killed verification left is swept by the next one
-    with scratch_directory(Path(tempfile.gettempdir()), "nemo_diffgemma-verify", private=True) as folder:
+    with ExitStack() as stack:
+        scratch = scratch_directory(Path(tempfile.gettempdir()), "nemo_diffgemma-verify", private=True)
+        folder = on_rank_zero(lambda: stack.enter_context(scratch))
         reference = load_reference(_released_format(config.checkpoint, network, folder))
         window = network.model_config.sliding_window
         lengths = config.prompt_lengths or [max(1, window // 2), window + 3]
@@ -88,11 +92,10 @@ def verify(config: VerifyConfig, results: Results) -> dict[str, Any]:
 def _released_format(checkpoint: str, network: Any, folder: Path) -> Path:
     """A Hugging Face directory of the checkpoint, which transformers reads: itself, or one written below `folder`."""
     from nemo_diffgemma.checkpoint.open import format_of
-    from nemo_diffgemma.parallel.agreement import from_rank_zero
 
     directory = user_path(checkpoint)
     if format_of(directory) != "huggingface":
-        directory = from_rank_zero(folder) / "huggingface"
+        directory = folder / "huggingface"
         network.save_huggingface(directory)
     return directory
 

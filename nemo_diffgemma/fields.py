@@ -24,6 +24,7 @@ def text_kind(schema: type, key: str) -> TextKind | None:
     kind: Any = schema
     for group in groups:
         kind = group_of(get_type_hints(kind).get(group)) or get_type_hints(kind).get(group)
+        kind = _with_key(kind, name)
         if get_origin(kind) is dict:
             is_text = group == groups[-1] and get_args(kind)[1] is str
             return TextKind(may_be_null=False) if is_text else None
@@ -36,6 +37,16 @@ def text_kind(schema: type, key: str) -> TextKind | None:
     if str not in options_of(kind):
         return None
     return TextKind(may_be_null=kind is not str and not field.metadata.get("literal"))
+
+
+def _with_key(kind: Any, name: str) -> Any:
+    """The group of data itself, or that of the first kind of data that has a key of this name."""
+    from nemo_diffgemma.data.tasks import KINDS, DataGroup, task_class
+
+    if kind is not DataGroup or name in kind.__dataclass_fields__:
+        return kind
+    kinds = (task_class(kind_of_data).keys for kind_of_data in KINDS)
+    return next((keys for keys in kinds if name in keys.__dataclass_fields__), kind)
 
 
 def options_of(kind: Any) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -35,7 +36,7 @@ def scratch_directory(parent: Path, what: str, private: bool = False) -> Iterato
     place = parent / f".{what[:60]}.{_host()}.{owner}.{secrets.token_hex(4)}.partial"
     try:
         place.mkdir(mode=0o700 if private else 0o777)
-        lock = _lock(place)
+        lock = _lock(place, wait=True)  # another's sweep may be looking at it
         yield place
     finally:
         if lock is not None:
@@ -48,8 +49,16 @@ def temporary_directory(what: str) -> tuple[Path, contextlib.ExitStack]:
     """A private directory under TMPDIR until the process ends, or until the second value is closed. Raises OSError."""
     stack = contextlib.ExitStack()
     place = stack.enter_context(scratch_directory(Path(tempfile.gettempdir()), what, private=True))
-    atexit.register(stack.close)
+    atexit.register(_close_undisturbed, stack)
     return place, stack
+
+
+def _close_undisturbed(stack: contextlib.ExitStack) -> None:
+    """At the end of the process: what is removed may be large, and a second signal would leave the rest of it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(number, signal.SIG_IGN)
+    stack.close()
 
 
 def sweep(parent: Path) -> None:
@@ -76,11 +85,11 @@ def _is_abandoned(entry: os.DirEntry[str], pid: int) -> bool:
     return dead or time.time() - entry.stat().st_ctime > _SETTLED
 
 
-def _lock(place: Path) -> int | None:
+def _lock(place: Path, wait: bool = False) -> int | None:
     """Open `place` and lock it; None where the file system has no locks. Raises BlockingIOError where it is held."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(descriptor)
         raise

@@ -33,7 +33,7 @@ from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.segments import left_padding
-from nemo_diffgemma.non_finite import DAMAGED, first_non_finite, is_finite
+from nemo_diffgemma.non_finite import DAMAGED, NonFiniteError, first_non_finite, is_finite
 from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.parallel.team import tensors_of_rank_zero
@@ -234,11 +234,11 @@ class Engine:
         return flag if self._alone else all_ranks(flag, self.device)
 
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
-        """Raise `EngineError` naming the tensor of the checkpoint, or the output of a graph, that is not finite."""
+        """Raise `NonFiniteError` naming the tensor of the checkpoint, or the output of a graph, that is not finite."""
         with TensorFiles(self.assets) as files:
             weight = first_non_finite((name, files.open(file).get_tensor(name)) for name, file in files.files.items())
         if weight is not None:
-            raise EngineError(f"{weight}, so nothing that these engines compute is a number; {DAMAGED}")
+            raise NonFiniteError(f"{weight}, so nothing that these engines compute is a number; {DAMAGED}")
         watched = {name: _Watched(name, session) for name, session in self._sessions.items()}
         before, self._sessions = self._sessions, watched
         try:
@@ -246,7 +246,7 @@ class Engine:
         finally:
             self._sessions = before
         output = next((text for session in watched.values() for text in session.not_finite), "a result")
-        raise EngineError(
+        raise NonFiniteError(
             f"{output} is not finite (NaN or infinite), though all weights are; values are too large for {self.dtype} "
             "or for the quantisation: build with dtype=bfloat16 or float32, or without quantization="
         )

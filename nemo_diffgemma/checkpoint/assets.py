@@ -50,7 +50,7 @@ def _copy(source: Path, directory: Path) -> list[str]:
         if entry.name.startswith((".", "__pycache__")) or entry.name in (INDEX, CONFIG):
             continue
         if entry.is_dir() and entry.name in FOLDERS:
-            (directory / entry.name).mkdir()
+            (directory / entry.name).mkdir(exist_ok=True)  # a write that was killed may have begun it
             for file in sorted(file for file in entry.iterdir() if file.is_file() and file.name[0] != "."):
                 shutil.copyfile(file, directory / entry.name / file.name)
         elif entry.is_file() and not entry.name.endswith(_WEIGHTS) and entry.stat().st_size <= _LARGEST:

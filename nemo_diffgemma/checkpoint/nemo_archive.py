@@ -24,7 +24,7 @@ from nemo_diffgemma.checkpoint.assets import FOLDERS
 from nemo_diffgemma.checkpoint.huggingface import Written
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.model.network import Network
-from nemo_diffgemma.parallel.agreement import all_or_none, gather, is_rank_zero
+from nemo_diffgemma.parallel.agreement import all_or_none, gather, is_rank_zero, on_rank_zero
 from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.scratch import obstacle, temporary_directory
 
@@ -65,9 +65,18 @@ def _pack(work: Path, config: str, target: Path) -> None:
     os.replace(work / "archive", target)
 
 
-@cache
 def unpacked_weights(path: Path) -> Path:
-    """The released-format directory inside an archive, which is unpacked once a process. Collective, as `unpack`."""
+    """The released-format directory inside an archive, unpacked once for as long as it is the same file. Collective."""
+
+    def identity() -> tuple[str, int, int, int]:
+        stat = path.stat()
+        return str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    return _unpacked_weights(*on_rank_zero(identity))
+
+
+@cache
+def _unpacked_weights(path: str, *_: int) -> Path:
     return unpack(path) / WEIGHTS
 
 

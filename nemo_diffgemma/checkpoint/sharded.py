@@ -177,6 +177,8 @@ def read_tensors(state: dict[str, ShardedTensor], directory: Path) -> None:
     wanted = {key: tensor.data for key, tensor in state.items()}
     try:
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
+    except (dist.DistError, ConnectionError):  # another rank is gone, and no file is to blame
+        raise
     except _UNREADABLE as error:
         raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
     with torch.no_grad():

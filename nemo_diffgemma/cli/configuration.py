@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_diffgemma.cli.arguments import Texts
 from nemo_diffgemma.data.tasks import KINDS, DataGroup, task_class
 from nemo_diffgemma.fields import relaxed
+from nemo_diffgemma.parallel.agreement import known_to_all
 from nemo_diffgemma.repository import CONF
 from nemo_diffgemma.schema import ConfigurationError, check_values, explain, instance, keys_of, unknown_key, validate
 
@@ -117,7 +118,7 @@ def compose[Schema](schema: type[Schema], config_name: str, documentation: str, 
             explanation = _explain(error, schema, others)
             if explanation is None:
                 raise
-            raise ConfigurationError(explanation) from None
+            raise known_to_all(ConfigurationError(explanation)) from None
         finally:
             GlobalHydra.instance().clear()
 
@@ -146,14 +147,15 @@ def _hydra_environment(values: tuple[list[str], str | None]) -> Iterator[None]:
 
 
 def _checked[Schema](composed: DictConfig, schema: type[Schema], texts: Texts) -> Schema:
-    """Raises `ConfigurationError`, for keys of a group with the file that was chosen for it."""
+    """Raises `ConfigurationError`, for keys of a group with the file that was chosen for it. Every rank composes."""
     try:
         return validate(composed, schema, texts.restore)
     except ConfigurationError as error:
         key = re.match(r"[\w.]+", str(error))
         group = key[0].partition(".")[0] if key and "in quotes" in str(error) else ""
         choice = HydraConfig.get().runtime.choices.get(group)
-        raise ConfigurationError(f"{error} (in {group}/{choice}.yaml?)" if choice else str(error)) from None
+        text = f"{error} (in {group}/{choice}.yaml?)" if choice else str(error)
+        raise known_to_all(ConfigurationError(text)) from None
 
 
 def is_multirun() -> bool:

@@ -34,7 +34,6 @@ from nemo_diffgemma.cli.torchrun import processes_of, run_in_processes
 from nemo_diffgemma.parallel import launcher
 from nemo_diffgemma.parallel.agreement import known_to_all
 from nemo_diffgemma.parallel.layout import LayoutError
-from nemo_diffgemma.schema import ConfigurationError
 from nemo_diffgemma.scratch import sweep
 
 # Python put this folder on its path when it was given the script; its file names are not for other packages to import
@@ -85,10 +84,7 @@ def _start(work: Work, schema: type, config_name: str, distributed: bool) -> Non
         else:
             run_in_processes(config, processes)
 
-    try:
-        compose(schema, config_name, sys.modules[work.__module__].__doc__ or "", job)
-    except ConfigurationError as error:  # every rank has composed the same
-        raise known_to_all(error) from None
+    compose(schema, config_name, sys.modules[work.__module__].__doc__ or "", job)
     submission.send()
 
 

@@ -39,6 +39,13 @@ def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], 
 
     Without self-conditioning: what the first denoising step of a canvas with that much noise has to go by.
     """
+    losses = _canvas_losses(network, rows, levels, seed)
+    if not network.agree(all(map(math.isfinite, losses.values()))):
+        network.raise_non_finite(lambda: _canvas_losses(network, rows, levels, seed))
+    return losses
+
+
+def _canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], seed: int) -> dict[float, float]:
     canvases = choose_canvases(rows, network.model_config.canvas_length, 0, seed)
     cache = network.encode_clean(rows.tokens_T, rows.lengths).cache
     places = [(canvas.row, canvas.start) for canvas in canvases]
@@ -56,6 +63,4 @@ def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], 
         labels = corrupted.clean_MC.flatten()
         weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
         losses[float(level)] = float(network.cross_entropy(hidden, labels, weights)[0])
-    if not network.agree(all(map(math.isfinite, losses.values()))):
-        network.raise_non_finite(lambda: canvas_losses(network, rows, levels, seed))
     return losses

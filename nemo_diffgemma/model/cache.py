@@ -44,7 +44,7 @@ class KeyValue(NamedTuple):
     def last(self, most: int) -> KeyValue:
         """At most the last `most` positions of each sequence. Copied: a view would keep the whole context alive."""
         lengths = [span.length for span in self.kept]
-        if max(lengths) <= most:
+        if max(lengths, default=0) <= most:
             return self
         kept = tuple(Span(max(first, end - most), end) for first, end in self.kept)
         return KeyValue(_last(self.keys, lengths, most), _last(self.values, lengths, most), kept)
@@ -86,7 +86,7 @@ def _last(x: Tensor, lengths: list[int], most: int) -> Tensor:
 
 
 def _pick(parts: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
-    return torch.cat([parts[index] for index in indices])
+    return torch.cat([parts[index] for index in indices]) if indices else parts[0][:0]
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, group: Group, visibility: Visibilit
 @functools.lru_cache(maxsize=64)
 def _band(queries: int, ahead: int, window: int | None, device: torch.device) -> Tensor:
     """[queries, ahead + queries] bool: key not after the query and, with a window, among its last `window` keys."""
-    distance = torch.arange(ahead, ahead + queries, device=device)[:, None] - torch.arange(
-        ahead + queries, device=device
-    )
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    with torch.inference_mode(False):  # kept for passes with gradient
+        keys = torch.arange(ahead + queries, device=device)
+        distance = keys[ahead:, None] - keys
+        return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 # -- one call ----------------------------------------------------------------------------------------------------------

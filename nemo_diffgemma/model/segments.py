@@ -171,7 +171,8 @@ class Stream:
         """What `make` gives, on the device: one transfer a stream, none in a layer."""
         tables: dict[Any, Tensor] = self.__dict__["_tables"]
         if (name, device) not in tables:
-            tables[name, device] = make().to(device)
+            with torch.inference_mode(False):  # a stream is kept, and its next pass may have gradient
+                tables[name, device] = make().to(device)
         return tables[name, device]
 
 
@@ -218,8 +219,9 @@ class Slices:
         shape = (self.count, self.length, *x.shape[1:])
         if self._view is None:
             if x.device not in self._indices:
-                starts = torch.tensor(self.starts)[:, None]
-                self._indices[x.device] = (starts + torch.arange(self.length)).flatten().to(x.device)
+                with torch.inference_mode(False):  # kept for passes with gradient
+                    starts = torch.tensor(self.starts)[:, None]
+                    self._indices[x.device] = (starts + torch.arange(self.length)).flatten().to(x.device)
             return x.index_select(0, self._indices[x.device]).view(shape)
         first, step, before = self._view
         rows = x[first : first + self.count * step].view(self.count, step, *x.shape[1:])

@@ -57,8 +57,11 @@ def started_by_launcher() -> bool:
 def _in_interactive_shell() -> bool:
     """Whether a shell that srun started has started us: its other tasks are shells too, and nobody types into them."""
     is_task = os.environ.get("SLURM_TASK_PID") == str(os.getpid())
+    if is_task or os.environ.get("SLURM_PROCID") != "0":  # nobody types into the shells of other tasks
+        return False
     has_terminal = any(name.startswith("SLURM_PTY_") for name in os.environ)
-    return not is_task and (has_terminal or os.environ.get("SLURM_JOB_NAME") in _SHELLS)
+    # a job of salloc is called interactive too, and its srun starts scripts, which have no terminal
+    return has_terminal or (os.environ.get("SLURM_JOB_NAME") in _SHELLS and os.isatty(0))
 
 
 def _number(name: str) -> int:

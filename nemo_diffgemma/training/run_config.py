@@ -81,7 +81,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 def _plain(config: TrainConfig) -> dict[str, Any]:
     values = json.loads(json.dumps(dataclasses.asdict(config)))  # no tuples
     if config.model.checkpoint is not None:
-        values["model"]["checkpoint"] = str(user_path(config.model.checkpoint).absolute())
+        values["model"]["checkpoint"] = str(user_path(config.model.checkpoint).resolve())
     return values
 
 

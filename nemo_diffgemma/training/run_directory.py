@@ -1,7 +1,7 @@
 """The run directory: its files, and how a run enters it.
 
 lock                     held while a run works here: run_lock.py
-config.json              the configuration of the start, and changes.jsonl of later ones: run_config.py
+config.yaml              the configuration of the start, and changes.jsonl of later ones: run_config.py
 checkpoints/step-N       complete ones have no `-unfinished` marker beside them
 assets/                  what every checkpoint has beside its weights: configuration, tokenizer, sampler defaults
 metrics.jsonl, validation.jsonl, status.json, logs/
@@ -46,7 +46,7 @@ def enter(config: TrainConfig, run_dir: Path, lock: RunLock) -> Path | None:
             tempfile.TemporaryFile(dir=run_dir).close()  # a directory that was there may not be ours to write
             lock.acquire()
             resumed = _last_intact(run_dir)
-        except OSError as error:
+        except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
             raise ConfigurationError(
                 f"the run directory {run_dir} cannot be written ({error}); name another exp_manager.exp_dir"
             ) from None
@@ -57,6 +57,8 @@ def enter(config: TrainConfig, run_dir: Path, lock: RunLock) -> Path | None:
             )
         for change in run_config.keep(config, run_dir, None if resumed is None else step_of(resumed)):
             nemo_logging.warning(f"resumed with another configuration: {change}")
+        if resumed is None:  # those of a start before, which may have been from another checkpoint
+            shutil.rmtree(run_dir / ASSETS, ignore_errors=True)
         for unfinished in (run_dir / CHECKPOINTS).glob(".step-*.partial"):
             shutil.rmtree(unfinished, ignore_errors=True)
         return resumed

@@ -26,26 +26,26 @@ from nemo_diffgemma.errors import ConfigurationError
 
 LOCK = "lock"
 TOUCH_SECONDS = 5.0
+PATIENCE_SECONDS = 300.0  # longer than file servers keep the locks of a machine that is gone
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
     """`file` is made when it is acquired first. Not collective: rank 0 alone has one."""
 
-    def __init__(self, file: Path, touch_seconds: float = TOUCH_SECONDS) -> None:
-        self.file, self.touch_seconds = file, touch_seconds
+    def __init__(
+        self, file: Path, touch_seconds: float = TOUCH_SECONDS, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
+        self.file, self.touch_seconds, self.patience_seconds = file, touch_seconds, patience_seconds
         self._descriptor: int | None = None
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Raises `ConfigurationError` with who holds it, and OSError where the file cannot be written."""
+        """Raises `ConfigurationError` with who holds it, OSError where the file cannot be written, or TimeoutError."""
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            locked = _flock(descriptor)
-            holder = self._holder()
-            if locked is False or (holder is not None and self._is_alive(holder)):
-                raise ConfigurationError(self._refusal(holder))
+            locked = self._locked_or_waited(descriptor)
             token = self._write(descriptor)
             if locked is None:  # two may have come at the same time: the later one has it
                 time.sleep(min(1.0, self.touch_seconds))
@@ -58,6 +58,24 @@ class RunLock:
         self._descriptor = descriptor
         self._thread = threading.Thread(target=self._touch, name="run lock", daemon=True)
         self._thread.start()
+
+    def _locked_or_waited(self, descriptor: int) -> bool | None:
+        """As `_flock`, once no living process holds the file. Raises `ConfigurationError` for one that does.
+
+        A holder of this very Slurm job is its own start before, which is about to end, or of which a file server still
+        keeps the lock: it is waited for, and no user's mistake.
+        """
+        deadline = time.monotonic() + self.patience_seconds
+        while True:
+            locked, holder = _flock(descriptor), self._holder()
+            if locked is not False and (holder is None or not self._is_alive(holder)):
+                return locked
+            job = os.environ.get("SLURM_JOB_ID")
+            if job is None or holder is None or holder.get("job") != job:
+                raise ConfigurationError(self._refusal(holder))
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self._refusal(holder)} (waited for {self.patience_seconds:.0f} s)")
+            time.sleep(self.touch_seconds)
 
     def release(self) -> None:
         """Let go of it, if it is held."""

@@ -13,6 +13,8 @@ BEGIN = """
 import ctypes, os, signal, time, weakref
 from nemo_diffgemma.cli import signals
 from nemo_diffgemma.cli.signals import leaving_at_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's, too
 """
 
 

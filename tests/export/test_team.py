@@ -97,7 +97,7 @@ def test_an_error_of_one_ends_all_and_leaves_nothing(checkpoint, tmp_path):
     # no refusal (2): where a disk has room again, the same command may succeed
     assert [done.returncode for done in both] == [1, 1], both[0].stderr + both[1].stderr
     assert "error: rank 1 stopped: OSError: [Errno 27] File too large" in " ".join(both[0].stderr.split())
-    assert "error: [Errno 27] File too large" in " ".join(both[1].stderr.split())
+    assert "Traceback" not in both[0].stderr + both[1].stderr  # rank 0 tells it for all
     assert list((tmp_path / "out").iterdir()) == []
 
 

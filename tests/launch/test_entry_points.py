@@ -219,9 +219,10 @@ def test_conversion_through_every_format_gives_the_same_bytes_back(model, tmp_pa
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_conversion_onto_something_is_refused_before_anything_is_read(model, tmp_path, single, monkeypatch, dry_run):
-    from launch import checkpoints
-    from launch.convert import ConvertConfig, convert
+    from nemo_diffgemma.checkpoint import contents as checkpoints
     from nemo_diffgemma.errors import UserError
+
+    convert, ConvertConfig = (getattr(verbs.load("convert"), name) for name in ("convert", "ConvertConfig"))
 
     (tmp_path / "mine.nemo").write_text("mine")
     monkeypatch.setattr(checkpoints, "contents", lambda _: pytest.fail("the source was read"))

@@ -47,12 +47,21 @@ def test_a_step_of_several_tasks_is_named_as_torchrun_does(environment):
 @pytest.mark.parametrize(
     "said", [{"SLURM_PTY_PORT": "1"}, {"SLURM_JOB_NAME": "interactive"}, {"SLURM_JOB_NAME": "zsh"}]
 )
-def test_in_an_interactive_shell_a_command_runs_alone_and_says_so(environment, capsys, said):
-    environment(**STEP, **said, SLURM_TASK_PID="1")
+def test_in_an_interactive_shell_a_command_runs_alone_and_says_so(environment, capsys, monkeypatch, said):
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    environment(**{**STEP, **said, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_TASK_PID": "1"})
     assert not started_by_launcher()
     assert "running alone" in capsys.readouterr().err and "RANK" not in os.environ
     environment(SLURM_TASK_PID=str(os.getpid()), MASTER_ADDR="a")  # srun --pty python ...: a task itself
     assert started_by_launcher()
+
+
+@pytest.mark.parametrize("task", ["0", "1"])
+def test_scripts_that_srun_starts_in_an_allocation_of_salloc_are_the_ranks_of_one_run(environment, monkeypatch, task):
+    monkeypatch.setattr(os, "isatty", lambda descriptor: False)
+    given = {"SLURM_JOB_NAME": "interactive", "SLURM_TASK_PID": "1", "SLURM_PROCID": task, "MASTER_ADDR": "a"}
+    environment(**{**STEP, **given})
+    assert started_by_launcher() and os.environ["RANK"] == task
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.diffusion.generate import StepInputs
+from nemo_diffgemma.model import vocabulary
 from nemo_diffgemma.model.cache import Cache
-from nemo_diffgemma.parallel import device, vocabulary
+from nemo_diffgemma.parallel import device
 from tests.reference import SIZES
 
 TOLERANCE = 1e-5
