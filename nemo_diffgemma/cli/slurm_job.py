@@ -55,23 +55,6 @@ def render(
 
     `mounts` are further paths that a container must see.
     """
-    options = {
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "time": cluster.time,
-        "cpus-per-task": cluster.cpus_per_task,
-        **cluster.sbatch,
-    }
-    preflight = {
-        "gpus": cluster.gpus_per_node,
-        "device": cluster.device,
-        "scratch": cluster.preflight.scratch,
-        "min-free-gb": cluster.preflight.min_free_gb,
-        "min-shm-gb": cluster.preflight.min_shm_gb,
-        "max-clock-skew": cluster.preflight.max_clock_skew_s,
-        "timeout": cluster.preflight.timeout_s,
-    }
     scripts = Environment(
         loader=FileSystemLoader(ROOT / "slurm"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         comment_start_string="<#", comment_end_string="#>", keep_trailing_newline=True,
@@ -84,7 +67,7 @@ def render(
         command=" ".join(command.splitlines()),
         tasks=tasks,
         tasks_per_node=math.ceil(tasks / cluster.nodes),
-        options=[(key, value and shlex.quote(str(value))) for key, value in options.items() if value is not None],
+        options=_sbatch_options(cluster),
         array=array,
         directory=shlex.quote(str(directory)),
         log_directory=shlex.quote(str(directory).replace("%", "%%")),  # Slurm has its own patterns, such as %j
@@ -92,8 +75,36 @@ def render(
         python=shlex.quote(interpreter),
         environment=[(key, shlex.quote(str(value))) for key, value in cluster.environment.items()],
         srun=[_quoted(option) for option in _srun(cluster, [root, directory, *mounts])],
-        preflight=" ".join(f"--{key} {shlex.quote(str(value))}" for key, value in preflight.items()),
+        preflight=_preflight_options(cluster),
     )
+
+
+def _sbatch_options(cluster: ClusterGroup) -> list[tuple[str, str]]:
+    """Names and quoted values of #SBATCH lines; an empty value is a switch."""
+    options = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "time": cluster.time,
+        "cpus-per-task": cluster.cpus_per_task,
+        **cluster.sbatch,
+    }
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    return [(key, value and shlex.quote(value)) for key, value in given.items()]
+
+
+def _preflight_options(cluster: ClusterGroup) -> str:
+    """Command line of slurm/preflight.py."""
+    options = {
+        "gpus": cluster.gpus_per_node,
+        "device": cluster.device,
+        "scratch": cluster.preflight.scratch,
+        "min-free-gb": cluster.preflight.min_free_gb,
+        "min-shm-gb": cluster.preflight.min_shm_gb,
+        "max-clock-skew": cluster.preflight.max_clock_skew_s,
+        "timeout": cluster.preflight.timeout_s,
+    }
+    return " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in options.items())
 
 
 def _quoted(word: str) -> str:

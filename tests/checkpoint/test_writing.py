@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_diffgemma import DiffusionGemma, ModelConfig, SamplerConfig
 from nemo_diffgemma.checkpoint.open import FORMATS, save_network
@@ -171,3 +172,17 @@ def test_settings_that_mean_nothing_are_refused_before_a_checkpoint_appears(sing
     with pytest.raises(UserError, match="generation_config.json: t_max=inf; expected a finite number"):
         save_network(network, tmp_path / name_of(format), format)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_archive_that_was_written_anew_is_read_anew(network, tmp_path):
+    archive, place = tmp_path / "model.nemo", network.norm.weight
+    save_network(network, archive, "nemo")
+    before = DiffusionGemma.from_checkpoint(archive).norm.weight.clone()
+    archive.unlink()
+    old = place.data.clone()
+    try:
+        place.data.add_(1)
+        save_network(network, archive, "nemo")
+    finally:
+        place.data.copy_(old)
+    torch.testing.assert_close(DiffusionGemma.from_checkpoint(archive).norm.weight, before + 1)

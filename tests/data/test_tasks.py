@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
+from nemo_diffgemma.cli.arguments import Texts
 from nemo_diffgemma.cli.configuration import CONF, register
 from nemo_diffgemma.data import tasks
 from nemo_diffgemma.data.sudoku_task import SudokuData
@@ -100,3 +102,20 @@ def test_what_a_task_cannot_be_made_of_is_the_users_error():
             tasks.task_of(data)
     with pytest.raises(ConfigurationError, match=r"^data\.test_puzzles=40 "):
         tasks.task_of(SudokuData(test_puzzles=40, test_clues=(16, 16))).held_out_examples(1)
+
+
+@dataclass
+class FileData(tasks.DataGroup):
+    kind: str = "file"
+    path: str = ""
+
+
+class FromFile(tasks.Task):
+    keys = FileData
+
+
+def test_texts_of_any_kind_are_taken_literally(monkeypatch):
+    monkeypatch.setitem(tasks.KINDS, "file", "tests.data.test_tasks:FromFile")
+    texts = Texts(TrainConfig, ["data=file", "data.path=runs/step=1,[a]", "data.length=3"])
+    assert texts.arguments[0] == "data=file" and texts.arguments[2] == "data.length=3"
+    assert texts.restore({"path": texts.arguments[1].removeprefix("data.path=")}) == {"path": "runs/step=1,[a]"}

@@ -181,26 +181,3 @@ def has_loaded(process: psutil.Process, library: str) -> bool:
         )
     except psutil.Error:
         return False
-
-
-SWALLOWED = """
-import os, signal, time, weakref
-from nemo_diffgemma.cli.signals import leaving_at_signals
-class Anything: pass
-with leaving_at_signals():
-    try:
-        anything = Anything()
-        reference = weakref.ref(anything, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        del anything
-        time.sleep(30)
-    finally:
-        time.sleep(0.5)
-        print("cleaned up")
-"""
-
-
-def test_sigterm_is_not_lost_in_a_callback_that_swallows_exceptions():
-    done = subprocess.run(
-        [sys.executable, "-c", SWALLOWED], cwd=Path(SCRIPT).parents[1], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (143, "cleaned up\n"), done.stderr

@@ -158,3 +158,17 @@ def test_every_row_may_be_padded(single, checkpoint):
     settings = SamplerConfig(**generations.settings("eos_none"))
     plain = model.generate(ids, max_new_tokens=8, sampler=settings)
     assert torch.equal(model.generate(padded, mask, 8, settings).sequences[:, 9:], plain.sequences[:, 7:])
+
+
+def test_the_last_sequence_can_leave_a_cache(single, checkpoint):
+    model = cases.load(checkpoint("odd_vocab"), {})
+    cache = model.encode(torch.arange(12).view(2, 6)).select([])
+    assert cache.sequences == () and all(len(layer.keys) == 0 for layer in cache.trimmed(model.model_config).layers)
+
+
+def test_tables_that_inference_has_made_serve_a_pass_with_gradient(single, checkpoint):
+    model = cases.load(checkpoint("odd_vocab"), {})
+    tokens, lengths = torch.arange(17), [5, 12]
+    with torch.inference_mode():
+        model.encode_clean(tokens, lengths)
+    model.encode_clean(tokens, lengths).context_hidden.sum().backward()

@@ -9,6 +9,8 @@ import torch
 
 from nemo_diffgemma import SamplerConfig
 from nemo_diffgemma.checkpoint.names import released_name, text_tensors
+from nemo_diffgemma.diffusion.rows import Rows
+from nemo_diffgemma.evaluation.measures import canvas_losses
 from nemo_diffgemma.non_finite import NonFiniteError, first_non_finite
 from tests.distributed import cases
 from tests.distributed.layouts import LAYOUTS
@@ -46,6 +48,16 @@ def test_activations_that_overflow_are_named_by_their_layer(model):
             model.generate(IDS, max_new_tokens=8, sampler=SAMPLER)
     finally:
         weight.data.copy_(before)
+
+
+def test_an_evaluation_that_is_not_finite_is_computed_again_once(model, monkeypatch):
+    rows = Rows(torch.arange(12), [4], [12], [0])
+    calls = []
+    plain = model.canvas_hidden
+    monkeypatch.setattr(model, "canvas_hidden", lambda *given: calls.append(1) or plain(*given) * torch.nan)
+    with pytest.raises(NonFiniteError, match="neither weights nor outputs of layers are"):
+        canvas_losses(model, rows, [0.5], seed=0)
+    assert len(calls) == 2
 
 
 def test_every_rank_names_what_one_rank_has(pool, checkpoint):

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,21 @@ def test_the_lock_of_a_dead_one_is_taken_over(file, holder):
     lock.acquire()
     assert json.loads(file.read_text())["pid"] == os.getpid()
     lock.release()
+
+
+def test_a_requeued_job_waits_for_its_own_start_before(file, monkeypatch):
+    """Slurm starts it anew while the old one ends, or while a file server still keeps the lock of a lost node."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first = RunLock(file, TOUCH)
+    first.acquire()
+    with pytest.raises(TimeoutError, match="job 77"):  # no user's mistake: the job may be started again
+        RunLock(file, TOUCH, patience_seconds=0.3).acquire()
+    ends = threading.Timer(0.5, first.release)
+    ends.start()
+    second = RunLock(file, TOUCH, patience_seconds=30)
+    second.acquire()
+    ends.join()
+    second.release()
 
 
 def test_a_damaged_lock_is_taken_over(file):
