@@ -82,10 +82,12 @@ def test_what_a_signal_ends_leaves_nothing(model, single, tmp_path, case, sent, 
     assert process.returncode == code, errors
     assert out == "" and "Traceback" not in errors
     if sent == signal.SIGKILL:  # the next start of any command removes what it left
-        assert any(temporary.iterdir())
+        (left,) = temporary.glob(".*.partial")
         given = {**os.environ, "TMPDIR": str(temporary)}
         assert subprocess.run(command("generate", "checkpoint=nowhere", "prompt=x"), env=given).returncode == 2
-    assert [*temporary.iterdir(), *target.parent.iterdir()] == []
+        assert not left.exists()  # wandb, imported by NeMo, leaves two empty folders of its own
+    else:
+        assert [*temporary.iterdir(), *target.parent.iterdir()] == []
 
 
 def test_inherited_variables_of_a_launcher_are_told(model):
