@@ -42,6 +42,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not all(0 <= level <= 1 for level in self.levels):
             raise ConfigurationError(f"levels={self.levels}; expected numbers from 0 to 1")
+        if not self.levels or not self.steps:
+            raise ConfigurationError(f"levels={self.levels}, steps={self.steps}; expected at least one of each")
         if not all(steps >= 1 for steps in self.steps) or self.batch_size < 1:
             raise ConfigurationError(f"steps={self.steps}, batch_size={self.batch_size}; expected at least 1")
 

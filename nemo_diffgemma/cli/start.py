@@ -45,6 +45,7 @@ gc.set_threshold(50_000, 20, 100)
 # Every process would warn that there is no CUDA, TransformerEngine or apex: no news.
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")  # Megatron's to heed
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 type Work = Callable[[Any, Results], Mapping[str, Any]]

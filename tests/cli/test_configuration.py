@@ -163,3 +163,9 @@ def test_no_file_of_launch_hides_an_installed_module():
     for file in (CONF.parent / "launch").glob("*.py"):
         assert file.stem not in sys.stdlib_module_names
         assert importlib.machinery.PathFinder.find_spec(file.stem, elsewhere) is None, file.name
+
+
+@pytest.mark.parametrize("nothing", ["steps=[]", "levels=[]"])
+def test_an_evaluation_of_nothing_is_refused(nothing):
+    with pytest.raises(ConfigurationError, match="expected at least one of each"):
+        composed("evaluate", verbs.load("evaluate").EvaluateConfig, ["checkpoint=x", nothing])
