@@ -83,7 +83,7 @@ def test_a_killed_rank_then_a_hang_then_a_requeue_by_an_administrator(jobs, undi
     job.cluster.scontrol("requeue", job.number)
     check_resumed(job, undisturbed, restarts=3, saved=1)
     dumps = [(job.run / "slurm" / f"rank-{rank}.log").read_text() for rank in range(4)]
-    assert "callbacks.py" in dumps[0] and "in _append" in dumps[0]
+    assert "callbacks.py" in dumps[0] and "in append_line" in dumps[0]
     for dump in dumps:
         assert "no step within 0.5 minutes" in dump and "Thread 0x" in dump
 
