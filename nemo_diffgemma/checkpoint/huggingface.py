@@ -33,7 +33,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.config_keys import QUANTISED
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
-from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero
+from nemo_diffgemma.parallel.agreement import all_or_none, from_rank_zero, is_rank_zero
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
 from nemo_diffgemma.repository import user_path
@@ -198,10 +198,7 @@ def save(network: Network, directory: str | Path) -> Written:
                     weight_map |= dict.fromkeys(carried, _file_name(files - 1, files))
                     written = _add(written, carried)
                 _write_index(partial, weight_map, written)
-    counts = [written]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(counts, src=0)
-    return counts[0]
+    return from_rank_zero(written)
 
 
 def _add(written: Written, tensors: Mapping[str, Tensor]) -> Written:

@@ -41,7 +41,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.json_files import brief, read_object
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
-from nemo_diffgemma.parallel.agreement import all_or_none
+from nemo_diffgemma.parallel.agreement import all_or_none, from_rank_zero
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
 from nemo_diffgemma.repository import user_path
@@ -115,14 +115,12 @@ def save_sharded(
     """
     megatron_cpu.enable()
     with huggingface.new_directory(user_path(directory)) as partial:
-        paths = [partial]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(paths, src=0)
-        assert paths[0] is not None
+        shared = from_rank_zero(partial)
+        assert shared is not None
         state = {**sharded_state_dict(network), **(tensors or {}), **(common or {})}
         _write_in_process()
         try:
-            dist_checkpointing.save(state, str(paths[0]))
+            dist_checkpointing.save(state, str(shared))
         except (CheckpointException, OSError) as failure:  # torch tells every rank what befell one of them
             raise CheckpointError(f"cannot write {directory}: {_reason(failure)}") from failure
         with huggingface.writing(partial):

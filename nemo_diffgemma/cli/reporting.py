@@ -41,12 +41,6 @@ def exit_after(error: Exception) -> NoReturn:
     raise SystemExit(exit_code_of(error))
 
 
-def exit_with_user_error(error: Exception | str) -> NoReturn:
-    """Print one paragraph and leave with the exit code of a user's error."""
-    print_error(str(error))
-    raise SystemExit(USER_ERROR)
-
-
 def print_error(text: str) -> None:
     """One paragraph on standard error."""
     print(textwrap.fill(f"error: {text}", 120, break_long_words=False, break_on_hyphens=False), file=sys.stderr)

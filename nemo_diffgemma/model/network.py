@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,6 +29,7 @@ from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
 from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
+from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -196,11 +196,7 @@ class Network(MegatronModule):
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` holds on every rank: ranks of an expert group must leave a loop together."""
-        if dist.get_world_size() == 1:
-            return flag
-        vote = torch.tensor(int(flag), device=device())
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN)
-        return bool(vote.item())
+        return all_ranks(flag, device())
 
     # -- training ------------------------------------------------------------------------------------------------
 
