@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.schema import ConfigurationError, OptimGroup
+from nemo_diffgemma.training import overlap
 from nemo_diffgemma.training.host_copy import HostCopy
 from nemo_diffgemma.training.update import fuse, update
 
@@ -51,11 +52,19 @@ def learning_rate(optim: OptimGroup, step: int, max_steps: int) -> float:
 
 
 def data_parallel(network: Network, optim: OptimGroup) -> DistributedDataParallel:
-    """Megatron's gradient buffers around `network`: float32, summed over replicas (our loss carries global weights)."""
+    """Megatron's gradient buffers around `network`: float32, summed over replicas (our loss carries global weights).
+
+    Sums, and the gathering of weights that the distributed optimizer has updated, run behind computation.
+    """
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optim.distributed,
+        overlap_grad_reduce=True,
+        overlap_param_gather=optim.distributed,
     )
-    return DistributedDataParallel(network.config, config, network)
+    wrapped = DistributedDataParallel(network.config, config, network)
+    overlap.wait_for_weights_where_they_are_used(wrapped, network)
+    return wrapped
 
 
 def build(wrapped: DistributedDataParallel, optim: OptimGroup, dtype: torch.dtype) -> MegatronOptimizer:
@@ -73,6 +82,7 @@ def build(wrapped: DistributedDataParallel, optim: OptimGroup, dtype: torch.dtyp
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=optim.distributed,
+        overlap_param_gather=optim.distributed,
     )
     optimizer = get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
     for group in optimizer.param_groups:  # left to Megatron's own scheduler, which we do not use
