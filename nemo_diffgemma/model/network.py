@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model import vocabulary
+from nemo_diffgemma.model import loss, vocabulary
 from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.dispatch import most_of_all
 from nemo_diffgemma.model.embedding import TokenTable
@@ -230,13 +230,13 @@ class Network(MegatronModule):
 
     def soft_embedding(self, hidden_NH: Tensor) -> Tensor:
         """Untempered self-conditioning signal of gradient-free hidden states; gradient reaches the table only."""
-        return vocabulary.soft_embedding(
+        return loss.soft_embedding(
             hidden_NH, self.embed_tokens.weight, self.embed_tokens.shard, self.model_config.final_logit_softcapping
         )
 
     def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross-entropies of softcapped logits, and the cross-entropies [N]."""
-        return vocabulary.linear_cross_entropy(
+        return loss.linear_cross_entropy(
             hidden_NH,
             self.embed_tokens.weight,
             labels_N,
