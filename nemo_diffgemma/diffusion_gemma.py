@@ -125,7 +125,7 @@ class DiffusionGemma(Network):
         ]
         tokens = torch.cat([*context, inputs.canvas.flatten()])
         stream = self.stream(cache.sequences, lengths, places)
-        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft)
+        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft, replicas_alike=True)
         assert result.canvas_hidden is not None
         statistics = self.statistics(
             result.canvas_hidden, inputs.temperature, inputs.uniforms.flatten(), soft_embedding=not inputs.last
