@@ -143,6 +143,10 @@ class DiffusionGemma(Network):
             cache=result.cache.trimmed(self.model_config) if context else cache,
         )
 
+    def canvas_step(self, inputs: StepInputs, cache: Cache) -> Settled:
+        """One denoising step of canvases alone, without new context."""
+        return self.sampling_step(inputs, cache)
+
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
         """Raise `NonFiniteError` naming the tensor or layer where NaN or infinity begins when `run` runs again."""
         raise_non_finite(self, run)

@@ -31,7 +31,7 @@ from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
 from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
-from nemo_diffgemma.parallel.agreement import all_ranks
+from nemo_diffgemma.parallel.agreement import agreed
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -195,7 +195,7 @@ class Network(MegatronModule):
         return logits.view(*canvas.shape, -1)
 
     def statistics(
-        self, hidden_NH: Tensor, temperature: float, uniforms_N: Tensor, soft_embedding: bool
+        self, hidden_NH: Tensor, temperature: float | Tensor, uniforms_N: Tensor, soft_embedding: bool
     ) -> vocabulary.Statistics:
         """What a denoising step needs of the tempered distribution of some positions."""
         return vocabulary.statistics(
@@ -208,9 +208,9 @@ class Network(MegatronModule):
             soft_embedding=soft_embedding,
         )
 
-    def agree(self, flag: bool) -> bool:
-        """Whether `flag` holds on every rank: ranks of an expert group must leave a loop together."""
-        return all_ranks(flag, device())
+    def agreed(self, flags: Tensor) -> Tensor:
+        """Which of the flags hold on every rank: ranks of an expert group must leave a loop together."""
+        return agreed(flags)
 
     # -- training ------------------------------------------------------------------------------------------------
 
