@@ -56,6 +56,13 @@ def empty_context(
     return [(torch.zeros(s, dtype=dtype, device=device), torch.zeros(s, dtype=dtype, device=device)) for s in shapes]
 
 
+def product(x: Tensor, weight: Tensor, experts: Tensor | None = None) -> Tensor:
+    """`x @ weight.T` with one matrix [N, K], or with one for each expert, [E, N, K], of some `experts` if given."""
+    if experts is not None:
+        weight = weight.index_select(0, experts)
+    return F.linear(x, weight) if weight.dim() == 2 else x @ weight.transpose(1, 2)
+
+
 class Weights:
     """Tensors by input name. The one product that may be quantised goes through `linear`."""
 
@@ -66,11 +73,8 @@ class Weights:
         return self._tensors[name]
 
     def linear(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
-        """`x @ weight.T` with an expert matrix [N, K], or with one for each expert, [E, N, K], or of some `experts`."""
-        weight = self[name]
-        if experts is not None:
-            weight = weight.index_select(0, experts)
-        return F.linear(x, weight) if weight.dim() == 2 else x @ weight.transpose(1, 2)
+        """`product` with the expert matrices `name`."""
+        return product(x, self[name], experts)
 
 
 class Model:
@@ -252,7 +256,7 @@ class Model:
     ) -> Tensor:
         """Dense MLP and experts in parallel."""
         dense = self._mlp(weights, prefix + "mlp.", self._norm(x, weights[prefix + "pre_feedforward_layernorm.weight"]))
-        mixed = self._experts(
+        mixed = self.mixture(
             weights, prefix, x, self._norm(x, weights[prefix + "pre_feedforward_layernorm_2.weight"]), rank, real
         )
         if self.layout.tensor > 1 and self.experts_are_cut:  # one exchange for both
@@ -270,7 +274,7 @@ class Model:
         up = F.linear(x, weights[prefix + "up_proj.weight"])
         return F.linear(F.gelu(gate, approximate="tanh") * up, weights[prefix + "down_proj.weight"])
 
-    def _experts(
+    def mixture(
         self, weights: Weights, prefix: str, x: Tensor, normed: Tensor, rank: Tensor, real: Tensor | None
     ) -> Tensor:
         """Weighted sum of the chosen experts of this rank; tokens that are not `real` [B, S] need none."""

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.graph.bodies import graphs, read_by, rename
 from export.graph.model import Model, Weights
-from export.graph.weights import engine_weights
+from export.graph.weights import Weight, engine_weights
 from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -44,32 +44,44 @@ def trace(
     """ONNX of `encode` or `step` of one rank. Inputs that the graph does not read are left out."""
     # made of real tensors: its rotary frequencies become constants
     module = (_Encode if graph == "encode" else _Step)(Model(config, layout, dtype, experts))
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        weights = {
-            name: torch.empty(weight.shape, dtype=dtype)
-            for name, weight in engine_weights(config, layout, experts).items()
-        }
-        inputs, dynamic = example_inputs(graph, config, layout, dtype)
-        fixed: dict[str, Any] = {name: None for name in weights}
+    outputs = STEP_OUTPUTS
+    if graph == "encode":
+        outputs = tuple(name for layer in range(config.num_hidden_layers) for name in present_names(layer))
+    inputs, dynamic = example_inputs(graph, config, layout, dtype)
+    return to_onnx(module, engine_weights(config, layout, experts), dtype, inputs, dynamic, outputs)
+
+
+def to_onnx(
+    module: nn.Module,
+    weights: Mapping[str, Weight],
+    dtype: torch.dtype,
+    inputs: Mapping[str, Tensor],
+    dynamic: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+) -> ModelProto:
+    """ONNX of a module that is called with `weights` and `inputs` by name and returns tensors called `outputs`.
+
+    `dynamic` names the axes of inputs that may change from call to call.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+        held = {name: torch.empty(weight.shape, dtype=dtype) for name, weight in weights.items()}
+        given = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
         program = torch.export.export(
             module,
             (),
-            dict(weights=weights, inputs=inputs),
+            dict(weights=held, inputs=given),
             dynamic_shapes=dict(
-                weights=fixed,
+                weights=dict.fromkeys(held),
                 inputs={name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in dynamic.items()},
             ),
             strict=False,
         )
-    outputs = list(STEP_OUTPUTS)
-    if graph == "encode":
-        outputs = [name for layer in range(config.num_hidden_layers) for name in present_names(layer)]
     with _quiet():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[*weights, *inputs],
+            input_names=[*held, *given],
             output_names=[_OUTPUT + name for name in outputs],
             verbose=False,
         )
@@ -174,7 +186,7 @@ def _keep_used_inputs(model: ModelProto) -> None:
     model.graph.input.extend(kept)
 
 
-def _name_axes(model: ModelProto, dynamic: dict[str, dict[int, str]]) -> None:
+def _name_axes(model: ModelProto, dynamic: Mapping[str, Mapping[int, str]]) -> None:
     """torch names dynamic axes s41, s3, ...: call them what they are. Axes of bodies may be products, `4*batch`."""
     names: dict[str, str] = {}
     for value in model.graph.input:
