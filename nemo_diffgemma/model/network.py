@@ -23,7 +23,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model import loss, vocabulary
 from nemo_diffgemma.model.cache import Cache, KeyValue
-from nemo_diffgemma.model.dispatch import most_of_all
+from nemo_diffgemma.model.dispatch import Counting, most_of_all
 from nemo_diffgemma.model.embedding import TokenTable
 from nemo_diffgemma.model.experts import ExpertPass
 from nemo_diffgemma.model.layer import Layer, gather_tokens, recompute
@@ -31,7 +31,7 @@ from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
 from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
-from nemo_diffgemma.parallel.agreement import all_ranks
+from nemo_diffgemma.parallel.agreement import agreed
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -125,10 +125,10 @@ class Network(MegatronModule):
         positions = stream.positions(x.device)
         rotary = {kind: cosine_and_sine(positions, f, self.dtype) for kind, f in self._frequencies.items()}
         level = self.recompute if torch.is_grad_enabled() else "none"
-        kept, tokens = [], self._most_tokens(x, replicas_alike)
+        kept, tokens, counting = [], self._most_tokens(x, replicas_alike), Counting(x.device)
         for index, layer in enumerate(self.layers):
             past = cache.layers[index] if cache is not None and cache.layers else None
-            kind, experts = self.model_config.layer_kind(index), ExpertPass(replicas_alike, tokens)
+            kind, experts = self.model_config.layer_kind(index), ExpertPass(replicas_alike, tokens, counting)
             args = (x, is_canvas, rotary[kind], stream, past, experts)
             x, context = recompute(layer, *args) if level == "full" else layer(*args, selective=level == "selective")
             kept.append(context)
@@ -195,7 +195,7 @@ class Network(MegatronModule):
         return logits.view(*canvas.shape, -1)
 
     def statistics(
-        self, hidden_NH: Tensor, temperature: float, uniforms_N: Tensor, soft_embedding: bool
+        self, hidden_NH: Tensor, temperature: float | Tensor, uniforms_N: Tensor, soft_embedding: bool
     ) -> vocabulary.Statistics:
         """What a denoising step needs of the tempered distribution of some positions."""
         return vocabulary.statistics(
@@ -208,9 +208,9 @@ class Network(MegatronModule):
             soft_embedding=soft_embedding,
         )
 
-    def agree(self, flag: bool) -> bool:
-        """Whether `flag` holds on every rank: ranks of an expert group must leave a loop together."""
-        return all_ranks(flag, device())
+    def agreed(self, flags: Tensor) -> Tensor:
+        """Which of the flags hold on every rank: ranks of an expert group must leave a loop together."""
+        return agreed(flags)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -237,6 +237,17 @@ class Network(MegatronModule):
     def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross-entropies of softcapped logits, and the cross-entropies [N]."""
         return loss.linear_cross_entropy(
+            hidden_NH,
+            self.embed_tokens.weight,
+            labels_N,
+            weights_N,
+            self.embed_tokens.shard,
+            self.model_config.final_logit_softcapping,
+        )
+
+    def cross_entropy_gradient(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> loss.LossGradient:
+        """Weighted sum of the cross-entropies and its gradient; that of the table is added to the table's."""
+        return loss.linear_cross_entropy_gradient(
             hidden_NH,
             self.embed_tokens.weight,
             labels_N,

@@ -74,19 +74,20 @@ def statistics(
     shard: VocabularyShard,
     *,
     softcap: float,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     uniforms_N: Tensor | None = None,
     soft_embedding: bool = True,
     chunk: int | None = None,
 ) -> Statistics:
     """Statistics of softmax(softcap * tanh(hidden @ weight.T / softcap) / temperature).
 
-    `sample_N` is the inverse CDF at `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform.
-    Gradient-free.
+    `temperature` is a number, or a float64 tensor: [] or, one a position, [N, 1]. `sample_N` is the inverse CDF at
+    `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform. Gradient-free.
     """
     with torch.no_grad():
-        chunk = chunk or _chunk_of(hidden_NH)
-        sweep = _Sweep(hidden_NH, weight, shard, softcap, softcap / temperature, chunk, soft_embedding)
+        gain = softcap / temperature
+        gain = gain.float() if isinstance(gain, Tensor) else gain
+        sweep = _Sweep(hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding)
         maximum_NK, reference_NK, mass_NK, moment_NK = sweep.of_all_ranks()
         top_N1 = maximum_NK.amax(1, keepdim=True)
         scale_NK = torch.exp(reference_NK - top_N1)
@@ -120,7 +121,7 @@ class _Sweep:
         weight: Tensor,
         shard: VocabularyShard,
         softcap: float,
-        gain: float,
+        gain: float | Tensor,
         chunk: int,
         soft_embedding: bool,
     ) -> None:
@@ -131,13 +132,11 @@ class _Sweep:
         self.numbers_4kN = torch.zeros(4, self.chunks, positions, dtype=torch.float32, device=device)
         self.numbers_4kN[:2] = MASKED_LOGIT  # maximum and reference of a rank without ids
         self._reference_N1 = self.numbers_4kN[1, 0].clone()[:, None]
-        self._soft_NH = (
-            torch.zeros(hidden_NH.shape, dtype=torch.float32, device=device) if soft_embedding else None
-        )
+        self._soft_NH = torch.zeros(hidden_NH.shape, dtype=torch.float32, device=device) if soft_embedding else None
         self._dtype = weight.dtype
         self._run(hidden_NH, weight[: shard.size], softcap, gain)
 
-    def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float) -> None:
+    def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float | Tensor) -> None:
         exponentials = torch.empty_like(self.logits_kNc[0])
         for index in range(-(-self.shard.size // self.chunk)):
             rows = weight[index * self.chunk : (index + 1) * self.chunk]
@@ -181,9 +180,7 @@ class _Sweep:
             numbers_4kN = parts.unflatten(0, (-1, 4)).transpose(0, 1).flatten(1, 2)
         return numbers_4kN.transpose(1, 2)
 
-    def search(
-        self, maximum_NK: Tensor, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor | None
-    ) -> Tensor:
+    def search(self, maximum_NK: Tensor, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor | None) -> Tensor:
         """Id of the largest logit and, with uniforms, the smallest whose cumulative probability exceeds its uniform.
 
         [1 or 2, N]. The rank that holds the chunk where an id must lie finds it: all others have -1.
@@ -227,7 +224,7 @@ def reused_scratch() -> Iterator[None]:
 def _scratch(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Memory for the logits of one sweep. None outlives `statistics`: two of a thread are never alive at once."""
     buffers = getattr(_REUSED, "buffers", None)
-    if buffers is None:
+    if buffers is None or device.type == "cuda":  # torch keeps a GPU's memory itself, and that of CUDA graphs apart
         return torch.empty(shape, dtype=torch.float32, device=device)
     key = (shape, device, torch.is_inference_mode_enabled())  # tensors of inference mode are of no use outside it
     if key not in buffers:
@@ -239,7 +236,9 @@ def _scratch(shape: tuple[int, ...], device: torch.device) -> Tensor:
 MASKED_LOGIT = -1e30  # the maximum of no logits: finite, so that differences of it are too
 
 
-def capped_logits(hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float, out: Tensor | None = None) -> Tensor:
+def capped_logits(
+    hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float | Tensor, out: Tensor | None = None
+) -> Tensor:
     """gain * tanh(hidden @ rows.T / softcap) in float32; the product itself is in the model's dtype."""
     if out is None:
         out = torch.empty(hidden_NH.shape[0], rows.shape[0], dtype=torch.float32, device=rows.device)
