@@ -195,15 +195,16 @@ class DiffusionGemmaModel(ModelPT):
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
         self.optimizers().step()
         overlap.start_gather(wrapped)
-        if not math.isfinite(self._adapter.grad_norm):  # before it enters metrics or a checkpoint
+        grad_norm = self._adapter.grad_norm  # waits for it, on a GPU not for the update
+        if not math.isfinite(grad_norm):  # before it enters metrics or a checkpoint
             gradient = non_finite.non_finite_gradient(self.network)
             where = None if gradient is None else f"the gradient of {gradient}"
-            raise _failure("gradient norm", self._adapter.grad_norm, step, where)
+            raise _failure("gradient norm", grad_norm, step, where)
         seconds = time.perf_counter() - started
         self.result = StepResult(
             step=step,
             loss=loss[0],
-            grad_norm=self._adapter.grad_norm,
+            grad_norm=grad_norm,
             lr=self._adapter.lr,
             diffusion=loss[1],
             autoregressive=loss[2],
