@@ -125,7 +125,7 @@ class DiffusionGemma(Network):
         ]
         tokens = torch.cat([*context, inputs.canvas.flatten()])
         stream = self.stream(cache.sequences, lengths, places)
-        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft)
+        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft, replicas_alike=True)
         assert result.canvas_hidden is not None
         statistics = self.statistics(
             result.canvas_hidden, inputs.temperature, inputs.uniforms.flatten(), soft_embedding=not inputs.last
@@ -142,6 +142,10 @@ class DiffusionGemma(Network):
             soft=None if soft is None else soft.view(*shape, -1),
             cache=result.cache.trimmed(self.model_config) if context else cache,
         )
+
+    def canvas_step(self, inputs: StepInputs, cache: Cache) -> Settled:
+        """One denoising step of canvases alone, without new context."""
+        return self.sampling_step(inputs, cache)
 
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
         """Raise `NonFiniteError` naming the tensor or layer where NaN or infinity begins when `run` runs again."""

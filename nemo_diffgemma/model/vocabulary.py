@@ -73,18 +73,20 @@ def statistics(
     shard: VocabularyShard,
     *,
     softcap: float,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     uniforms_N: Tensor | None = None,
     soft_embedding: bool = True,
     chunk: int = CHUNK,
 ) -> Statistics:
     """Statistics of softmax(softcap * tanh(hidden @ weight.T / softcap) / temperature).
 
-    `sample_N` is the inverse CDF at `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform.
-    Gradient-free.
+    `temperature` is a number, or a float64 tensor: [] or, one a position, [N, 1]. `sample_N` is the inverse CDF at
+    `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform. Gradient-free.
     """
     with torch.no_grad():
-        sweep = _Sweep(hidden_NH, weight, shard, softcap, softcap / temperature, chunk, soft_embedding)
+        gain = softcap / temperature
+        gain = gain.float() if isinstance(gain, Tensor) else gain
+        sweep = _Sweep(hidden_NH, weight, shard, softcap, gain, chunk, soft_embedding)
         maximum_NK, mass_NK, moment_NK = _gather_chunks(sweep)
         top_N1 = maximum_NK.amax(1, keepdim=True)
         scale_NK = torch.exp(maximum_NK - top_N1)
@@ -115,7 +117,7 @@ class _Sweep:
         weight: Tensor,
         shard: VocabularyShard,
         softcap: float,
-        gain: float,
+        gain: float | Tensor,
         chunk: int,
         soft_embedding: bool,
     ) -> None:
@@ -135,7 +137,7 @@ class _Sweep:
         self._dtype = weight.dtype
         self._run(hidden_NH, weight[: shard.size], softcap, gain)
 
-    def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float) -> None:
+    def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float | Tensor) -> None:
         exponentials = torch.empty_like(self.logits_kNc[0])
         for index in range(-(-self.shard.size // self.chunk)):
             rows = weight[index * self.chunk : (index + 1) * self.chunk]
@@ -218,7 +220,7 @@ def reused_scratch() -> Iterator[None]:
 def _scratch(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Memory for the logits of one sweep. None outlives `statistics`: two of a thread are never alive at once."""
     buffers = getattr(_REUSED, "buffers", None)
-    if buffers is None:
+    if buffers is None or device.type == "cuda":  # torch keeps a GPU's memory itself, and that of CUDA graphs apart
         return torch.empty(shape, dtype=torch.float32, device=device)
     key = (shape, device, torch.is_inference_mode_enabled())  # tensors of inference mode are of no use outside it
     if key not in buffers:
@@ -241,7 +243,9 @@ def _gather_chunks(sweep: _Sweep) -> tuple[Tensor, Tensor, Tensor]:
     return maximum, mass, moment
 
 
-def capped_logits(hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float, out: Tensor | None = None) -> Tensor:
+def capped_logits(
+    hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float | Tensor, out: Tensor | None = None
+) -> Tensor:
     """gain * tanh(hidden @ rows.T / softcap) in float32; the product itself is in the model's dtype."""
     if out is None:
         out = torch.empty(hidden_NH.shape[0], rows.shape[0], dtype=torch.float32, device=rows.device)
