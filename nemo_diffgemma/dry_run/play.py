@@ -30,7 +30,7 @@ FORWARD_PHASES = {
     "encode_clean": ("encode", "activations"),
     "canvas_hidden": ("canvas", "activations"),
     "soft_embedding": ("self_conditioning", "activations"),
-    "cross_entropy": ("loss", "loss"),
+    "cross_entropy_gradient": ("loss", "loss"),
 }
 
 
@@ -97,7 +97,7 @@ def _start_measuring(dry: DryRun) -> None:
 
 def _train(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None]) -> Numbers:
     from nemo_diffgemma.data.tasks import default_data
-    from nemo_diffgemma.training import nemo_model, optimizer_state
+    from nemo_diffgemma.training import optimizer_state, overlap
     from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
 
     class Model(DiffusionGemmaModel):
@@ -123,7 +123,7 @@ def _train(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None
     with ExitStack() as stack:
         for owner, name, phase in (
             (torch.autograd, "backward", "backward"),
-            (nemo_model, "finalize_model_grads", "reduction"),
+            (overlap, "finalize_gradients", "reduction"),
         ):
             stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))  # puts it back
             _label(dry, owner, name, phase, phase)
@@ -139,9 +139,7 @@ def _batch(case: Case) -> Any:
     from nemo_diffgemma.data import Example, collate
 
     rows = list(zip(case.prompts, case.responses, strict=True)) * case.micro_batches
-    examples = [
-        Example((2,) * prompt, (2,) * response, index) for index, (prompt, response) in enumerate(rows)
-    ]
+    examples = [Example((2,) * prompt, (2,) * response, index) for index, (prompt, response) in enumerate(rows)]
     return collate(examples, case.config.canvas_length, 1)
 
 

@@ -56,7 +56,9 @@ class SortedChoices:
         none of them is undefined, or beyond memory.
         """
         choices_R, by_token_R = self._order[:rows].sort()
-        ends_L = torch.searchsorted(self._ranked[:rows], _up_to_any(self.local_experts, choices_R.device), out_int32=True)
+        ends_L = torch.searchsorted(
+            self._ranked[:rows], _up_to_any(self.local_experts, choices_R.device), out_int32=True
+        )
         return self._rows(self._order[:rows], ends_L, by_token_R, torch.searchsorted(choices_R, self._starts_T))
 
     def uncounted(self) -> Rows:

@@ -50,7 +50,9 @@ class Router(TopKRouter):
             return parameter
 
         like = dict(dtype=config.params_dtype, device=device())
-        self.weight = learned(torch.empty(config.num_moe_experts, config.hidden_size, **like))  # Megatron's is on the CPU
+        self.weight = learned(
+            torch.empty(config.num_moe_experts, config.hidden_size, **like)
+        )  # Megatron's is on the CPU
         self.scale = learned(torch.ones(config.hidden_size, **like))
         self.per_expert_scale = learned(torch.ones(config.num_moe_experts, **like))
 

@@ -37,7 +37,7 @@ from nemo_diffgemma.data import Batches, collate
 from nemo_diffgemma.data.tasks import DataGroup, Task, default_data, fill_id, task_of
 from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.diffusion.objective import Counts, Scored, choose_canvases, corrupt, count, objective
-from nemo_diffgemma.diffusion.rows import Rows, on_device
+from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.model.network import RECOMPUTE
 from nemo_diffgemma.parallel.groups import device, process_groups
@@ -52,7 +52,7 @@ from nemo_diffgemma.schema import (
 )
 from nemo_diffgemma.training import optimizer as optimizers
 from nemo_diffgemma.training import overlap
-from nemo_diffgemma.training.host_copy import HostCopy
+from nemo_diffgemma.transfer import HostCopy, to_device
 
 
 class TrainingError(RuntimeError):
@@ -247,7 +247,7 @@ class DiffusionGemmaModel(ModelPT):
             for rows in micro_batches(batch, micro_batch_size)
         ]
         counts = sum((count(rows, canvases, length) for rows, canvases in parts), Counts(0, 0, 0))
-        totals = Counts(*_sum_over_replicas(on_device(torch.tensor(astuple(counts)), device())).unbind())
+        totals = Counts(*_sum_over_replicas(to_device(torch.tensor(astuple(counts)), device())).unbind())
         shares = torch.zeros(3, dtype=torch.float64, device=device())
         for index, (rows, canvases) in enumerate(parts):
             corrupted = corrupt(
