@@ -141,9 +141,7 @@ def _batch(case: Case) -> Any:
     from nemo_diffgemma.data import Example, collate
 
     rows = list(zip(case.prompts, case.responses, strict=True)) * case.micro_batches
-    examples = [
-        Example((2,) * prompt, (2,) * response, index) for index, (prompt, response) in enumerate(rows)
-    ]
+    examples = [Example((2,) * prompt, (2,) * response, index) for index, (prompt, response) in enumerate(rows)]
     return collate(examples, case.config.canvas_length, 1)
 
 
