@@ -3,7 +3,7 @@
 The logits of N positions over V ids are the largest tensors of this model (a canvas of 256 at V = 262144 is 268 MB in
 float32). The sampler and the loss need only a few numbers a position, so one sweep over chunks of the vocabulary
 computes product, softcap, log-sum-exp, entropy, arg-max, chunk masses and the soft embedding while a chunk lies in the
-cache. Rows of the padded table beyond V are never multiplied: padding cannot leak.
+cache. What has gradient is in `loss.py`. Rows of the padded table beyond V are never multiplied: padding cannot leak.
 
 In bfloat16 the soft embedding of a denoising step deviates from transformers on purpose: there the tempered logits are
 rounded to bfloat16 before the softmax, which moves the signal by 4.6 % at T = 0.41; here only the weights are, 0.2 %.
@@ -27,7 +27,6 @@ from torch import Tensor
 from nemo_diffgemma.diffusion.sampler import choose_chunk, choose_inside
 
 CHUNK = 1024  # ids; a chunk of 256 positions is 1 MiB and stays in a core's cache (benchmarks/vocabulary.py)
-LOSS_BYTES = 256 << 20  # of float32 logits that the loss holds at a time
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class _Sweep:
             if rows.shape[0] < self.chunk:
                 z_Nc.fill_(-torch.inf)
                 z_Nc, e_Nc = z_Nc[:, : rows.shape[0]], exponentials[:, : rows.shape[0]]
-            _capped_logits(hidden_NH, rows, softcap, gain, out=z_Nc)
+            capped_logits(hidden_NH, rows, softcap, gain, out=z_Nc)
             maximum_N1 = torch.amax(z_Nc, dim=1, keepdim=True)
             torch.sub(z_Nc, maximum_N1, out=e_Nc).exp_()
             self.maximum_kN[index] = maximum_N1[:, 0]
@@ -244,7 +243,7 @@ def _gather_chunks(sweep: _Sweep) -> tuple[Tensor, Tensor, Tensor]:
     return maximum, mass, moment
 
 
-def _capped_logits(
+def capped_logits(
     hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float | Tensor, out: Tensor | None = None
 ) -> Tensor:
     """gain * tanh(hidden @ rows.T / softcap) in float32; the product itself is in the model's dtype."""
@@ -263,7 +262,7 @@ def _capped_logits(
 @torch.no_grad()
 def logits(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
     """Softcapped float32 logits [N, V] on every rank."""
-    local_Nv = _capped_logits(hidden_NH, weight[: shard.size], softcap, softcap)
+    local_Nv = capped_logits(hidden_NH, weight[: shard.size], softcap, softcap)
     if not shard.parallel:
         return local_Nv
     padded = local_Nv.new_zeros(hidden_NH.shape[0], weight.shape[0])
@@ -281,119 +280,3 @@ def soft_embedding_of_logits(logits_NV: Tensor, weight: Tensor, shard: Vocabular
     if shard.parallel:
         dist.all_reduce(soft_NH, group=shard.group)
     return soft_NH
-
-
-class _SoftEmbedding(torch.autograd.Function):
-    """Soft embedding of a gradient-free hidden state; the table gets its gradient by recomputing the probabilities."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
-        step = max(1, LOSS_BYTES // (4 * weight.shape[0]))
-        with reused_scratch():
-            parts = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(step)]
-        ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in parts]))
-        ctx.shard, ctx.softcap = shard, softcap
-        return torch.cat([part.soft_embedding_NH for part in parts if part.soft_embedding_NH is not None])
-
-    @staticmethod
-    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor, None, None]:
-        hidden_NH, weight, log_sum_exp_N = ctx.saved_tensors
-        gradient = torch.zeros_like(weight)
-        for start in range(0, ctx.shard.size, CHUNK):
-            cut = slice(start, min(start + CHUNK, ctx.shard.size))
-            z_Nc = _capped_logits(hidden_NH, weight[cut], ctx.softcap, ctx.softcap)
-            p_Nc = z_Nc.sub_(log_sum_exp_N[:, None]).exp_()
-            gradient[cut] = p_Nc.to(weight.dtype).t() @ gradient_NH
-        return None, gradient, None, None
-
-
-def soft_embedding(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
-    """Expected table row under the untempered distribution of `hidden_NH`, [N, H], differentiable in the table only."""
-    return _SoftEmbedding.apply(hidden_NH.detach(), weight, shard, softcap)
-
-
-# -- loss ------------------------------------------------------------------------------------------------------------
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross-entropies, with gradients computed where the logits are, some positions at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight: Tensor,
-        labels_N: Tensor,
-        weights_N: Tensor,
-        shard: VocabularyShard,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor]:
-        rows = weight[: shard.size]
-        losses_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        hidden_gradient = torch.zeros_like(hidden_NH) if need_hidden else None
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        step = max(1, LOSS_BYTES // (4 * max(1, weight.shape[0])))
-        for start in range(0, hidden_NH.shape[0], step):
-            cut = slice(start, start + step)
-            z_nv = _capped_logits(hidden_NH[cut], rows, softcap, softcap)
-            p_nv, losses_N[cut] = _probabilities_and_losses(z_nv, labels_N[cut], shard)
-            if not (need_hidden or need_weight):
-                continue
-            gradient = _logit_gradient(p_nv, z_nv, labels_N[cut], weights_N[cut], shard, softcap).to(weight.dtype)
-            if hidden_gradient is not None:
-                hidden_gradient[cut] = gradient @ rows
-            if weight_gradient is not None:
-                weight_gradient[: shard.size] += gradient.t() @ hidden_NH[cut]
-        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
-        ctx.mark_non_differentiable(losses_N)
-        return (losses_N * weights_N).sum(), losses_N
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Any) -> tuple:
-        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
-
-
-def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    maximum_n1 = z_nv.amax(1, keepdim=True) if shard.size else z_nv.new_full((z_nv.shape[0], 1), MASKED_LOGIT)
-    if shard.parallel:
-        dist.all_reduce(maximum_n1, op=dist.ReduceOp.MAX, group=shard.group)
-    e_nv = (z_nv - maximum_n1).exp_()
-    local_n, mine_n = _local(labels_n, shard)
-    picked_n = (
-        torch.where(mine_n, z_nv.gather(1, local_n[:, None])[:, 0], 0.0)
-        if shard.size
-        else torch.zeros_like(labels_n, dtype=torch.float32)
-    )
-    sums_2n = torch.stack([e_nv.sum(1), picked_n])
-    if shard.parallel:
-        dist.all_reduce(sums_2n, group=shard.group)
-    return e_nv.div_(sums_2n[0][:, None]), sums_2n[0].log() + maximum_n1[:, 0] - sums_2n[1]
-
-
-def _logit_gradient(
-    p_nv: Tensor, z_nv: Tensor, labels_n: Tensor, weights_n: Tensor, shard: VocabularyShard, softcap: float
-) -> Tensor:
-    """Gradient with respect to the logits before the softcap: weight * (p - onehot) * (1 - (z / cap)^2)."""
-    if shard.size:
-        local_n, mine_n = _local(labels_n, shard)
-        p_nv.scatter_add_(1, local_n[:, None], -mine_n.to(p_nv.dtype)[:, None])
-    return p_nv.mul_(weights_n[:, None]).mul_(z_nv.div_(softcap).square_().neg_().add_(1.0))
-
-
-def _local(labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    local_n = labels_n - shard.first_id
-    mine_n = (local_n >= 0) & (local_n < shard.size)
-    return local_n.clamp(0, max(shard.size - 1, 0)), mine_n
-
-
-def linear_cross_entropy(
-    hidden_NH: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, shard: VocabularyShard, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """Sum over positions of `weights_N` times the cross-entropy of softcapped logits, and the cross-entropies [N].
-
-    Differentiable in `hidden_NH` (this rank's share of its gradient, to be summed over tensor parallelism) and in
-    `weight`, through the first result only. Peak memory is `LOSS_BYTES` of logits and as much of probabilities,
-    whatever N is.
-    """
-    return _LinearCrossEntropy.apply(hidden_NH, weight, labels_N, weights_N.float(), shard, softcap)
