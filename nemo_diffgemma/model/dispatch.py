@@ -83,7 +83,7 @@ class SortedChoices:
 
 def _numbers(end: int, step: int, device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.arange(0, end, step, device=device)  # a replay reads it where it lies: in memory of the graph's own
+        return torch.arange(0, end, step, device=device)  # in memory of the graph's own: replays read it where it lies
     return _kept_numbers(end, step, device)
 
 
