@@ -34,5 +34,5 @@ class TokenTable(VocabParallelEmbedding):
 
     def look_up(self, ids_T: Tensor) -> Tensor:
         """Scaled embeddings of this rank's tokens, [T/tp, H]."""
-        rows = super().forward(ids_T[None])
+        rows = self(ids_T[None])  # a call of the module: training waits there for weights that are gathered
         return (rows.squeeze(1) if self.reduce_scatter_embeddings else rows.squeeze(0)) * self.scale

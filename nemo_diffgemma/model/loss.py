@@ -1,14 +1,16 @@
 """Cross-entropy and self-conditioning signal of training, with gradients, over a vocabulary that is cut.
 
 Logits are made some positions at a time (`LOSS_BYTES`), and gradients where the logits are: none is kept for later.
+The gradient of the table is added where it belongs (Megatron's float32 `main_grad`) as it is made, a part of the
+vocabulary at a time: on a GPU all that is held at once is 2.5 times `LOSS_BYTES` of logits and a few parts.
 
-Shapes: N positions, n of a part, H hidden, v ids of this rank (the real ones), c ids of a chunk. Weight tables are
+Shapes: N positions, n of a part, H hidden, v ids of this rank (the real ones), c ids of a part. Weight tables are
 `[v + padding, H]`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from nemo_diffgemma.model.vocabulary import (
 )
 
 LOSS_BYTES = 256 << 20  # of float32 logits that the loss holds at a time
+PRODUCT_BYTES = 128 << 20  # of a part of the table's gradient that is not yet in its float32 sum
 
 
 # -- soft embedding --------------------------------------------------------------------------------------------------
@@ -34,23 +37,24 @@ class _SoftEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
-        step = max(1, LOSS_BYTES // (4 * weight.shape[0]))
         with reused_scratch():
-            parts = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(step)]
+            parts = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(_positions(weight))]
         ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in parts]))
         ctx.shard, ctx.softcap = shard, softcap
         return torch.cat([part.soft_embedding_NH for part in parts if part.soft_embedding_NH is not None])
 
     @staticmethod
-    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor | None, None, None]:
         hidden_NH, weight, log_sum_exp_N = ctx.saved_tensors
-        gradient = torch.zeros_like(weight)
-        for start in range(0, ctx.shard.size, CHUNK):
-            cut = slice(start, min(start + CHUNK, ctx.shard.size))
+        in_place = _main_gradient(weight)
+        sum_vH = torch.zeros_like(weight) if in_place is None else in_place
+        ids = CHUNK if weight.device.type == "cpu" else max(CHUNK, LOSS_BYTES // (4 * hidden_NH.shape[0]))
+        for start in range(0, ctx.shard.size, ids):
+            cut = slice(start, min(start + ids, ctx.shard.size))
             z_Nc = capped_logits(hidden_NH, weight[cut], ctx.softcap, ctx.softcap)
             p_Nc = z_Nc.sub_(log_sum_exp_N[:, None]).exp_()
-            gradient[cut] = p_Nc.to(weight.dtype).t() @ gradient_NH
-        return None, gradient, None, None
+            _add_product(sum_vH[cut], p_Nc.to(weight.dtype), gradient_NH)
+        return None, sum_vH if in_place is None else None, None, None
 
 
 def soft_embedding(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
@@ -58,7 +62,14 @@ def soft_embedding(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, so
     return _SoftEmbedding.apply(hidden_NH.detach(), weight, shard, softcap)
 
 
-# -- cross-entropy -----------------------------------------------------------------------------------------------------
+# -- cross-entropy ---------------------------------------------------------------------------------------------------
+
+
+class LossGradient(NamedTuple):
+    """A loss whose gradient is known: of the table it is where it belongs already, of the hidden states it is here."""
+
+    loss: Tensor
+    hidden_gradient_NH: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -74,23 +85,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shard: VocabularyShard,
         softcap: float,
     ) -> tuple[Tensor, Tensor]:
-        rows = weight[: shard.size]
-        losses_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden_NH) if need_hidden else None
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        step = max(1, LOSS_BYTES // (4 * max(1, weight.shape[0])))
-        for start in range(0, hidden_NH.shape[0], step):
-            cut = slice(start, start + step)
-            z_nv = capped_logits(hidden_NH[cut], rows, softcap, softcap)
-            p_nv, losses_N[cut] = _probabilities_and_losses(z_nv, labels_N[cut], shard)
-            if not (need_hidden or need_weight):
-                continue
-            gradient = _logit_gradient(p_nv, z_nv, labels_N[cut], weights_N[cut], shard, softcap).to(weight.dtype)
-            if hidden_gradient is not None:
-                hidden_gradient[cut] = gradient @ rows
-            if weight_gradient is not None:
-                weight_gradient[: shard.size] += gradient.t() @ hidden_NH[cut]
+        losses_N = _losses(hidden_NH, weight, labels_N, weights_N, shard, softcap, hidden_gradient, weight_gradient)
         ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N
@@ -98,6 +96,82 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Any) -> tuple:
         return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_NH: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, shard: VocabularyShard, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Sum over positions of `weights_N` times the cross-entropy of softcapped logits, and the cross-entropies [N].
+
+    Differentiable in `hidden_NH` (this rank's share of its gradient, to be summed over tensor parallelism) and in
+    `weight`, through the first result only. The gradient of the table is held from the forward to the backward pass.
+    """
+    return _LinearCrossEntropy.apply(hidden_NH, weight, labels_N, weights_N.float(), shard, softcap)
+
+
+@torch.no_grad()
+def linear_cross_entropy_gradient(
+    hidden_NH: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, shard: VocabularyShard, softcap: float
+) -> LossGradient:
+    """`linear_cross_entropy` and its gradients at once: what training runs.
+
+    That of `weight` is added to its `main_grad`, or to `grad` where Megatron holds no gradient.
+    """
+    weights_N = weights_N.float()
+    hidden_gradient = torch.zeros_like(hidden_NH)
+    sum_vH = _main_gradient(weight)
+    if sum_vH is None:
+        weight.grad = sum_vH = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    losses_N = _losses(hidden_NH, weight, labels_N, weights_N, shard, softcap, hidden_gradient, sum_vH)
+    return LossGradient((losses_N * weights_N).sum(), hidden_gradient)
+
+
+def _losses(
+    hidden_NH: Tensor,
+    weight: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    shard: VocabularyShard,
+    softcap: float,
+    hidden_gradient: Tensor | None,
+    weight_gradient: Tensor | None,
+) -> Tensor:
+    """The cross-entropies, [N] float32; gradients of their weighted sum are added to what is given for them."""
+    rows, step = weight[: shard.size], _positions(weight)
+    losses_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
+    for start in range(0, hidden_NH.shape[0], step):
+        cut = slice(start, start + step)
+        z_nv = capped_logits(hidden_NH[cut], rows, softcap, softcap)
+        p_nv, losses_N[cut] = _probabilities_and_losses(z_nv, labels_N[cut], shard)
+        if hidden_gradient is None and weight_gradient is None:
+            continue
+        gradient_nv = _logit_gradient(p_nv, z_nv, labels_N[cut], weights_N[cut], shard, softcap).to(weight.dtype)
+        del z_nv, p_nv
+        if hidden_gradient is not None:
+            hidden_gradient[cut] = gradient_nv @ rows
+        if weight_gradient is not None:
+            _add_product(weight_gradient[: shard.size], gradient_nv, hidden_NH[cut])
+    return losses_N
+
+
+def _positions(weight: Tensor) -> int:
+    """How many positions have their logits made at a time."""
+    return max(1, LOSS_BYTES // (4 * max(1, weight.shape[0])))
+
+
+def _main_gradient(weight: Tensor) -> Tensor | None:
+    """Where Megatron's DDP sums the gradient of `weight`; None without it."""
+    return getattr(weight, "main_grad", None)
+
+
+def _add_product(sum_vH: Tensor, left_Nv: Tensor, right_NH: Tensor) -> None:
+    """sum += left.T @ right, without a temporary of its size where the sum has another dtype."""
+    if sum_vH.dtype == left_Nv.dtype:
+        sum_vH.addmm_(left_Nv.t(), right_NH)
+        return
+    ids = max(1, PRODUCT_BYTES // (right_NH.shape[1] * right_NH.element_size()))
+    for part_cH, left_Nc in zip(sum_vH.split(ids), left_Nv.split(ids, dim=1), strict=True):
+        part_cH.add_(left_Nc.t() @ right_NH)
 
 
 def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
@@ -131,15 +205,3 @@ def _local(labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
     local_n = labels_n - shard.first_id
     mine_n = (local_n >= 0) & (local_n < shard.size)
     return local_n.clamp(0, max(shard.size - 1, 0)), mine_n
-
-
-def linear_cross_entropy(
-    hidden_NH: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, shard: VocabularyShard, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """Sum over positions of `weights_N` times the cross-entropy of softcapped logits, and the cross-entropies [N].
-
-    Differentiable in `hidden_NH` (this rank's share of its gradient, to be summed over tensor parallelism) and in
-    `weight`, through the first result only. Peak memory is `LOSS_BYTES` of logits and as much of probabilities,
-    whatever N is.
-    """
-    return _LinearCrossEntropy.apply(hidden_NH, weight, labels_N, weights_N.float(), shard, softcap)

@@ -245,6 +245,17 @@ class Network(MegatronModule):
             self.model_config.final_logit_softcapping,
         )
 
+    def cross_entropy_gradient(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> loss.LossGradient:
+        """Weighted sum of the cross-entropies and its gradient; that of the table is added to the table's."""
+        return loss.linear_cross_entropy_gradient(
+            hidden_NH,
+            self.embed_tokens.weight,
+            labels_N,
+            weights_N,
+            self.embed_tokens.shard,
+            self.model_config.final_logit_softcapping,
+        )
+
     # -- input checks --------------------------------------------------------------------------------------------
 
     def check_ids(self, ids: Tensor) -> None:
