@@ -30,10 +30,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.model.dispatch import Counting, OnItsWay, Rows, SortedChoices, sum_rows, take_rows
+from nemo_diffgemma.model.dispatch import Counting, Rows, SortedChoices, sum_rows, take_rows
 from nemo_diffgemma.model.routing import choose, router_logits
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_experts
+from nemo_diffgemma.transfer import HostCopy
 
 UNCOUNTED = 1 << 16  # choices at a time where most rows may be other ranks': 1 GB of rows at the released size
 
@@ -181,27 +182,26 @@ class MixtureOfExperts(nn.Module):
 
     def _over_group(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass) -> Tensor:
         """This rank's share of the outputs for all tokens of the expert group, one rank's after the other."""
-        packed = torch.cat([weights_TK, chosen_TK.to(weights_TK.dtype)], dim=1)
         missing = call.tokens - x_TH.shape[0]
         if missing:
-            x_TH = F.pad(x_TH, (0, 0, 0, missing))
-            packed = F.pad(packed, (0, 0, 0, missing), value=self.num_experts)  # no expert at all
-        weights_TK, chosen_TK = gather_from_sequence_parallel_region(packed, group=self.group).chunk(2, dim=1)
-        chosen_TK = self._local(chosen_TK.detach().long())
+            x_TH, weights_TK = (F.pad(x, (0, 0, 0, missing)) for x in (x_TH, weights_TK))
+            chosen_TK = F.pad(chosen_TK, (0, 0, 0, missing), value=self.num_experts)  # no expert at all
+        weights_TK = gather_from_sequence_parallel_region(weights_TK, group=self.group)
+        chosen_TK = self._local(gather_from_sequence_parallel_region(chosen_TK, group=self.group))
         if not torch.is_grad_enabled():
             x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)
             return self._uncounted(x_TH, weights_TK, chosen_TK, call)
         choices = self._sorted(chosen_TK, call)
-        count = OnItsWay(choices.count) if call.rows is None else None
+        count = HostCopy(choices.count) if call.rows is None else None
         x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)  # meanwhile
         if count is not None:
-            call.rows = count.wait()
+            call.rows = int(count.numbers()[0])
         assert call.rows is not None
         return self._compute(x_TH, weights_TK, choices.counted(call.rows))
 
     def _local(self, chosen_TK: Tensor) -> Tensor:
         """Experts counted from the first of this rank: those of other ranks, and number E, come after its own."""
-        return (chosen_TK - self.first_expert).remainder(self.num_experts + 1)
+        return chosen_TK if self.first_expert == 0 else (chosen_TK - self.first_expert).remainder(self.num_experts + 1)
 
     def _sorted(self, local_TK: Tensor, call: ExpertPass) -> SortedChoices:
         return SortedChoices(local_TK, self.experts.down_proj.shape[0], call.counting)
