@@ -31,6 +31,11 @@ class Rows(NamedTuple):
     starts_T: Tensor  # ... and where those of each token start
     absent: int | None  # what stands in `by_token` for a choice that has no row here
 
+    @property
+    def is_undefined(self) -> Tensor:
+        """Which rows are no expert's of this rank, [R] bool."""
+        return torch.arange(self.tokens_R.shape[0], device=self.tokens_R.device) >= self.ends_L[-1]
+
 
 class Counting:
     """Numbers 0, step, 2 * step, ... of a pass, made once for all its layers.
