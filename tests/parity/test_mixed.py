@@ -20,7 +20,7 @@ NAMES = ("logits", "context", "argmax", "canvas", "entropy", "soft")
 
 
 def assert_same_results(ours, theirs, names=NAMES, in_another_order: bool = False) -> None:
-    """`in_another_order`: sums over ranks, whose rounding is that of the largest number (2.8 of states, 3.2 of logits)."""
+    """`in_another_order`: sums over ranks, whose rounding is that of the largest number (states 2.8, logits 3.2)."""
     for mine, alone in zip(ours, theirs, strict=True):
         for name in names:
             is_scaled = in_another_order and alone[name].is_floating_point() and alone[name].numel() > 0
