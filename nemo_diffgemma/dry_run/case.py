@@ -13,6 +13,7 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.schema import ModelGroup, OptimGroup
 
+FEWEST_STEPS = 3
 VERBS = ("train", "generate")
 DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
@@ -37,6 +38,7 @@ class Case:
     micro_batches: int = 1
     canvases: int = 1  # that a generation makes
     steps: int = 48  # denoising steps of each
+    temporary_gb: float = 2.0  # more in one allocation is a violation
 
     def __post_init__(self) -> None:
         """Raises `DryRunError`, `LayoutError` or `ConfigurationError`."""
@@ -58,6 +60,10 @@ class Case:
             )
         if min(self.micro_batches, self.canvases, self.steps) < 1:
             raise DryRunError("micro_batches, canvases and denoising steps must be at least 1")
+        if self.verb == "generate" and self.steps < FEWEST_STEPS:
+            raise DryRunError(
+                f"{self.steps} denoising steps; a dry run tells one in the steady state from at least {FEWEST_STEPS}"
+            )
 
     @cached_property
     def config(self) -> ModelConfig:
