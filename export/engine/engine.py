@@ -1,7 +1,8 @@
 """Generation with the graphs of a bundle: the same loop, sampler and noise as `DiffusionGemma.generate`.
 
-The context lives in buffers that grow by what `encode` gives; sliding layers keep the last `window - 1` columns. A
-buffer has one column more than there is context at the start, which no token sees: engines have no empty axes.
+The context lies at the right end of buffers; sliding layers keep the last `window - 1` columns. On a GPU the columns
+are rounded up to a bucket, so that calls keep their shapes from canvas to canvas and sessions replay what they have
+recorded. Before there is any context a buffer has one column that no token sees: engines have no empty axes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from nemo_diffgemma.diffusion.generate import (
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.model.fixed_step import bucket
 from nemo_diffgemma.model.segments import left_padding
 from nemo_diffgemma.non_finite import DAMAGED, NonFiniteError, first_non_finite, is_finite
 from nemo_diffgemma.parallel.agreement import agreed
@@ -117,6 +119,7 @@ class Engine:
         self.loop_steps = loop_steps
         self._sessions = sessions
         self.ranks = tuple(ranks)
+        self.columns_for: Callable[[int], int] = bucket if self.device.type == "cuda" else int
         self._alone = len(self.ranks) == layout.world_size  # no other process runs ranks of this engine
         self._ranks = [{"rank": torch.tensor(rank, device=self.device)} for rank in ranks]
 
@@ -194,11 +197,19 @@ class Engine:
         past = {}
         window = max(1, self.model_config.sliding_window - 1)  # of 1 it sees nothing, but engines have no empty axes
         for layer in range(self.model_config.num_hidden_layers):
-            keep = window if self.model_config.layer_kind(layer) == SLIDING else None
+            seen = window if self.model_config.layer_kind(layer) == SLIDING else None
             for name, fresh in zip(past_names(layer), present_names(layer), strict=True):
-                kept = torch.cat([old[name], new[fresh]], dim=2) if length else new[fresh]
-                past[name] = kept if keep is None or kept.shape[2] <= keep else kept[:, :, -keep:].contiguous()
+                past[name] = self._appended(old[name], new[fresh], length, seen)
         return past
+
+    def _appended(self, old_BGPD: Tensor, new_BGSD: Tensor, length: int, seen: int | None) -> Tensor:
+        """`length` columns and the new ones at the right end of a buffer; no more than are `seen` are kept."""
+        joined = torch.cat([old_BGPD, new_BGSD], dim=2) if length else new_BGSD
+        length += new_BGSD.shape[2]
+        kept = length if seen is None else min(length, seen)
+        columns = max(kept, min(self.columns_for(length), self.limits.context, seen or self.limits.context))
+        missing = columns - joined.shape[2]
+        return F.pad(joined, (0, 0, missing, 0)) if missing >= 0 else joined[:, :, -columns:].contiguous()
 
     # -- what generation asks for ------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ class Noise(Protocol):
 
 
 class CanvasNoise(NamedTuple):
-    """All that the steps of one canvas draw: first ids [B, C]; uniforms and replacements [N, B, C], first step first."""
+    """What the steps of one canvas draw: first ids [B, C]; uniforms and replacements [N, B, C], first step first."""
 
     initial: Tensor
     uniforms: Tensor

@@ -62,7 +62,7 @@ class Progress:
 
 
 class Lookout:
-    """What the host knows of the steps that it has enqueued: for each, an observation and a flag, `behind` steps late."""
+    """What the host knows of the steps that it has enqueued: an observation and a flag of each, `behind` steps late."""
 
     def __init__(self, observe: Callable[[Denoised], Any] | None, behind: int) -> None:
         self._observe, self._behind = observe, behind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
@@ -13,6 +14,8 @@ from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.schema import ModelGroup, OptimGroup
 
 VERBS = ("train", "generate")
+DTYPES = ("float32", "bfloat16")
+RECOMPUTE = ("none", "selective", "full")
 
 
 class DryRunError(UserError):
@@ -37,6 +40,10 @@ class Case:
 
     def __post_init__(self) -> None:
         """Raises `DryRunError`, `LayoutError` or `ConfigurationError`."""
+        if self.model.dtype not in DTYPES:
+            raise DryRunError(f"model.dtype={self.model.dtype!r}; use one of {', '.join(DTYPES)}")
+        if self.model.recompute not in RECOMPUTE:
+            raise DryRunError(f"model.recompute={self.model.recompute!r}; use one of {', '.join(RECOMPUTE)}")
         if self.verb not in VERBS:
             raise DryRunError(f"verb={self.verb!r}; use one of {', '.join(VERBS)}")
         self.layout.check_world(self.world)
@@ -52,7 +59,7 @@ class Case:
         if min(self.micro_batches, self.canvases, self.steps) < 1:
             raise DryRunError("micro_batches, canvases and denoising steps must be at least 1")
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         return ModelConfig(**self.model.architecture)
 

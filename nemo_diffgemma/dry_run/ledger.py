@@ -29,13 +29,16 @@ class Ledger:
     numbers: Counter[Key] = field(default_factory=Counter)
     violations: Counter[str] = field(default_factory=Counter)
     captured: Counter[Key] | None = None  # of the CUDA graph that is being captured
+    enqueued: int = 0  # launches so far
 
     def add(self, name: str, *rest: str, number: float = 1) -> None:
         """Count `number` for (name, phase, *rest); while a CUDA graph is captured, for each of its replays."""
         if self.captured is not None:
             self.captured[name, *rest] += number
-        else:
-            self.numbers[name, self.phase, *rest] += number
+            return
+        if name == "launches":
+            self.enqueued += 1
+        self.numbers[name, self.phase, *rest] += number
 
     def replay(self, captured: Mapping[Key, float]) -> None:
         """Count what a CUDA graph holds."""

@@ -24,7 +24,7 @@ from nemo_diffgemma.dry_run.ledger import Numbers
 from nemo_diffgemma.dry_run.mode import DryRun, MixedDevicesError
 from nemo_diffgemma.dry_run.world import one_rank
 
-STEADY = 3  # denoising steps after which one is like the other
+STEADY = 5  # denoising steps that are played: two computed, one recorded, two replayed
 # methods of the network -> phase; memory that they take is activations but for the loss
 FORWARD_PHASES = {
     "encode_clean": ("encode", "activations"),
@@ -37,14 +37,15 @@ FORWARD_PHASES = {
 def play(case: Case, progress: Callable[[str], None] = lambda what: None) -> Measured:
     """One training step, or an encoding and a generation; each is measured after a first one that fills caches."""
     from nemo_diffgemma.checkpoint.open import DTYPES
-    from nemo_diffgemma.training.nemo_model import empty_network
+    from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 
     _clear_caches()
     dry = DryRun(DTYPES[case.model.dtype])
     with one_rank(dry, case.layout, case.world, case.rank):
         progress("building the network")
         with dry.ledger.doing("build", "weights"):
-            network = empty_network(case.model)
+            network = DiffusionGemma(case.config, DTYPES[case.model.dtype]).eval()
+            network.recompute = case.model.recompute
             _onto_gpu(network)
         try:
             if case.verb == "train":
@@ -108,7 +109,7 @@ def _train(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None
     settings.data.micro_batch_size = rows
     settings.data.global_batch_size = rows * case.micro_batches * case.layout.replicas(case.world)
     model: Any = Model(settings)
-    model.network, model.trainer = network, types.SimpleNamespace(global_step=0)
+    model.network, model.trainer = network.train(), types.SimpleNamespace(global_step=0)
     progress("building the optimizer")
     with dry.ledger.doing("build", "gradients and optimizer"):
         adapter = model.configure_optimizers()
@@ -124,9 +125,10 @@ def _train(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None
         for owner, name, phase in (
             (torch.autograd, "backward", "backward"),
             (overlap, "finalize_gradients", "reduction"),
+            (overlap, "start_gather", "optimizer"),
         ):
             stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))  # puts it back
-            _label(dry, owner, name, phase, phase)
+            _label(dry, owner, name, phase, "update" if phase == "optimizer" else phase)
         _start_measuring(dry)
         with dry.ledger.doing("other", "other"):
             dry.memory.look()
@@ -171,10 +173,9 @@ def _label(dry: DryRun, owner: Any, name: str, phase: str, part: str) -> None:
 def _generate(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None]) -> Numbers:
     """Phases `encode`, `denoise` (one step in the steady state) and `generate` (all steps of all canvases).
 
-    Counts of a step are the difference between generations that are one step a canvas longer; so whatever stands
-    around a step is in it. Its peak is that of the passes after the first.
+    A step is what is counted from one call of `canvas_step` to the next, so whatever stands around it is in it; those
+    that are not played are like the last one that is.
     """
-    network.eval()
     config, length = network.model_config, max(case.prompts)
     ids = torch.randint(0, config.vocab_size, (len(case.prompts), length))
     mask = torch.arange(length) >= length - torch.tensor(case.prompts)[:, None]
@@ -185,60 +186,61 @@ def _generate(dry: DryRun, network: Any, case: Case, progress: Callable[[str], N
         dry.memory.look()
         cache = network.encode(ids, left_padded)
     encode = _numbers(dry)
-    violations = dict(dry.ledger.violations)
     del cache
-    runs = []
-    for steps in (STEADY, STEADY + 1):
-        progress(f"generate, {steps} steps a canvas")
-        _clear_caches()
-        _start_measuring(dry)
-        runs.append(_one_generation(dry, network, case, ids, left_padded, steps))
-    dry.ledger.violations.update(violations)
-    return encode | _of_steps(*runs, case)
-
-
-def _one_generation(dry: DryRun, network: Any, case: Case, ids: Any, mask: Any, steps: int) -> Numbers:
+    progress("generate")
+    _clear_caches()
+    dry.ledger.numbers.clear()
+    dry.memory.forget_peaks()
+    steps = min(case.steps, STEADY)
+    starts = _count_steps(dry, network)
     sampler = dataclasses.replace(network.sampler_defaults, max_denoising_steps=steps)
-    run, passes = network.run, 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal passes
-        passes += 1
-        if passes == 2:  # from here on it is the steady state, whoever runs the pass
-            dry.ledger.phase = "denoise"
-            dry.memory.look()
-        return run(*args, **kwargs)
-
-    object.__setattr__(network, "run", counted)
     with dry.ledger.doing("generate", "activations"):
         dry.memory.look()
-        network.generate(ids, mask, max_new_tokens=case.canvases * case.config.canvas_length, sampler=sampler)
-    object.__delattr__(network, "run")
-    return _numbers(dry)
+        network.generate(ids, left_padded, max_new_tokens=case.canvases * config.canvas_length, sampler=sampler)
+    return encode | _of_steps(starts, dry.ledger.numbers, case.canvases, case.steps - steps) | _peaks(dry)
 
 
-def _of_steps(short: Numbers, long: Numbers, case: Case) -> Numbers:
-    """Numbers of one step and of the whole generation, from two of `STEADY` and one more steps a canvas."""
-    peaks = ("peak_gb", "own_gb", "part_gb")
-    numbers = {key: number for key, number in long.items() if key[0] in peaks}
-    largest = {key: number for key, number in numbers.items() if key[1] == "denoise" and key[0] == "peak_gb"}
-    if largest and max(largest.values()) > numbers.get(("peak_gb", "generate"), 0.0):
-        for key, number in list(numbers.items()):
-            if key[1] == "denoise":
-                numbers[key[0], "generate", *key[2:]] = number
-    counts = [_by_name(run) for run in (short, long)]
-    for key in {**counts[0], **counts[1]}:
-        step = (counts[1].get(key, 0.0) - counts[0].get(key, 0.0)) / case.canvases
+def _count_steps(dry: DryRun, network: Any) -> list[Numbers]:
+    """What was counted before each step of a canvas but the first, as they come."""
+    starts: list[Numbers] = []
+    step = network.canvas_step
+
+    @functools.wraps(step)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        starts.append(dict(dry.ledger.numbers))
+        with dry.ledger.doing("denoise"):
+            dry.memory.look()
+            return step(*args, **kwargs)
+
+    object.__setattr__(network, "canvas_step", counted)
+    return starts
+
+
+def _of_steps(starts: list[Numbers], total: Numbers, canvases: int, unplayed: int) -> Numbers:
+    """Counts of one step, and of a generation with as many more steps a canvas."""
+    before, after, all_of_it = (_without_phase(numbers) for numbers in (*starts[-2:], total))
+    numbers: Numbers = {}
+    for key, number in all_of_it.items():
+        step = after.get(key, 0.0) - before.get(key, 0.0)
         name, *rest = key
-        numbers[name, "denoise", *rest] = step
-        numbers[name, "generate", *rest] = counts[0].get(key, 0.0) + case.canvases * (case.steps - STEADY) * step
+        if step:
+            numbers[name, "denoise", *rest] = step
+        numbers[name, "generate", *rest] = number + canvases * unplayed * step
     return numbers
 
 
-def _by_name(numbers: Numbers) -> Numbers:
-    """Counts without their phase."""
+def _peaks(dry: DryRun) -> Numbers:
+    """Peaks of a step, and of the generation that it is a part of."""
+    numbers = dry.memory.numbers()
+    if numbers["peak_gb", "denoise"] > numbers["peak_gb", "generate"]:
+        for (name, phase, *rest), number in list(numbers.items()):
+            if phase == "denoise":
+                numbers[name, "generate", *rest] = number
+    return numbers
+
+
+def _without_phase(numbers: Numbers) -> Numbers:
     sums: Numbers = {}
     for (name, _, *rest), number in numbers.items():
-        if name not in ("peak_gb", "own_gb", "part_gb"):
-            sums[name, *rest] = sums.get((name, *rest), 0.0) + number
+        sums[name, *rest] = sums.get((name, *rest), 0.0) + number
     return sums

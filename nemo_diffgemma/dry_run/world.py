@@ -62,7 +62,7 @@ def _tensor(make: Any, data: Any, **options: Any) -> torch.Tensor:
 def _finite(x: torch.Tensor) -> torch.Tensor:
     """`torch.isfinite`: what has no values is taken for finite."""
     finite = (x == x) & (x.abs() != float("inf")) if x.is_floating_point() else torch.ones_like(x, dtype=torch.bool)
-    if isinstance(finite, FakeTensor) and shadows.of(finite) is None:
+    if isinstance(x, FakeTensor) and shadows.of(x) is None:
         shadows.give(finite, torch.ones(finite.shape, dtype=torch.bool))
     return finite
 

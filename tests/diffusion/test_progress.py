@@ -75,10 +75,11 @@ def by_hand(script: Script, sampler: SamplerConfig) -> tuple[list[list[int]], li
                 forwards[row] += not (done[row] or ended[row])
                 if not done[row]:
                     best[row] = script.argmax[canvas, step, row].tolist()
-            finite = finite and all(map(math.isfinite, sum(entropies, [])))
+            finite = finite and all(math.isfinite(entropy) for row in entropies for entropy in row)
             wanted = sampler.stability_threshold
             for row in rows:
-                same = len(history) >= wanted and all(past[row] == best[row] for past in history[len(history) - wanted :])
+                past = history[len(history) - wanted :]
+                same = len(history) >= wanted and all(canvas_then[row] == best[row] for canvas_then in past)
                 certain = sum(entropies[row]) / LENGTH < sampler.confidence_threshold
                 done[row] = done[row] or (same and certain)
             history.append([list(row) for row in best])
@@ -106,7 +107,8 @@ def scripts(draw) -> Script:
     shape = (canvases, steps, rows, LENGTH)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     calm, sure = draw(st.sampled_from([0.1, 0.5])), draw(st.sampled_from([0.3, 0.9]))
-    argmax = torch.where(torch.rand(shape, generator=generator) < calm, torch.randint(VOCABULARY, shape, generator=generator), 2)
+    others = torch.randint(VOCABULARY, shape, generator=generator)
+    argmax = torch.where(torch.rand(shape, generator=generator) < calm, others, 2)
     entropy = torch.where(torch.rand((*shape[:3], 1), generator=generator) < sure, 0.25, 2.0).expand(shape).clone()
     for _ in range(draw(st.integers(0, 1))):
         entropy.view(-1)[draw(st.integers(0, entropy.numel() - 1))] = draw(st.sampled_from([torch.nan, torch.inf]))
