@@ -40,7 +40,7 @@ class DryRunConfig:
     world: int | None = None  # processes; null: as many as the layout needs
     rank: int = 0  # the one that is played
     prompts: list[int] = field(default_factory=list)  # tokens of each row's prompt; []: 256 to train, 1024 to generate
-    responses: list[int] = field(default_factory=lambda: [768])  # filled up to whole canvases; one number: of all rows
+    responses: list[int] = field(default_factory=list)  # as long as prompts, or one for all rows; []: 768
     rows: int | None = None  # of a micro-batch; null: as many as prompts or responses has
     micro_batches: int = 1  # of one optimizer step
     max_new_tokens: int = 256
@@ -68,13 +68,12 @@ def dry_run(config: DryRunConfig, results: Results) -> dict[str, Any]:
 
 def case_of(config: DryRunConfig) -> Any:
     """What is played. Raises `ConfigurationError`, `LayoutError` or `DryRunError`."""
-    from nemo_diffgemma.dry_run.case import Case
-    from nemo_diffgemma.schema import ConfigurationError
+    from nemo_diffgemma.dry_run.case import PROMPTS, RESPONSES, Case
 
     if config.model.checkpoint is not None:
         raise ConfigurationError("model.checkpoint: a dry run reads no weights; give its sizes as model=<file>")
     layout = config.parallel.layout()
-    prompts, responses = config.prompts or [256 if config.verb == "train" else 1024], config.responses
+    prompts, responses = config.prompts or list(PROMPTS.get(config.verb, (1,))), config.responses or list(RESPONSES)
     rows = config.rows or max(len(prompts), len(responses))
     canvas = config.model.architecture.get("canvas_length", 256)
     return Case(

@@ -36,8 +36,17 @@ def runs_as_loop(a: Tensor, b: Tensor) -> bool:
 def launches_of(func: Any, args: Any) -> int:
     """Kernels of an operation: one, but for grouped products that run as a loop."""
     if func is aten._grouped_mm.default and runs_as_loop(args[0], args[1]):
-        return next(x.shape[0] for x in (args[1], args[0], args[2]) if isinstance(x, Tensor) and x.dim() != 2)
+        a, b, ends = args[:3]
+        return (ends if ends is not None else a if a.dim() == 3 else b).shape[0]
     return 1
+
+
+def grouped_shape(a: Tensor, b: Tensor, ends: Tensor | None) -> tuple[int, ...]:
+    """Of the result: a group is a matrix of a 3D operand, or a slice of what both 2D operands share."""
+    if a.dim() == b.dim() == 2:
+        assert ends is not None
+        return (ends.shape[0], a.shape[0], b.shape[1])
+    return (*a.shape[:-1], b.shape[-1]) if b.dim() == 3 else (a.shape[1], b.shape[1])
 
 
 def record(ledger: Ledger, func: Any, args: Any, kwargs: Any, out: Any, model_dtype: torch.dtype) -> None:

@@ -8,7 +8,6 @@ A figure may move by 2 % before the file has to say so: memory, launches, waits,
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from typing import Any
 import yaml
 
 from nemo_diffgemma.cli.child_process import call_in_child
-from nemo_diffgemma.dry_run.case import Case
+from nemo_diffgemma.dry_run.case import Case, released
 from nemo_diffgemma.dry_run.driver import environment
 from nemo_diffgemma.dry_run.report import as_json
 from nemo_diffgemma.dry_run.whole import measure_all
 from nemo_diffgemma.gpus import load_gpu
 from nemo_diffgemma.parallel.layout import ParallelLayout
-from nemo_diffgemma.repository import CONF
-from nemo_diffgemma.schema import ModelGroup, OptimGroup
 
 EXPECTED = Path(__file__).with_name("expected.yaml")
 TOLERANCE = 0.02
@@ -32,43 +29,26 @@ SINGLE, EP8, TP4_EP8 = ParallelLayout(), ParallelLayout(expert=8), ParallelLayou
 TP2_EP4_ETP2 = ParallelLayout(tensor=2, expert=4, expert_tensor=2)
 
 
-def case(layout: ParallelLayout, verb: str = "train", recompute: str = "full", canvases: int = 1, **more: Any) -> Case:
-    """The released network; by default one row, prompt 256 and response 768, or prompt 1024 to generate."""
-    model = ModelGroup(**yaml.safe_load((CONF / "model" / "diffusiongemma_26b_a4b.yaml").read_text()))
-    model.recompute, model.objective.canvases_per_example = recompute, canvases
-    plain = Case(
-        verb=verb,
-        model=model,
-        optim=OptimGroup(),
-        layout=layout,
-        world=layout.world_size,
-        rank=0,
-        prompts=(256,) if verb == "train" else (1024,),
-        responses=(768,),
-    )
-    return dataclasses.replace(plain, **more)
-
-
 PACKED = dict(prompts=(100, 700), responses=(256, 1500))
 CASES: dict[str, dict[str, Case]] = {
     "h100": {
-        "train, one GPU, full recompute": case(SINGLE),
-        "train, EP8, full recompute": case(EP8),
-        "train, TP4xEP8, no recompute, 16 canvases": case(
+        "train, one GPU, full recompute": released(SINGLE),
+        "train, EP8, full recompute": released(EP8),
+        "train, TP4xEP8, no recompute, 16 canvases": released(
             TP4_EP8, recompute="none", canvases=16, prompts=(1024,), responses=(4096,)
         ),
-        "train, TP2xEP4xETP2, selective, packed rows": case(TP2_EP4_ETP2, recompute="selective", **PACKED),
-        "train, TP4xEP8, rank 77 of 512": case(TP4_EP8, world=512, rank=77),
-        "generate, one GPU": case(SINGLE, "generate"),
-        "generate, TP4xEP8": case(TP4_EP8, "generate"),
+        "train, TP2xEP4xETP2, selective, packed rows": released(TP2_EP4_ETP2, recompute="selective", **PACKED),
+        "train, TP4xEP8, rank 77 of 512": released(TP4_EP8, world=512, rank=77),
+        "generate, one GPU": released(SINGLE, "generate"),
+        "generate, TP4xEP8": released(TP4_EP8, "generate"),
     },
     "b200": {
-        "train, EP8, selective": case(EP8, recompute="selective"),
-        "generate, EP8, two rows": case(EP8, "generate", prompts=(1500, 700), responses=(1, 1)),
+        "train, EP8, selective": released(EP8, recompute="selective"),
+        "generate, EP8, two rows": released(EP8, "generate", prompts=(1500, 700), responses=(1, 1)),
     },
     "rtx_5090": {
-        "train, TP4xEP8, packed rows": case(TP4_EP8, **PACKED),
-        "generate, TP2xEP4xETP2": case(TP2_EP4_ETP2, "generate"),
+        "train, TP4xEP8, packed rows": released(TP4_EP8, **PACKED),
+        "generate, TP2xEP4xETP2": released(TP2_EP4_ETP2, "generate"),
     },
 }
 

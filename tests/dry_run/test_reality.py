@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from nemo_diffgemma.cli.child_process import call_in_child
+from nemo_diffgemma.dry_run.case import released
 from nemo_diffgemma.dry_run.driver import environment
 from nemo_diffgemma.dry_run.ledger import Ledger, Numbers
 from nemo_diffgemma.dry_run.memory import Memory
@@ -69,7 +70,7 @@ def real(case: Any) -> Numbers:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_memory_is_that_of_a_real_run(recompute: str) -> None:
-    case = figures.case(figures.SINGLE, recompute=recompute, prompts=(300,), responses=(1024,))
+    case = released(figures.SINGLE, recompute=recompute, prompts=(300,), responses=(1024,))
     case = dataclasses.replace(case, model=ModelGroup(architecture=SMALL, recompute=recompute))
     found, _ = call_in_child(real, case)
     expected = call_in_child(measure_all, {"small": case}, environment=environment(load_gpu("h100")))[0][
