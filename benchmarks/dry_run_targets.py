@@ -1,10 +1,11 @@
-"""What a dry run of the released network says of the project's targets for GPUs, as the table in docs/dry_run.md.
+"""The project's targets for GPUs beside what a dry run of the released network finds, as the table in docs/dry_run.md.
 
-    python benchmarks/dry_run_targets.py            # some minutes; an H100 that is not there
-    python benchmarks/dry_run_targets.py gpu=b200
+    python -m tests.dry_run.figures h100       # plays the cases, some minutes on two cores
+    python benchmarks/dry_run_targets.py       # prints the table from tests/dry_run/expected.yaml
 
-Training: prompt 256, response 768, one canvas scored, AdamW distributed over the ranks, micro-batch 1; "16 canvases":
-prompt 1024, response 4096, all 16 scored. Generation: prompt 1024. "Loss phase": the most that it holds of its own.
+Training: prompt 256, response 768, one canvas scored, full recompute, AdamW distributed over the ranks; "16 canvases":
+prompt 1024, response 4096, all 16 scored, no recompute. Generation: prompt 1024, batch 1. "Own": the most that a phase
+holds of what it has taken itself.
 """
 
 from __future__ import annotations
@@ -12,31 +13,24 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_diffgemma.cli.child_process import call_in_child
-from nemo_diffgemma.dry_run.case import Case, Measured, released
-from nemo_diffgemma.dry_run.driver import environment
-from nemo_diffgemma.dry_run.whole import measure_all
-from nemo_diffgemma.gpus import load_gpu
-from nemo_diffgemma.parallel.layout import ParallelLayout
+from tests.dry_run import figures
 
-SINGLE, EP8, TP4_EP8 = ParallelLayout(), ParallelLayout(expert=8), ParallelLayout(tensor=4, expert=8)
-CASES: dict[str, Case] = {
-    "generate": released(SINGLE, "generate"),
-    "generate TP4xEP8": released(TP4_EP8, "generate"),
-    "generate EP8": released(EP8, "generate"),
-    "train": released(SINGLE),
-    "train EP8": released(EP8),
-    "train TP4xEP8": released(TP4_EP8),
-    "train TP4xEP8, 16 canvases": released(TP4_EP8, recompute="none", canvases=16, prompts=(1024,), responses=(4096,)),
-}
+GENERATE = ("generate, one GPU", "generate, TP4xEP8", "generate, EP8")
+ONE_GPU, EP8, RANK_OF_512 = (
+    "train, one GPU, full recompute",
+    "train, EP8, full recompute",
+    "train, TP4xEP8, rank 77 of 512",
+)
+LARGE = "train, TP4xEP8, no recompute, 16 canvases"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A row: the worst of some cases in what a phase (None: all) has of a number."""
+    """A row: what a phase (None: all) has of a number, in some cases."""
 
     text: str
     most: float
@@ -44,44 +38,40 @@ class Target:
     number: str
     phase: str | None = None
 
-    def row(self, measured: dict[str, Measured]) -> str:
-        """In Markdown, with the figures of all its cases."""
-        figures = [self._of(measured[name]) for name in self.cases]
-        digits = 1 if self.number.endswith("_gb") else 0
-        shown = ", ".join(f"{figure:,.{digits}f}" for figure in figures)
-        met = "yes" if max(figures) <= self.most else "**no**"
-        return f"| {self.text} | {self.most:,g} | {shown} | {met} |"
+    def found(self, results: dict[str, Any]) -> list[float]:
+        """One figure for each case."""
+        return [self._of(results[name]) for name in self.cases]
 
-    def _of(self, measured: Measured) -> float:
-        phases = measured.phases if self.phase is None else [self.phase]
-        values = [measured.sum(self.number, phase) for phase in phases]
+    def _of(self, result: dict[str, Any]) -> float:
+        phases = result["phases"]
+        values = [phases[name][self.number] for name in ([self.phase] if self.phase else phases)]
         return max(values) if self.number.endswith("_gb") else sum(values)
 
+    def row(self, results: dict[str, Any]) -> str:
+        """In Markdown."""
+        found = self.found(results)
+        shown = ", ".join(f"{figure:,.{1 if self.number.endswith('_gb') else 0}f}" for figure in found)
+        return f"| {self.text} | {self.most:,g} | {shown} | {'yes' if max(found) <= self.most else '**no**'} |"
 
-GENERATE = ("generate", "generate TP4xEP8", "generate EP8")
-TRAIN = ("train", "train EP8", "train TP4xEP8")
-LARGE = "train TP4xEP8, 16 canvases"
+
 TARGETS = (
     Target("denoising step, one GPU: launches", 2500, GENERATE[:1], "launches", "denoise"),
     Target("denoising step, TP4xEP8: launches", 2500, GENERATE[1:2], "launches", "denoise"),
     Target("denoising step, one GPU, TP4xEP8, EP8: host waits", 0, GENERATE, "waits", "denoise"),
-    Target("training step, full recompute, one GPU, EP8, TP4xEP8: launches", 20_000, TRAIN, "launches"),
-    Target("training step, EP8, TP4xEP8: host waits (two a layer, and two for the log)", 62, TRAIN[1:], "waits"),
-    Target("training step, one GPU: host waits", 2, TRAIN[:1], "waits"),
-    Target("peak GB, EP8, full recompute, one canvas", 72, TRAIN[1:2], "peak_gb"),
+    Target("training step, one GPU, EP8, TP4xEP8 of 512: launches", 20_000, (ONE_GPU, EP8, RANK_OF_512), "launches"),
+    Target(
+        "the same: host waits (two a layer with EP, and six for the step)", 66, (ONE_GPU, EP8, RANK_OF_512), "waits"
+    ),
+    Target("peak GB, EP8, full recompute, one canvas", 72, (EP8,), "peak_gb"),
     Target("peak GB, TP4xEP8, no recompute, 16 canvases", 75, (LARGE,), "peak_gb"),
-    Target("loss phase GB, EP8, TP4xEP8, 16 canvases", 1.2, (*TRAIN[1:], LARGE), "own_gb", "loss"),
+    Target("loss, own GB: EP8, TP4xEP8 of 512, 16 canvases", 1.2, (EP8, RANK_OF_512, LARGE), "own_gb", "loss"),
 )
 
 
 def main() -> None:
-    gpu = load_gpu(next((argument.removeprefix("gpu=") for argument in sys.argv[1:]), "h100"))
-    measured, _ = call_in_child(measure_all, CASES, environment=environment(gpu))
-    print(f"{gpu.name}\n\n| | target | dry run | met |\n|---|---|---|---|")
-    print("\n".join(target.row(measured) for target in TARGETS))
-    for name, result in measured.items():
-        for text in result.violations:
-            print(f"violation in {name}: {text}")
+    results = figures.read()["h100"]
+    print("| | target | dry run | met |\n|---|---|---|---|")
+    print("\n".join(target.row(results) for target in TARGETS))
 
 
 if __name__ == "__main__":

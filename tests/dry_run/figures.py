@@ -40,11 +40,12 @@ CASES: dict[str, dict[str, Case]] = {
         "train, TP2xEP4xETP2, selective, packed rows": released(TP2_EP4_ETP2, recompute="selective", **PACKED),
         "train, TP4xEP8, rank 77 of 512": released(TP4_EP8, world=512, rank=77),
         "generate, one GPU": released(SINGLE, "generate"),
+        "generate, EP8": released(EP8, "generate"),
         "generate, TP4xEP8": released(TP4_EP8, "generate"),
     },
     "b200": {
         "train, EP8, selective": released(EP8, recompute="selective"),
-        "generate, EP8, two rows": released(EP8, "generate", prompts=(1500, 700), responses=(1, 1)),
+        "generate, TP4xEP8, two rows": released(TP4_EP8, "generate", prompts=(1500, 700), responses=(1, 1)),
     },
     "rtx_5090": {
         "train, TP4xEP8, packed rows": released(TP4_EP8, **PACKED),
@@ -54,9 +55,13 @@ CASES: dict[str, dict[str, Case]] = {
 
 
 def measured(gpu: str) -> dict[str, dict[str, Any]]:
-    """The JSON line of each case of a GPU."""
+    """The JSON line of each case of a GPU, with what each phase holds of its own."""
     results, _ = call_in_child(measure_all, CASES[gpu], environment=environment(load_gpu(gpu)))
-    return {name: as_json(CASES[gpu][name], result) for name, result in results.items()}
+    found = {name: as_json(CASES[gpu][name], result) for name, result in results.items()}
+    for name, result in results.items():
+        for phase, figures in found[name]["phases"].items():
+            figures["own_gb"] = round(result.sum("own_gb", phase), 4)
+    return found
 
 
 def read() -> dict[str, dict[str, dict[str, Any]]]:
