@@ -1,4 +1,4 @@
-"""Play one rank of any world without a GPU: memory, FLOPs, launches, waits of the host and collectives of the real code.
+"""Play one rank of any world without a GPU: memory, FLOPs, launches, host waits and collectives of the real code.
 
     python launch/dry_run.py verb=train parallel=tp4_ep8 world=512 rank=77
     python launch/dry_run.py verb=generate gpu=rtx_5090
@@ -44,6 +44,7 @@ class DryRunConfig:
     rows: int | None = None  # of a micro-batch; null: as many as prompts or responses has
     micro_batches: int = 1  # of one optimizer step
     max_new_tokens: int = 256
+    temporary_gb: float = 2.0  # more in one allocation is a violation
     whole: bool = False  # play all layers
 
 
@@ -88,12 +89,15 @@ def case_of(config: DryRunConfig) -> Any:
         micro_batches=config.micro_batches,
         canvases=-(-config.max_new_tokens // canvas),
         steps=config.sampler.max_denoising_steps or 48,
+        temporary_gb=config.temporary_gb,
     )
 
 
 def _of_rows(name: str, lengths: list[int], rows: int) -> tuple[int, ...]:
     if len(lengths) not in (1, rows):
-        raise ConfigurationError(f"{name}={lengths} has {len(lengths)} lengths; expected one, or one for each of {rows} rows")
+        raise ConfigurationError(
+            f"{name}={lengths} has {len(lengths)} lengths; expected one, or one for each of {rows} rows"
+        )
     return tuple(lengths * rows if len(lengths) == 1 else lengths)
 
 

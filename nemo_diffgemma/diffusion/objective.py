@@ -38,8 +38,9 @@ from nemo_diffgemma.diffusion.noise import (
     to_ids,
     to_uniforms,
 )
-from nemo_diffgemma.diffusion.rows import Rows, on_device
+from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.transfer import to_device
 
 
 @dataclass
@@ -187,7 +188,7 @@ def corrupt(
         levels_M1 = torch.full(samples_M1.shape, level)
     replaced_MC = to_uniforms(bits(CORRUPTED, inside)) < levels_M1
     new_MC = torch.where(replaced_MC, to_ids(bits(CORRUPTION, inside), vocab_size), -1)
-    places_MC, new_MC = on_device(torch.stack([starts_M1 + inside, new_MC]), rows.tokens_T.device)
+    places_MC, new_MC = to_device(torch.stack([starts_M1 + inside, new_MC]), rows.tokens_T.device)
     clean_MC = rows.tokens_T[places_MC]
     return Corrupted(torch.where(new_MC < 0, clean_MC, new_MC), clean_MC, levels_M1[:, 0])
 
@@ -316,7 +317,7 @@ def _denoised(
 def self_conditioned(rows: Rows, canvases: Sequence[Canvas], probability: float, seed: int) -> Tensor:
     """Which canvases are shown the first pass's prediction: one coin an example, [M] bool."""
     samples_M = torch.tensor([rows.samples[canvas.row] for canvas in canvases])
-    return on_device(to_uniforms(keyed_bits(seed, samples_M, COIN)) < probability, rows.tokens_T.device)
+    return to_device(to_uniforms(keyed_bits(seed, samples_M, COIN)) < probability, rows.tokens_T.device)
 
 
 # -- what is scored, and how much it weighs ----------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def _next_tokens(rows: Rows, config: ObjectiveConfig, totals: Counts) -> tuple[T
     lengths_B = torch.tensor(rows.lengths)
     has_next_T = torch.ones(int(lengths_B.sum()), dtype=torch.bool).index_fill(0, lengths_B.cumsum(0) - 1, False)
     device = rows.tokens_T.device
-    tokens_N = on_device(has_next_T.nonzero()[:, 0], device)
+    tokens_N = to_device(has_next_T.nonzero()[:, 0], device)
     if config.reduction == "token":
         weights_N = _one_over(torch.ones(1), totals.next_tokens, device).expand(len(tokens_N))
     else:
@@ -352,4 +353,4 @@ def _next_tokens(rows: Rows, config: ObjectiveConfig, totals: Counts) -> tuple[T
 
 def _one_over(numbers: Tensor, total: int | Tensor, device: torch.device) -> Tensor:
     """1 / (number * total) of numbers of the host, float32 on the device."""
-    return (on_device(numbers.double(), device) * total).reciprocal().float()
+    return (to_device(numbers.double(), device) * total).reciprocal().float()

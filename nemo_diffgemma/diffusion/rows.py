@@ -12,12 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the host on the device. The host goes on at once: they travel through pinned memory."""
-    if device.type != "cuda" or values.is_cuda:
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+from nemo_diffgemma.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +37,7 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """The same rows with their tokens on `device`."""
-        return replace(self, tokens_T=on_device(self.tokens_T, torch.device(device)))
+        return replace(self, tokens_T=to_device(self.tokens_T, torch.device(device)))
 
     def split(self, size: int) -> list[Rows]:
         """`size` rows at a time, in their order."""

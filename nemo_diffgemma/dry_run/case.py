@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
@@ -12,7 +13,10 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.schema import ModelGroup, OptimGroup
 
+FEWEST_STEPS = 3
 VERBS = ("train", "generate")
+DTYPES = ("float32", "bfloat16")
+RECOMPUTE = ("none", "selective", "full")
 
 
 class DryRunError(UserError):
@@ -34,9 +38,14 @@ class Case:
     micro_batches: int = 1
     canvases: int = 1  # that a generation makes
     steps: int = 48  # denoising steps of each
+    temporary_gb: float = 2.0  # more in one allocation is a violation
 
     def __post_init__(self) -> None:
         """Raises `DryRunError`, `LayoutError` or `ConfigurationError`."""
+        if self.model.dtype not in DTYPES:
+            raise DryRunError(f"model.dtype={self.model.dtype!r}; use one of {', '.join(DTYPES)}")
+        if self.model.recompute not in RECOMPUTE:
+            raise DryRunError(f"model.recompute={self.model.recompute!r}; use one of {', '.join(RECOMPUTE)}")
         if self.verb not in VERBS:
             raise DryRunError(f"verb={self.verb!r}; use one of {', '.join(VERBS)}")
         self.layout.check_world(self.world)
@@ -51,8 +60,12 @@ class Case:
             )
         if min(self.micro_batches, self.canvases, self.steps) < 1:
             raise DryRunError("micro_batches, canvases and denoising steps must be at least 1")
+        if self.verb == "generate" and self.steps < FEWEST_STEPS:
+            raise DryRunError(
+                f"{self.steps} denoising steps; a dry run tells one in the steady state from at least {FEWEST_STEPS}"
+            )
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         return ModelConfig(**self.model.architecture)
 

@@ -67,7 +67,9 @@ def _scores(query: Tensor, key: Tensor, block_mask: Any) -> int:
         return rows * heads * queries * key.shape[2]
     pairs = block_mask.BLOCK_SIZE[0] * block_mask.BLOCK_SIZE[1]
     counts = [block_mask.kv_num_blocks, block_mask.full_kv_num_blocks]
-    blocks = sum(int(shadows.read(x).sum()) * rows * heads // (x.shape[0] * x.shape[1]) for x in counts if x is not None)
+    blocks = sum(
+        int(shadows.read(x).sum()) * rows * heads // (x.shape[0] * x.shape[1]) for x in counts if x is not None
+    )
     return blocks * pairs
 
 

@@ -1,8 +1,8 @@
 """Values of GPU tensors that are not there: a small tensor whose values follow from the host's has a shadow on the CPU.
 
 With shadows `.tolist()`, masks and the splits of an all-to-all are true. The choice of experts cannot be known, so it
-is set: indices that `topk` gives are round robin, every expert gets as many tokens as any other. What has no shadow
-reads 1.0, 0 or False.
+is set: indices that `topk` gives are round robin, every expert gets as many tokens as any other. A comparison of what
+is not known is false (nothing is finished, nothing accepted). What has no shadow reads 1.0 or 0.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _WITHOUT_VALUE = {
 }
 _JOINS = {aten.stack.default, aten.cat.default}
 _FEW = 64  # elements of what is joined of known and unknown values: flags that the host reads at once
+_FEW_FLAGS = 4096  # elements of booleans that are taken for False where nothing is known: logic over them is consistent
 _NAME = "_dry_run_shadow"
 
 
@@ -104,6 +105,9 @@ def follow(func: Any, args: Any, kwargs: Any, fakes: list[FakeTensor], out: Any)
     if not known:
         for x in _written(func, args):
             forget(x)
+        for x in tree_iter(out):
+            if isinstance(x, FakeTensor) and x.dtype == torch.bool and x.numel() <= _FEW_FLAGS:
+                give(x, torch.zeros(x.shape, dtype=torch.bool))
         return
     value = on_cpu(func, args, kwargs)
     for mine, theirs in zip(tree_iter(out), tree_iter(value), strict=False):

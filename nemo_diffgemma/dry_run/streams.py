@@ -1,11 +1,13 @@
 """Streams, events and CUDA graphs: what synchronises waits; a graph counts what it holds at every replay.
 
-The block of a capture runs as it stands, but what it launches counts with the replays, as on a GPU.
+The block of a capture runs as it stands, but what it launches counts with the replays, as on a GPU. An event has not
+come yet (`query` says so) as long as nothing was enqueued after it: then the host would wait and the GPU run dry.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,9 +39,20 @@ def followed(ledger: Ledger) -> Iterator[None]:
         ledger.replay(graph.__dict__["_dry_run_counts"])
         ledger.add("graph_launches")
 
+    record_event, recorded = torch.cuda.Event.record, weakref.WeakKeyDictionary[torch.cuda.Event, int]()
+
+    def record(event: torch.cuda.Event, *args: Any, **kwargs: Any) -> None:
+        recorded[event] = ledger.enqueued
+        record_event(event, *args, **kwargs)
+
+    def query(event: torch.cuda.Event) -> bool:
+        return event not in recorded or ledger.enqueued > recorded[event]
+
     patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "synchronize", synchronise),
         (torch.cuda.Event, "synchronize", synchronise),
+        (torch.cuda.Event, "record", record),
+        (torch.cuda.Event, "query", query),
         (torch.cuda.Stream, "synchronize", synchronise),
         (torch.cuda, "is_current_stream_capturing", lambda: ledger.captured is not None),
         (torch.cuda.graphs, "is_current_stream_capturing", lambda: ledger.captured is not None),

@@ -11,7 +11,6 @@ Shapes: T tokens, K choices of each, L experts of this rank, R rows, H hidden.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +30,30 @@ class Rows(NamedTuple):
     absent: int | None  # what stands in `by_token` for a choice that has no row here
 
 
+class Counting:
+    """Numbers 0, step, 2 * step, ... of a pass, made once for all its layers.
+
+    Not kept for longer: a recorded pass reads them where they lay when it was recorded.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._made = device, dict[tuple[int, int], Tensor]()
+
+    def up_to(self, end: int, step: int = 1) -> Tensor:
+        """Those below `end`."""
+        if (end, step) not in self._made:
+            self._made[end, step] = torch.arange(0, end, step, device=self._device)
+        return self._made[end, step]
+
+
 class SortedChoices:
     """Choices in the order of the experts; those of this rank, numbers below L, come first."""
 
-    def __init__(self, experts_TK: Tensor, local_experts: int) -> None:
-        self.experts_TK, self.local_experts = experts_TK, local_experts
+    def __init__(self, experts_TK: Tensor, local_experts: int, counting: Counting) -> None:
+        self.experts_TK, self.local_experts, self._counting = experts_TK, local_experts, counting
         self._ranked, self._order = experts_TK.flatten().sort()
         self._top_k = experts_TK.shape[1]
-        self._starts_T = _numbers(experts_TK.numel(), self._top_k, experts_TK.device)
+        self._starts_T = counting.up_to(experts_TK.numel(), self._top_k)
 
     @property
     def count(self) -> Tensor:
@@ -56,13 +71,14 @@ class SortedChoices:
         none of them is undefined, or beyond memory.
         """
         choices_R, by_token_R = self._order[:rows].sort()
-        ends_L = torch.searchsorted(self._ranked[:rows], _up_to_any(self.local_experts, choices_R.device), out_int32=True)
+        ends_L = self._ends().clamp_max(rows)
+        ends_L[-1:] = rows
         return self._rows(self._order[:rows], ends_L, by_token_R, torch.searchsorted(choices_R, self._starts_T))
 
     def uncounted(self) -> Rows:
         """A row for every choice, and one more that stands for those of other ranks' experts."""
         absent = self._order.shape[0]
-        by_token = torch.where(self.experts_TK.flatten() < self.local_experts, self._inverse(), absent)
+        by_token = self._inverse().masked_fill_(self.experts_TK.flatten() >= self.local_experts, absent)
         return self._rows(F.pad(self._order, (0, 1)), self._ends(), by_token, self._starts_T, absent)
 
     def _rows(
@@ -71,33 +87,12 @@ class SortedChoices:
         return Rows(order_R // self._top_k, order_R, ends_L, by_token, starts_T, absent)
 
     def _ends(self) -> Tensor:
-        return torch.searchsorted(
-            self._ranked, _numbers(self.local_experts, 1, self._ranked.device), right=True, out_int32=True
-        )
+        return torch.searchsorted(self._ranked, self._counting.up_to(self.local_experts), right=True, out_int32=True)
 
     def _inverse(self) -> Tensor:
         """The row of each choice."""
-        places = _numbers(self._order.shape[0], 1, self._order.device)
+        places = self._counting.up_to(self._order.shape[0])
         return torch.empty_like(self._order).scatter_(0, self._order, places)
-
-
-def _numbers(end: int, step: int, device: torch.device) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.arange(0, end, step, device=device)  # in memory of the graph's own: replays read it where it lies
-    return _kept_numbers(end, step, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_numbers(end: int, step: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # kept for passes with gradient
-        return torch.arange(0, end, step, device=device)
-
-
-@functools.lru_cache(maxsize=8)
-def _up_to_any(experts: int, device: torch.device) -> Tensor:
-    """1, 2, ... and then more than any: what lies before them is of expert 0, 1, ... and the last."""
-    with torch.inference_mode(False):
-        return F.pad(torch.arange(1, experts, device=device), (0, 1), value=1 << 30)
 
 
 def take_rows(x_TH: Tensor, rows: Rows) -> Tensor:

@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.model.dispatch import OnItsWay, Rows, SortedChoices, sum_rows, take_rows
+from nemo_diffgemma.model.dispatch import Counting, OnItsWay, Rows, SortedChoices, sum_rows, take_rows
 from nemo_diffgemma.model.routing import choose, router_logits
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_experts
@@ -50,7 +50,9 @@ class Router(TopKRouter):
             return parameter
 
         like = dict(dtype=config.params_dtype, device=device())
-        self.weight = learned(torch.empty(config.num_moe_experts, config.hidden_size, **like))  # Megatron's is on the CPU
+        self.weight = learned(
+            torch.empty(config.num_moe_experts, config.hidden_size, **like)
+        )  # Megatron's is on the CPU
         self.scale = learned(torch.ones(config.hidden_size, **like))
         self.per_expert_scale = learned(torch.ones(config.num_moe_experts, **like))
 
@@ -133,11 +135,13 @@ class ExpertPass:
     """What the experts of a layer know of a pass besides its tokens.
 
     `replicas_alike`: every replica runs the same tokens, as at inference. Otherwise `tokens` is the most that any rank
-    of the expert group holds. `rows` are those of this rank's experts once the host knows them, for recomputation.
+    of the expert group holds. `counting` is shared by all layers. `rows` are those of this rank's experts once the host
+    knows them, for recomputation.
     """
 
     replicas_alike: bool
     tokens: int
+    counting: Counting
     rows: int | None = None
 
 
@@ -168,15 +172,15 @@ class MixtureOfExperts(nn.Module):
         """
         weights_TK, chosen_TK = self.router(router_input_TH)
         if self.group.size() == 1:
-            return self._compute(expert_input_TH, weights_TK, SortedChoices(chosen_TK, self.num_experts).all())
+            return self._compute(expert_input_TH, weights_TK, self._sorted(chosen_TK, call).all())
         if self.needs_whole_stream(call):
-            return self._sum_of_alike(self._uncounted(expert_input_TH, weights_TK, self._local(chosen_TK)))
+            return self._sum_of_alike(self._uncounted(expert_input_TH, weights_TK, self._local(chosen_TK), call))
         tokens = expert_input_TH.shape[0]
         everything = self._over_group(expert_input_TH, weights_TK, chosen_TK, call)
         return reduce_scatter_to_sequence_parallel_region(everything, group=self.group)[:tokens]
 
     def _over_group(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass) -> Tensor:
-        """This rank's share of the outputs for the tokens of all ranks of the expert group, one rank after the other."""
+        """This rank's share of the outputs for all tokens of the expert group, one rank's after the other."""
         packed = torch.cat([weights_TK, chosen_TK.to(weights_TK.dtype)], dim=1)
         missing = call.tokens - x_TH.shape[0]
         if missing:
@@ -185,8 +189,9 @@ class MixtureOfExperts(nn.Module):
         weights_TK, chosen_TK = gather_from_sequence_parallel_region(packed, group=self.group).chunk(2, dim=1)
         chosen_TK = self._local(chosen_TK.detach().long())
         if not torch.is_grad_enabled():
-            return self._uncounted(gather_from_sequence_parallel_region(x_TH, group=self.group), weights_TK, chosen_TK)
-        choices = SortedChoices(chosen_TK, self.experts.down_proj.shape[0])
+            x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)
+            return self._uncounted(x_TH, weights_TK, chosen_TK, call)
+        choices = self._sorted(chosen_TK, call)
         count = OnItsWay(choices.count) if call.rows is None else None
         x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)  # meanwhile
         if count is not None:
@@ -198,11 +203,14 @@ class MixtureOfExperts(nn.Module):
         """Experts counted from the first of this rank: those of other ranks, and number E, come after its own."""
         return (chosen_TK - self.first_expert).remainder(self.num_experts + 1)
 
-    def _uncounted(self, x_TH: Tensor, weights_TK: Tensor, local_TK: Tensor) -> Tensor:
+    def _sorted(self, local_TK: Tensor, call: ExpertPass) -> SortedChoices:
+        return SortedChoices(local_TK, self.experts.down_proj.shape[0], call.counting)
+
+    def _uncounted(self, x_TH: Tensor, weights_TK: Tensor, local_TK: Tensor, call: ExpertPass) -> Tensor:
         """Without gradient: a row for every choice, some tokens at a time."""
         step = max(1, UNCOUNTED // local_TK.shape[1])
         parts = [
-            self._compute(x, weights, SortedChoices(local, self.experts.down_proj.shape[0]).uncounted())
+            self._compute(x, weights, self._sorted(local, call).uncounted())
             for x, weights, local in zip(x_TH.split(step), weights_TK.split(step), local_TK.split(step), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

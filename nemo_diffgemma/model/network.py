@@ -23,7 +23,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model import loss, vocabulary
 from nemo_diffgemma.model.cache import Cache, KeyValue
-from nemo_diffgemma.model.dispatch import most_of_all
+from nemo_diffgemma.model.dispatch import Counting, most_of_all
 from nemo_diffgemma.model.embedding import TokenTable
 from nemo_diffgemma.model.experts import ExpertPass
 from nemo_diffgemma.model.layer import Layer, gather_tokens, recompute
@@ -125,10 +125,10 @@ class Network(MegatronModule):
         positions = stream.positions(x.device)
         rotary = {kind: cosine_and_sine(positions, f, self.dtype) for kind, f in self._frequencies.items()}
         level = self.recompute if torch.is_grad_enabled() else "none"
-        kept, tokens = [], self._most_tokens(x, replicas_alike)
+        kept, tokens, counting = [], self._most_tokens(x, replicas_alike), Counting(x.device)
         for index, layer in enumerate(self.layers):
             past = cache.layers[index] if cache is not None and cache.layers else None
-            kind, experts = self.model_config.layer_kind(index), ExpertPass(replicas_alike, tokens)
+            kind, experts = self.model_config.layer_kind(index), ExpertPass(replicas_alike, tokens, counting)
             args = (x, is_canvas, rotary[kind], stream, past, experts)
             x, context = recompute(layer, *args) if level == "full" else layer(*args, selective=level == "selective")
             kept.append(context)

@@ -27,6 +27,7 @@ from torch import Tensor
 from nemo_diffgemma.diffusion.sampler import choose_chunk, choose_inside
 
 CHUNK = 1024  # ids; a chunk of 256 positions is 1 MiB and stays in a core's cache (benchmarks/vocabulary.py)
+GPU_CHUNK_BYTES = 32 << 20  # of float32 logits: 32768 ids of 256 positions; a GPU waits for launches, not for a cache
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def statistics(
     temperature: float | Tensor = 1.0,
     uniforms_N: Tensor | None = None,
     soft_embedding: bool = True,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Statistics:
     """Statistics of softmax(softcap * tanh(hidden @ weight.T / softcap) / temperature).
 
@@ -86,22 +87,24 @@ def statistics(
     with torch.no_grad():
         gain = softcap / temperature
         gain = gain.float() if isinstance(gain, Tensor) else gain
-        sweep = _Sweep(hidden_NH, weight, shard, softcap, gain, chunk, soft_embedding)
-        maximum_NK, mass_NK, moment_NK = _gather_chunks(sweep)
+        sweep = _Sweep(hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding)
+        maximum_NK, reference_NK, mass_NK, moment_NK = sweep.of_all_ranks()
         top_N1 = maximum_NK.amax(1, keepdim=True)
-        scale_NK = torch.exp(maximum_NK - top_N1)
+        scale_NK = torch.exp(reference_NK - top_N1)
         mass_NK, moment_NK = mass_NK * scale_NK, moment_NK * scale_NK
         total_N = mass_NK.sum(1)
         log_sum_exp_N = top_N1[:, 0] + total_N.log()
         entropy_N = (log_sum_exp_N - moment_NK.sum(1) / total_N).clamp_min(0.0)
-        parts = [sweep.search_maximum(maximum_NK.argmax(1))]  # the first of equal chunks holds the smallest id
-        if uniforms_N is not None:
-            parts.append(sweep.search_sample(mass_NK, top_N1, uniforms_N))
-        ids = torch.stack(parts)
-        if shard.parallel:  # -1 on the ranks that do not hold the chunk
-            dist.all_reduce(ids, op=dist.ReduceOp.MAX, group=shard.group)
+        ids = sweep.search(maximum_NK, mass_NK, top_N1, uniforms_N)
         soft_NH = sweep.soft_embedding(top_N1, total_N[:, None]) if soft_embedding else None
-    return Statistics(log_sum_exp_N, entropy_N, ids[0], ids[1] if len(parts) > 1 else None, soft_NH)
+    return Statistics(log_sum_exp_N, entropy_N, ids[0], None if uniforms_N is None else ids[1], soft_NH)
+
+
+def _chunk_of(hidden_NH: Tensor) -> int:
+    """Ids at a time, where the caller does not say."""
+    if hidden_NH.device.type == "cpu":
+        return CHUNK
+    return max(CHUNK, GPU_CHUNK_BYTES // (4 * hidden_NH.shape[0]) // 128 * 128)
 
 
 class _Sweep:
@@ -109,6 +112,7 @@ class _Sweep:
 
     Chunks are the leading axis of the buffers, so that the sweep and the searches touch contiguous memory. Ids that do
     not exist (the tail of the last real chunk, or all of a rank that holds only padding) have logit -inf and no mass.
+    Mass and moment (sum of exp times logit) of a chunk are relative to a reference, the largest logit up to its end.
     """
 
     def __init__(
@@ -122,18 +126,13 @@ class _Sweep:
         soft_embedding: bool,
     ) -> None:
         self.shard, self.chunk = shard, min(chunk, weight.shape[0])
-        chunks = -(-weight.shape[0] // self.chunk)
+        self.chunks = -(-weight.shape[0] // self.chunk)
         positions, device = hidden_NH.shape[0], hidden_NH.device
-
-        def numbers(*shape: int, value: float) -> Tensor:
-            return torch.full(shape, value, dtype=torch.float32, device=device)
-
-        self.logits_kNc = _scratch((chunks, positions, self.chunk), device)
-        self.maximum_kN = numbers(chunks, positions, value=MASKED_LOGIT)
-        self.mass_kN = numbers(chunks, positions, value=0.0)
-        self.moment_kN = numbers(chunks, positions, value=0.0)
-        self._soft_NH = numbers(*hidden_NH.shape, value=0.0) if soft_embedding else None
-        self._running_N1 = numbers(positions, 1, value=MASKED_LOGIT)
+        self.logits_kNc = _scratch((self.chunks, positions, self.chunk), device)
+        self.numbers_4kN = torch.zeros(4, self.chunks, positions, dtype=torch.float32, device=device)
+        self.numbers_4kN[:2] = MASKED_LOGIT  # maximum and reference of a rank without ids
+        self._reference_N1 = self.numbers_4kN[1, 0].clone()[:, None]
+        self._soft_NH = torch.zeros(hidden_NH.shape, dtype=torch.float32, device=device) if soft_embedding else None
         self._dtype = weight.dtype
         self._run(hidden_NH, weight[: shard.size], softcap, gain)
 
@@ -146,57 +145,62 @@ class _Sweep:
                 z_Nc.fill_(-torch.inf)
                 z_Nc, e_Nc = z_Nc[:, : rows.shape[0]], exponentials[:, : rows.shape[0]]
             capped_logits(hidden_NH, rows, softcap, gain, out=z_Nc)
-            maximum_N1 = torch.amax(z_Nc, dim=1, keepdim=True)
-            torch.sub(z_Nc, maximum_N1, out=e_Nc).exp_()
-            self.maximum_kN[index] = maximum_N1[:, 0]
-            self.mass_kN[index] = e_Nc.sum(1)
-            self.moment_kN[index] = torch.bmm(e_Nc[:, None], z_Nc[:, :, None])[:, 0, 0]
+            maximum_N, reference_N, mass_N, moment_N = self.numbers_4kN[:, index]
+            torch.amax(z_Nc, dim=1, out=maximum_N)
+            torch.maximum(self._reference_N1[:, 0], maximum_N, out=reference_N)
+            torch.sub(z_Nc, reference_N[:, None], out=e_Nc).exp_()
+            torch.sum(e_Nc, dim=1, out=mass_N)
             if self._soft_NH is not None:
-                self._add_soft(e_Nc, maximum_N1, rows)
+                self._add_soft(self._soft_NH, e_Nc, reference_N[:, None], rows)
+            torch.sum(e_Nc.mul_(z_Nc), dim=1, out=moment_N)
+            self._reference_N1 = reference_N[:, None]
 
-    def _add_soft(self, e_Nc: Tensor, maximum_N1: Tensor, rows: Tensor) -> None:
-        """soft += e @ rows under a running maximum, so that nothing overflows."""
-        assert self._soft_NH is not None
-        running_N1 = torch.maximum(self._running_N1, maximum_N1)
-        self._soft_NH.mul_(torch.exp(self._running_N1 - running_N1))
-        e_Nc.mul_(torch.exp(maximum_N1 - running_N1))
+    def _add_soft(self, soft_NH: Tensor, e_Nc: Tensor, reference_N1: Tensor, rows: Tensor) -> None:
+        """soft += e @ rows, so far relative to the last reference."""
+        soft_NH.mul_((self._reference_N1 - reference_N1).exp_())
         if rows.dtype == torch.float32:
-            self._soft_NH.addmm_(e_Nc, rows)
+            soft_NH.addmm_(e_Nc, rows)
         else:  # transformers casts the probabilities to the dtype of the table as well
-            self._soft_NH.add_(torch.mm(e_Nc.to(rows.dtype), rows))
-        self._running_N1 = running_N1
+            soft_NH.add_(torch.mm(e_Nc.to(rows.dtype), rows))
 
     def soft_embedding(self, top_N1: Tensor, total_N1: Tensor) -> Tensor:
         """Expected table row over all ranks, [N, H] in the table's dtype."""
         assert self._soft_NH is not None
-        soft_NH = self._soft_NH * (torch.exp(self._running_N1 - top_N1) / total_N1)
+        soft_NH = self._soft_NH.mul_(torch.exp(self._reference_N1 - top_N1) / total_N1)
         if self.shard.parallel:
             dist.all_reduce(soft_NH, group=self.shard.group)
         return soft_NH.to(self._dtype)
 
-    def search_maximum(self, chunk_N: Tensor) -> Tensor:
-        """Id of the largest logit, known to lie in chunk `chunk_N` of all ranks' chunks; -1 if it is not ours."""
-        mine_N, z_Nc = self._chunk_of(chunk_N)
-        return self._ids(chunk_N, mine_N, z_Nc.argmax(1))
+    def of_all_ranks(self) -> Tensor:
+        """Maximum, reference, mass and moment of the chunks of all ranks, [4, N, K], in order of ids."""
+        numbers_4kN = self.numbers_4kN
+        if self.shard.parallel:
+            parts = numbers_4kN.new_empty(self.shard.group.size() * 4, *numbers_4kN.shape[1:])
+            dist.all_gather_into_tensor(parts, numbers_4kN, group=self.shard.group)
+            numbers_4kN = parts.unflatten(0, (-1, 4)).transpose(0, 1).flatten(1, 2)
+        return numbers_4kN.transpose(1, 2)
 
-    def search_sample(self, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor) -> Tensor:
-        """Smallest id whose cumulative probability exceeds its uniform; -1 if it is not ours."""
-        chunk_N1, rest_N1 = choose_chunk(mass_NK, uniforms_N)
-        mine_N, z_Nc = self._chunk_of(chunk_N1[:, 0])
-        inside_N1 = choose_inside(torch.exp(z_Nc - top_N1), rest_N1)
-        return self._ids(chunk_N1[:, 0], mine_N, inside_N1[:, 0])
+    def search(self, maximum_NK: Tensor, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor | None) -> Tensor:
+        """Id of the largest logit and, with uniforms, the smallest whose cumulative probability exceeds its uniform.
 
-    def _chunk_of(self, chunk_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether this rank holds the chunk, and the logits of that chunk (some chunk, where it does not), [N, c]."""
-        chunks = self.logits_kNc.shape[0]
-        local_N = chunk_N - self.shard.group.rank() * chunks
-        mine_N = (local_N >= 0) & (local_N < chunks)
-        positions = torch.arange(chunk_N.shape[0], device=chunk_N.device)
-        return mine_N, self.logits_kNc[local_N.clamp(0, chunks - 1), positions]
-
-    def _ids(self, chunk_N: Tensor, mine_N: Tensor, inside_N: Tensor) -> Tensor:
-        local_N = chunk_N - self.shard.group.rank() * self.logits_kNc.shape[0]
-        return torch.where(mine_N, self.shard.first_id + local_N * self.chunk + inside_N, -1)
+        [1 or 2, N]. The rank that holds the chunk where an id must lie finds it: all others have -1.
+        """
+        chunks = [maximum_NK.argmax(1)]  # the first of equal chunks holds the smallest id
+        if uniforms_N is not None:
+            chunk_N1, rest_N1 = choose_chunk(mass_NK, uniforms_N)
+            chunks.append(chunk_N1[:, 0])
+        local_PN = torch.stack(chunks) - self.shard.group.rank() * self.chunks
+        positions = torch.arange(local_PN.shape[1], device=local_PN.device)
+        z_PNc = self.logits_kNc[local_PN.clamp(0, self.chunks - 1), positions]
+        inside = [z_PNc[0].argmax(1)]
+        if uniforms_N is not None:
+            inside.append(choose_inside(torch.exp(z_PNc[1] - top_N1), rest_N1)[:, 0])
+        ids_PN = local_PN * self.chunk + (self.shard.first_id + torch.stack(inside))
+        if not self.shard.parallel:
+            return ids_PN
+        ids_PN = torch.where((local_PN >= 0) & (local_PN < self.chunks), ids_PN, -1)
+        dist.all_reduce(ids_PN, op=dist.ReduceOp.MAX, group=self.shard.group)
+        return ids_PN
 
 
 _REUSED = threading.local()
@@ -230,17 +234,6 @@ def _scratch(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 MASKED_LOGIT = -1e30  # the maximum of no logits: finite, so that differences of it are too
-
-
-def _gather_chunks(sweep: _Sweep) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, mass and moment (sum of exp times logit) of the chunks of all ranks, [N, K] each, in order of ids."""
-    numbers_3kN = torch.stack([sweep.maximum_kN, sweep.mass_kN, sweep.moment_kN])
-    if sweep.shard.parallel:
-        parts = [torch.empty_like(numbers_3kN) for _ in range(sweep.shard.group.size())]
-        dist.all_gather(parts, numbers_3kN, group=sweep.shard.group)
-        numbers_3kN = torch.cat(parts, dim=1)
-    maximum, mass, moment = numbers_3kN.transpose(1, 2)
-    return maximum, mass, moment
 
 
 def capped_logits(

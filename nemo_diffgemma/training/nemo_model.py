@@ -37,7 +37,7 @@ from nemo_diffgemma.data import Batches, collate
 from nemo_diffgemma.data.tasks import DataGroup, Task, default_data, fill_id, task_of
 from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.diffusion.objective import Counts, Scored, choose_canvases, corrupt, count, objective
-from nemo_diffgemma.diffusion.rows import Rows, on_device
+from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.model.network import RECOMPUTE
 from nemo_diffgemma.parallel.groups import device, process_groups
@@ -52,7 +52,7 @@ from nemo_diffgemma.schema import (
 )
 from nemo_diffgemma.training import optimizer as optimizers
 from nemo_diffgemma.training import overlap
-from nemo_diffgemma.training.host_copy import HostCopy
+from nemo_diffgemma.transfer import HostCopy, to_device
 
 
 class TrainingError(RuntimeError):
@@ -195,15 +195,16 @@ class DiffusionGemmaModel(ModelPT):
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
         self.optimizers().step()
         overlap.start_gather(wrapped)
-        if not math.isfinite(self._adapter.grad_norm):  # before it enters metrics or a checkpoint
+        grad_norm = self._adapter.grad_norm  # waits for it, on a GPU not for the update
+        if not math.isfinite(grad_norm):  # before it enters metrics or a checkpoint
             gradient = non_finite.non_finite_gradient(self.network)
             where = None if gradient is None else f"the gradient of {gradient}"
-            raise _failure("gradient norm", self._adapter.grad_norm, step, where)
+            raise _failure("gradient norm", grad_norm, step, where)
         seconds = time.perf_counter() - started
         self.result = StepResult(
             step=step,
             loss=loss[0],
-            grad_norm=self._adapter.grad_norm,
+            grad_norm=grad_norm,
             lr=self._adapter.lr,
             diffusion=loss[1],
             autoregressive=loss[2],
@@ -246,7 +247,7 @@ class DiffusionGemmaModel(ModelPT):
             for rows in micro_batches(batch, micro_batch_size)
         ]
         counts = sum((count(rows, canvases, length) for rows, canvases in parts), Counts(0, 0, 0))
-        totals = Counts(*_sum_over_replicas(on_device(torch.tensor(astuple(counts)), device())).unbind())
+        totals = Counts(*_sum_over_replicas(to_device(torch.tensor(astuple(counts)), device())).unbind())
         shares = torch.zeros(3, dtype=torch.float64, device=device())
         for index, (rows, canvases) in enumerate(parts):
             corrupted = corrupt(

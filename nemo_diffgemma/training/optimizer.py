@@ -18,8 +18,8 @@ from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.schema import ConfigurationError, OptimGroup
 from nemo_diffgemma.training import overlap
-from nemo_diffgemma.training.host_copy import HostCopy
 from nemo_diffgemma.training.update import fuse, update
+from nemo_diffgemma.transfer import HostCopy
 
 DECAYS = ("constant", "linear", "cosine")
 

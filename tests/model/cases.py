@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.model import loss, vocabulary
+from nemo_diffgemma.model import loss, table_gradient, vocabulary
 from nemo_diffgemma.model.vocabulary import VocabularyShard
 from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
 
@@ -73,3 +73,31 @@ def soft_embedding(
     soft_NH = loss.soft_embedding(hidden_NH, weight, shard, softcap)
     soft_NH.backward(gradient_NH)
     return dict(soft=soft_NH.detach(), hidden=hidden_NH.grad, table=weight.grad)
+
+
+def accumulated(
+    tensor: int,
+    hidden_NH: Tensor,
+    table_VH: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    softcap: float,
+    gradient_NH: Tensor,
+    main: bool,
+) -> dict[str, Tensor]:
+    """Loss with its gradient, soft embedding and look-up of one table; where the table's gradient went.
+
+    `main`: the table has a float32 sum of gradients, which starts at 1, as Megatron's DDP gives it.
+    """
+    weight, shard = cut(table_VH, tensor)
+    table = torch.nn.Parameter(weight)
+    if main:
+        table.main_grad = torch.ones(weight.shape)  # type: ignore[attr-defined]
+    total, hidden_gradient = loss.linear_cross_entropy_gradient(hidden_NH, table, labels_N, weights_N, shard, softcap)
+    soft_NH = loss.soft_embedding(hidden_NH, table, shard, softcap)
+    soft_NH.backward(gradient_NH)
+    ids_N = (labels_N - shard.first_id).clamp(0, shard.size - 1)
+    table_gradient.look_up(ids_N, table).backward(gradient_NH)
+    gradient = table.main_grad - 1 if main else table.grad  # type: ignore[attr-defined]
+    assert main == (table.grad is None)
+    return dict(loss=total, hidden=hidden_gradient, table=gradient)
