@@ -45,9 +45,13 @@ SECONDS = 120  # for an answer
 
 
 @pytest.fixture(scope="module")
-def bundle(traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a tokenizer, and its engines for ONNX Runtime."""
+def obtained() -> None:
     triton_server.obtain()
+
+
+@pytest.fixture(scope="module")
+def bundle(obtained: None, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a tokenizer, and its engines for ONNX Runtime."""
     folder = tmp_path_factory.mktemp("triton")
     checkpoint = Path(shutil.copytree(traces, folder / "checkpoint"))
     build_tokenizer().save_pretrained(checkpoint)
