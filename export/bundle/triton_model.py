@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +40,7 @@ class TritonPythonModel:
 
         bundle = (Path(__file__).resolve().parents[1] / parameters["bundle"]).resolve()
         device = int(args["model_instance_device_id"])
+        threading.Thread(target=_end_with_server, args=[os.getppid()], daemon=True).start()
         try:
             self.engine: Any = open_bundle(bundle, provider=parameters["provider"], device=device)
             self.text: Any = text_of(self.engine.assets)
@@ -68,6 +71,7 @@ class TritonPythonModel:
         try:
             return self._generate(request, is_cancelled, send)
         except _Cancelled:
+            pb_utils.Logger.log_info("a cancelled request was ended")
             return _failure("the client has cancelled the request", pb_utils.TritonError.CANCELLED)
         except UserError as error:
             return _failure(str(error), pb_utils.TritonError.INVALID_ARG)
@@ -156,6 +160,16 @@ class _Progress:
         before_B = torch.zeros_like(argmax_BC[:, 0], dtype=torch.bool) if self._finished_B is None else self._finished_B
         self._finished_B = before_B | torch.isin(argmax_BC, torch.tensor(eos, device=argmax_BC.device)).any(-1)
         return pad_after_eos(argmax_BC, eos, pad).masked_fill(before_B[:, None], pad)
+
+
+def _end_with_server(server: int) -> None:
+    """End this process when the server, its parent, has been killed or has crashed, so that no GPU memory stays taken.
+
+    The backend's own watch can wait for ever (seen with 24.10): for a message of the server, if a request is in flight.
+    """
+    while os.getppid() == server:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _check_path() -> None:

@@ -30,6 +30,9 @@ SETTINGS = {
     "stability_threshold": "TYPE_INT32",
     "confidence_threshold": "TYPE_FP32",
 }
+MOST_STEPS = (
+    1024  # the noise of all steps of a canvas may be drawn at once: a request must not be able to fill the memory
+)
 # inputs, all optional -> Triton's type and dimensions, -1 for any
 INPUTS = {
     "input_ids": ("TYPE_INT64", [-1, -1]),  # [B, S]; or prompt
@@ -79,6 +82,8 @@ def read_request(
     single = {name: array.item() for name, array in inputs.items() if INPUTS[name][1] == [1]}
     ids, mask = _prompt(inputs, text)
     settings = {name: value for name, value in single.items() if name in SETTINGS}
+    if settings.get("max_denoising_steps", 0) > MOST_STEPS:
+        raise RequestError(f"max_denoising_steps={settings['max_denoising_steps']}; expected at most {MOST_STEPS}")
     return Request(
         input_ids=ids,
         attention_mask=mask,

@@ -98,7 +98,7 @@ def often(usual: st.SearchStrategy, rare: st.SearchStrategy) -> st.SearchStrateg
 SHAPES = often(st.just((2, 3)), st.tuples(st.integers(0, 10), st.integers(0, 5)))
 ONE = often(st.just((1,)), st.sampled_from([(), (0,), (2,), (1, 1)]))
 FLOATS = st.floats(width=32)  # NaN and infinities too
-STEPS = often(st.integers(1, 3), st.integers(-1, 0))
+STEPS = often(st.integers(1, 3), st.integers(-1, 0) | st.integers(triton_request.MOST_STEPS + 1, 2**31 - 1))
 PROMPTS = {
     "input_ids": often(
         array(np.int64, st.integers(0, 63), SHAPES), array(np.int64, st.integers(-(2**63), 2**63 - 1), SHAPES)
@@ -169,7 +169,7 @@ def test_a_request_that_means_something_is_answered(model: Any, engine: Any, giv
 
 
 NUMBERS = {"entropy_bound": [-1.0, np.nan, np.inf], "confidence_threshold": [-1.0, np.nan, np.inf]}
-NUMBERS |= {"t_min": [-1.0, np.nan, 0.9], "t_max": [0.3, np.nan, np.inf], "max_denoising_steps": [0, -1]}
+NUMBERS |= {"t_min": [-1.0, np.nan, 0.9], "t_max": [0.3, np.nan, np.inf], "max_denoising_steps": [0, -1, 1025]}
 NUMBERS |= {"stability_threshold": [-1], "max_new_tokens": [0, -1]}
 REFUSED = {
     "nothing": ({}, "give one of input_ids"),

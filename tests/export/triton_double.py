@@ -110,6 +110,10 @@ class InferenceRequest:
 
 class Logger:
     @staticmethod
+    def log_info(message: str) -> None:
+        print(message, file=sys.stderr)
+
+    @staticmethod
     def log_error(message: str) -> None:
         print(message, file=sys.stderr)
 
