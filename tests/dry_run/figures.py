@@ -90,6 +90,10 @@ def main() -> None:
         found = measured(gpu)
         print(*moved(expected.get(gpu, {}), found, gpu), sep="\n")
         expected[gpu] = found
+        _write(expected)
+
+
+def _write(expected: dict[str, Any]) -> None:
     header = "# Written by `python -m tests.dry_run.figures`: what a dry run finds, by GPU and case.\n"
     EXPECTED.write_text(header + yaml.safe_dump(expected, sort_keys=False, width=120))
 

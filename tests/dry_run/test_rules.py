@@ -41,9 +41,13 @@ def replayed() -> None:
         graph.replay()
 
 
-def waits_while_captured() -> None:
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        gpu_tensor(4).sum().item()
+def waits_while_captured() -> str:
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            gpu_tensor(4).sum().item()
+    except RuntimeError as error:
+        return str(error)
+    return "recorded"
 
 
 def grouped(dtype: torch.dtype) -> None:
@@ -204,3 +208,7 @@ def test_torch_chooses_the_kernel_of_the_gpu(gpu: str, name: str, kernel: str) -
 )
 def test_what_must_not_be_is_told(name: str, text: str) -> None:
     assert any(violation.startswith(text) for violation in played("h100")[name][1])
+
+
+def test_a_wait_breaks_a_capture_as_on_a_gpu() -> None:
+    assert "not permitted when stream is capturing" in played("h100")["waits while captured"][2]
