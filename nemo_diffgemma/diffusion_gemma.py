@@ -25,6 +25,7 @@ from nemo_diffgemma.non_finite import raise_non_finite
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.repository import user_path
+from nemo_diffgemma.transfer import to_device
 
 
 class DiffusionGemma(Network):
@@ -108,7 +109,7 @@ class DiffusionGemma(Network):
         with reused_scratch():
             return generate(
                 self,
-                input_ids.to(device()),
+                to_device(input_ids, device()),
                 left_padding(input_ids, attention_mask),
                 canvas_length=self.model_config.canvas_length,
                 max_new_tokens=max_new_tokens,

@@ -36,11 +36,11 @@ class Ledger:
     def add(self, name: str, *rest: str, number: float = 1) -> None:
         """Count `number` for (name, phase, *rest); while a CUDA graph is captured, for each of its replays."""
         if self.captured is not None:
-            self.captured[name, *rest] += number
+            self.captured[name, *rest] += number  # type: ignore[assignment]  # typeshed: whole numbers only
             return
         if name == "launches":
             self.enqueued += 1
-        self.numbers[name, self.phase, *rest] += number
+        self.numbers[name, self.phase, *rest] += number  # type: ignore[assignment]
 
     def replay(self, captured: Mapping[Key, float]) -> None:
         """Count what a CUDA graph holds."""
@@ -86,7 +86,8 @@ class Place:
 def place() -> Place:
     """Where we are. Operations of autograd have no line."""
     frame: FrameType | None = sys._getframe(1)
-    lines, functions = [], []
+    lines: list[str] = []
+    functions: list[str] = []
     while frame is not None:
         name = frame.f_code.co_filename
         root = next((root for root in _ROOTS if root in name), None)

@@ -28,7 +28,8 @@ def measure(case: Case, whole: bool = False, progress: Callable[[str], None] = l
         )
         per_sliding, per_global = (of_sliding - of_base) / 2, of_global - of_base
         numbers[key] = of_base + (sliding - 2) * per_sliding + (of_all - 1) * per_global
-    violations, largest = {}, {}
+    violations: dict[str, int] = {}
+    largest: dict[tuple[str, str], int] = {}
     for measured in (base, more_sliding, more_global):
         violations |= measured.violations
         largest |= measured.largest

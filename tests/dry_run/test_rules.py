@@ -104,7 +104,7 @@ OPERATIONS: dict[str, Callable[[], Any]] = {
 
 def play(names: list[str]) -> dict[str, tuple[dict[Any, float], list[str], Any]]:
     """Numbers and violations of each operation, and its shape or result."""
-    results = {}
+    results: dict[str, tuple[dict[Any, float], list[str], Any]] = {}
     for name in names:
         dry = DryRun(torch.bfloat16)
         with one_rank(dry, ParallelLayout(), 1, 0):
@@ -115,7 +115,7 @@ def play(names: list[str]) -> dict[str, tuple[dict[Any, float], list[str], Any]]
                 except MixedDevicesError:
                     out = None
             results[name] = (
-                dict(dry.ledger.numbers),
+                {**dry.ledger.numbers},
                 list(dry.ledger.violations),
                 tuple(out.shape) if isinstance(out, Tensor) else out,
             )
