@@ -262,13 +262,16 @@ def looped(experts: int, size: int, dtype: int) -> onnx.ModelProto:
     nodes = [
         node("Transpose", [NAME], ["all"], perm=[0, 2, 1]),
         node("MatMul", ["x", "all"], ["first"]),
-        node("Loop", ["rounds", "", "first"], ["y"], body=body),
+        node("Loop", ["rounds", "true", "first"], ["y"], body=body),
     ]
     inputs = [
         value("x", dtype, [experts, 4, size]),
         value(NAME, dtype, [experts, size, size]),
         value("rounds", TensorProto.INT64, []),
     ]
-    constants = [helper.make_tensor("zero", TensorProto.INT64, [1], [0])]
+    constants = [
+        helper.make_tensor("zero", TensorProto.INT64, [1], [0]),
+        helper.make_tensor("true", TensorProto.BOOL, [], [True]),
+    ]
     graph = helper.make_graph(nodes, "loop", inputs, [value("y", dtype, [experts, 4, size])], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
