@@ -185,7 +185,7 @@ def _experts(prefix: str, config: ModelConfig, layout: ParallelLayout, form: str
         up.append((mine, (0, 2), part, (0, hidden)))
         down.append((mine, (0, hidden), part))
     count, columns = experts // layout.expert, width // layout.expert_tensor
-    shapes = (count, 2 * columns, hidden), (count, hidden, columns)
+    shapes: tuple[tuple[int, ...], ...] = (count, 2 * columns, hidden), (count, hidden, columns)
     if form == "dense":
         shapes = (count * 2 * columns, hidden), (hidden, count * columns)
     orders = (0, 1, 2, 3), (1, 0, 2) if form == "dense" else (0, 1, 2)

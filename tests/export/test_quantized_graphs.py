@@ -223,3 +223,55 @@ def test_packed_constants_stay_narrow_in_an_engine(scheme: str, bits: float, tmp
     report = build_engine("tensorrt_rtx", tmp_path / "product.onnx", tmp_path / "engine", {}, targets=["sm_120"])
     assert bits * size**2 / 8 < report.bytes < 1.1 * bits * size**2 / 8 + 200_000
     assert list(report.network.inputs) == ["x"]
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("fp8", 8), ("int4", 4 + 16 / 64), ("nvfp4", 4 + 8 / 16)])
+def test_packed_constants_of_a_loop_stay_narrow_in_an_engine(scheme: str, bits: float, tmp_path: Path) -> None:
+    """The loop over overloaded experts takes some of what is dequantised: no 16-bit copy of all may be kept for it."""
+    pytest.importorskip("tensorrt_rtx")
+    experts, size, half = 8, 512, TensorProto.FLOAT16
+    matrices = torch.randn(experts, size, size, generator=torch.Generator().manual_seed(7)).half()
+    onnx.save(quantized.inlined(quantize_graph(looped(experts, size, half), scheme, {NAME: 4.0}),
+                                quantize_weight(NAME, matrices, scheme, 4.0)), tmp_path / "loop.onnx")  # fmt: skip
+    report = build_engine("tensorrt_rtx", tmp_path / "loop.onnx", tmp_path / "engine", {}, targets=["sm_120"])
+    packed = bits * experts * size**2 / 8
+    assert packed < report.bytes < 1.1 * packed + 1_500_000
+    assert report.network.layers["TRIP_LIMIT"] == 1
+
+
+def looped(experts: int, size: int, dtype: int) -> onnx.ModelProto:
+    """`x` [E, 4, K] by all matrices, and `rounds` times by the one of each round, summed up."""
+    value, node = helper.make_tensor_value_info, helper.make_node
+    body = helper.make_graph(
+        [
+            node("Unsqueeze", ["i", "zero"], ["one"]),
+            node("Gather", [NAME, "one"], ["some"], axis=0),
+            node("Transpose", ["some"], ["turned"], perm=[0, 2, 1]),
+            node("MatMul", ["x", "turned"], ["part"]),
+            node("Add", ["total", "part"], ["next"]),
+            node("Identity", ["on"], ["still"]),
+        ],
+        "round",
+        [
+            value("i", TensorProto.INT64, []),
+            value("on", TensorProto.BOOL, []),
+            value("total", dtype, [experts, 4, size]),
+        ],
+        [value("still", TensorProto.BOOL, []), value("next", dtype, [experts, 4, size])],
+    )
+    nodes = [
+        node("Transpose", [NAME], ["all"], perm=[0, 2, 1]),
+        node("MatMul", ["x", "all"], ["first"]),
+        node("Loop", ["rounds", "true", "first"], ["y"], body=body),
+    ]
+    inputs = [
+        value("x", dtype, [experts, 4, size]),
+        value(NAME, dtype, [experts, size, size]),
+        value("rounds", TensorProto.INT64, []),
+    ]
+    constants = [
+        helper.make_tensor("zero", TensorProto.INT64, [1], [0]),
+        helper.make_tensor("true", TensorProto.BOOL, [], [True]),
+    ]
+    graph = helper.make_graph(nodes, "loop", inputs, [value("y", dtype, [experts, 4, size])], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
