@@ -25,6 +25,7 @@ from nemo_diffgemma.non_finite import raise_non_finite
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.repository import user_path
+from nemo_diffgemma.transfer import to_device
 
 
 class DiffusionGemma(Network):
@@ -32,6 +33,7 @@ class DiffusionGemma(Network):
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(model, dtype)
+        # whoever assigns `parameter.data` clears them
         self.fixed_steps = FixedSteps(CudaGraphs()) if device().type == "cuda" else None
 
     @classmethod
@@ -107,7 +109,7 @@ class DiffusionGemma(Network):
         with reused_scratch():
             return generate(
                 self,
-                input_ids.to(device()),
+                to_device(input_ids, device()),
                 left_padding(input_ids, attention_mask),
                 canvas_length=self.model_config.canvas_length,
                 max_new_tokens=max_new_tokens,
@@ -166,6 +168,12 @@ class DiffusionGemma(Network):
         if mode and self.fixed_steps is not None:
             self.fixed_steps.clear()
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's, for `to` and the like: weights move."""
+        if self.fixed_steps is not None:
+            self.fixed_steps.clear()
+        return super()._apply(*args, **kwargs)
 
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
         """Raise `NonFiniteError` naming the tensor or layer where NaN or infinity begins when `run` runs again."""

@@ -44,7 +44,7 @@ def trace(
     """ONNX of `encode` or `step` of one rank. Inputs that the graph does not read are left out."""
     # made of real tensors: its rotary frequencies become constants
     module = (_Encode if graph == "encode" else _Step)(Model(config, layout, dtype, experts))
-    outputs = STEP_OUTPUTS
+    outputs: tuple[str, ...] = STEP_OUTPUTS
     if graph == "encode":
         outputs = tuple(name for layer in range(config.num_hidden_layers) for name in present_names(layer))
     inputs, dynamic = example_inputs(graph, config, layout, dtype)

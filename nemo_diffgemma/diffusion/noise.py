@@ -117,8 +117,8 @@ class KeyedNoise:
     ) -> None:
         for seed in seeds:
             check_seed(seed)
-        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)[:, None]
-        self._samples = torch.tensor(samples, dtype=torch.int64, device=device)[:, None]
+        keys = torch.tensor([list(seeds), list(samples)], dtype=torch.int64)[..., None]
+        self._seeds, self._samples = (keys if device is None else to_device(keys, device)).unbind()
         self._positions = torch.arange(canvas_length, device=device)
         self._vocab_size = vocab_size
 

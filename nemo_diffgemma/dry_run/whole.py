@@ -7,7 +7,7 @@ Peaks, FLOPs, launches, waits and bytes are affine in the numbers of sliding and
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from nemo_diffgemma.dry_run.case import Case, Measured
 from nemo_diffgemma.dry_run.play import play
@@ -28,7 +28,8 @@ def measure(case: Case, whole: bool = False, progress: Callable[[str], None] = l
         )
         per_sliding, per_global = (of_sliding - of_base) / 2, of_global - of_base
         numbers[key] = of_base + (sliding - 2) * per_sliding + (of_all - 1) * per_global
-    violations, largest = {}, {}
+    violations: dict[str, int] = {}
+    largest: dict[tuple[str, str], int] = {}
     for measured in (base, more_sliding, more_global):
         violations |= measured.violations
         largest |= measured.largest
@@ -48,3 +49,8 @@ def measure_in_child(case: Case, whole: bool) -> Measured:
         measured = measure(case, whole, bar.set_description_str)
         bar.set_description_str("done")
     return measured
+
+
+def measure_all(cases: Mapping[str, Case]) -> dict[str, Measured]:
+    """Any number of cases of one GPU in one process."""
+    return {name: measure(case) for name, case in cases.items()}

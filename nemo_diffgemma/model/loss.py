@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_diffgemma.model.table_gradient import add_product, input_of, main_gradient
 from nemo_diffgemma.model.vocabulary import (
     CHUNK,
     MASKED_LOGIT,
@@ -26,40 +27,51 @@ from nemo_diffgemma.model.vocabulary import (
 )
 
 LOSS_BYTES = 256 << 20  # of float32 logits that the loss holds at a time
-PRODUCT_BYTES = 128 << 20  # of a part of the table's gradient that is not yet in its float32 sum
 
 
 # -- soft embedding --------------------------------------------------------------------------------------------------
 
 
 class _SoftEmbedding(torch.autograd.Function):
-    """Soft embedding of a gradient-free hidden state; the table gets its gradient by recomputing the probabilities."""
+    """Soft embedding of a gradient-free hidden state; the table gets its gradient by recomputing the probabilities.
+
+    `sum_vH` takes the gradient where it is given, and `anchor` then stands for the table in the graph.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight: Tensor,
+        anchor: Tensor | None,
+        sum_vH: Tensor | None,
+        shard: VocabularyShard,
+        softcap: float,
+    ) -> Tensor:
         with reused_scratch():
             parts = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(_positions(weight))]
         ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in parts]))
-        ctx.shard, ctx.softcap = shard, softcap
+        ctx.sum_vH, ctx.shard, ctx.softcap = sum_vH, shard, softcap
         return torch.cat([part.soft_embedding_NH for part in parts if part.soft_embedding_NH is not None])
 
     @staticmethod
-    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor | None, None, None, None, None]:
         hidden_NH, weight, log_sum_exp_N = ctx.saved_tensors
-        in_place = _main_gradient(weight)
-        sum_vH = torch.zeros_like(weight) if in_place is None else in_place
+        sum_vH = torch.zeros_like(weight) if ctx.sum_vH is None else ctx.sum_vH
         ids = CHUNK if weight.device.type == "cpu" else max(CHUNK, LOSS_BYTES // (4 * hidden_NH.shape[0]))
         for start in range(0, ctx.shard.size, ids):
             cut = slice(start, min(start + ids, ctx.shard.size))
             z_Nc = capped_logits(hidden_NH, weight[cut], ctx.softcap, ctx.softcap)
             p_Nc = z_Nc.sub_(log_sum_exp_N[:, None]).exp_()
-            _add_product(sum_vH[cut], p_Nc.to(weight.dtype), gradient_NH)
-        return None, sum_vH if in_place is None else None, None, None
+            add_product(sum_vH[cut], p_Nc.to(weight.dtype), gradient_NH)
+        return None, sum_vH if ctx.sum_vH is None else None, None, None, None, None
 
 
 def soft_embedding(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
     """Expected table row under the untempered distribution of `hidden_NH`, [N, H], differentiable in the table only."""
-    return _SoftEmbedding.apply(hidden_NH.detach(), weight, shard, softcap)
+    table, anchor = input_of(weight)
+    sum_vH = None if anchor is None else main_gradient(weight)
+    return _SoftEmbedding.apply(hidden_NH.detach(), table, anchor, sum_vH, shard, softcap)
 
 
 # -- cross-entropy ---------------------------------------------------------------------------------------------------
@@ -119,7 +131,7 @@ def linear_cross_entropy_gradient(
     """
     weights_N = weights_N.float()
     hidden_gradient = torch.zeros_like(hidden_NH)
-    sum_vH = _main_gradient(weight)
+    sum_vH = main_gradient(weight)
     if sum_vH is None:
         weight.grad = sum_vH = torch.zeros_like(weight) if weight.grad is None else weight.grad
     losses_N = _losses(hidden_NH, weight, labels_N, weights_N, shard, softcap, hidden_gradient, sum_vH)
@@ -150,28 +162,13 @@ def _losses(
         if hidden_gradient is not None:
             hidden_gradient[cut] = gradient_nv @ rows
         if weight_gradient is not None:
-            _add_product(weight_gradient[: shard.size], gradient_nv, hidden_NH[cut])
+            add_product(weight_gradient[: shard.size], gradient_nv, hidden_NH[cut])
     return losses_N
 
 
 def _positions(weight: Tensor) -> int:
     """How many positions have their logits made at a time."""
     return max(1, LOSS_BYTES // (4 * max(1, weight.shape[0])))
-
-
-def _main_gradient(weight: Tensor) -> Tensor | None:
-    """Where Megatron's DDP sums the gradient of `weight`; None without it."""
-    return getattr(weight, "main_grad", None)
-
-
-def _add_product(sum_vH: Tensor, left_Nv: Tensor, right_NH: Tensor) -> None:
-    """sum += left.T @ right, without a temporary of its size where the sum has another dtype."""
-    if sum_vH.dtype == left_Nv.dtype:
-        sum_vH.addmm_(left_Nv.t(), right_NH)
-        return
-    ids = max(1, PRODUCT_BYTES // (right_NH.shape[1] * right_NH.element_size()))
-    for part_cH, left_Nc in zip(sum_vH.split(ids), left_Nv.split(ids, dim=1), strict=True):
-        part_cH.add_(left_Nc.t() @ right_NH)
 
 
 def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:

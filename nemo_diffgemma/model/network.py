@@ -35,6 +35,7 @@ from nemo_diffgemma.model.self_conditioning import SelfConditioning
 from nemo_diffgemma.parallel.agreement import agreed
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
+from nemo_diffgemma.transfer import to_device
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -169,7 +170,7 @@ class Network(MegatronModule):
         """
         self.check_ids(input_ids)
         padding = left_padding(input_ids, attention_mask)
-        tokens = torch.cat(without_padding(input_ids.to(device()), padding))
+        tokens = torch.cat(without_padding(to_device(input_ids, device()), padding))
         stream = self.stream(Cache.empty(padding).sequences, [input_ids.shape[1] - columns for columns in padding])
         return self.run(tokens, stream, replicas_alike=True).cache.trimmed(self.model_config)
 
