@@ -131,7 +131,8 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_RH: Tensor) -> tuple[Tensor | None, ...]:
-        return _summed(gradient_RH, *ctx.saved_tensors, ctx.absent), None, None, None, None
+        by_token, starts_T = ctx.saved_tensors
+        return _summed(gradient_RH, by_token, starts_T, ctx.absent), None, None, None, None
 
 
 class _SumRows(torch.autograd.Function):
