@@ -225,18 +225,25 @@ def test_packed_constants_stay_narrow_in_an_engine(scheme: str, bits: float, tmp
     assert list(report.network.inputs) == ["x"]
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("fp8", 8), ("int4", 4 + 16 / 64), ("nvfp4", 4 + 8 / 16)])
-def test_packed_constants_of_a_loop_stay_narrow_in_an_engine(scheme: str, bits: float, tmp_path: Path) -> None:
-    """The loop over overloaded experts takes some of what is dequantised: no 16-bit copy of all may be kept for it."""
+@pytest.mark.parametrize(
+    ("scheme", "bits", "copies"), [("fp8", 8, 1), ("int4", 4 + 16 / 64, 2), ("nvfp4", 4 + 8 / 16, 1)]
+)
+def test_packed_constants_of_a_loop_stay_narrow_in_an_engine(
+    scheme: str, bits: float, copies: int, tmp_path: Path
+) -> None:
+    """The loop over overloaded experts takes some of what is dequantised: no 16-bit copy of all may be kept for it.
+
+    INT4 lies there twice: as the product of all experts wants it, and as the loop does.
+    """
     pytest.importorskip("tensorrt_rtx")
-    experts, size, half = 8, 512, TensorProto.FLOAT16
+    experts, size, half = 8, 1024, TensorProto.FLOAT16
     matrices = torch.randn(experts, size, size, generator=torch.Generator().manual_seed(7)).half()
     onnx.save(quantized.inlined(quantize_graph(looped(experts, size, half), scheme, {NAME: 4.0}),
                                 quantize_weight(NAME, matrices, scheme, 4.0)), tmp_path / "loop.onnx")  # fmt: skip
     report = build_engine("tensorrt_rtx", tmp_path / "loop.onnx", tmp_path / "engine", {}, targets=["sm_120"])
     packed = bits * experts * size**2 / 8
-    assert packed < report.bytes < 1.1 * packed + 1_500_000
-    assert report.network.layers["TRIP_LIMIT"] == 1
+    assert copies * packed < report.bytes < copies * packed + 2_500_000
+    assert report.network.layers["TRIP_LIMIT"] == 2  # a count and a condition
 
 
 def looped(experts: int, size: int, dtype: int) -> onnx.ModelProto:
