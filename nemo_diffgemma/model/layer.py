@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +19,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.model.attention import Attention, column_parallel, row_parallel
 from nemo_diffgemma.model.cache import KeyValue
 from nemo_diffgemma.model.experts import ExpertPass, MixtureOfExperts
+from nemo_diffgemma.model.gathered import gather_tokens, products_of_all
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.segments import Stream
 from nemo_diffgemma.parallel.groups import device
@@ -44,16 +44,14 @@ class GatedMLP(nn.Module):
         self.down_proj = row_parallel(width, config, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.of_gathered(gather_tokens(x, self.group))
+        return self._output(*products_of_all(x, (self.gate_proj.weight, self.up_proj.weight), self.group))
 
     def of_gathered(self, x: Tensor) -> Tensor:
         """All tokens of the stream -> this rank's tokens of the output."""
-        return self.down_proj(F.gelu(self.gate_proj(x)[0], approximate="tanh") * self.up_proj(x)[0])[0]
+        return self._output(self.gate_proj(x)[0], self.up_proj(x)[0])
 
-
-def gather_tokens(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """This rank's tokens -> all tokens; the backward sums the ranks' gradients and scatters them."""
-    return x if group.size() == 1 else gather_from_sequence_parallel_region(x, group=group)
+    def _output(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)[0]
 
 
 class Layer(nn.Module):
@@ -99,9 +97,7 @@ class Layer(nn.Module):
         `is_canvas` is [T/tp, 1], or one bool where all tokens are of one kind; `past` holds cached keys and values,
         passed as an argument so that a recomputed layer keeps their gradient.
         """
-        attended, context = self._attend(
-            gather_tokens(self.input_layernorm(x), self.group), rotary, stream, past, selective
-        )
+        attended, context = self._attend(self.input_layernorm(x), rotary, stream, past, selective)
         x = x + self.post_attention_layernorm(attended)
         dense, mixed = self._feed_forward(x, experts, selective)
         mixed = self.post_feedforward_layernorm_2(mixed)

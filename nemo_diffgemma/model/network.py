@@ -27,7 +27,8 @@ from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.dispatch import Counting, most_of_all
 from nemo_diffgemma.model.embedding import TokenTable
 from nemo_diffgemma.model.experts import ExpertPass
-from nemo_diffgemma.model.layer import Layer, gather_tokens, recompute
+from nemo_diffgemma.model.gathered import gather_tokens
+from nemo_diffgemma.model.layer import Layer, recompute
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
 from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
