@@ -32,7 +32,7 @@ from export.engine.builders import (
     load_module,
     local_target,
 )
-from export.graph.experts import FORMS, capacity, is_less_work, takes_all
+from export.graph.experts import FORMS, ROOM, capacity, is_less_work, takes_all
 from export.graph.inline import Place, inline, places_in, store
 from export.graph.loop import to_loop
 from export.graph.model import Model, Weights
@@ -188,9 +188,10 @@ def _check_room(config: ModelConfig, settings: Settings, builder: str) -> None:
     top_k, experts, chunk = config.top_k_experts, config.num_experts, settings.limits.chunk
     room = chunk if takes_all(top_k, experts) else capacity(chunk, top_k, experts)
     if builder != "onnx" and settings.experts == "sparse" and room > _LARGEST_TOP_K:
+        longest = _LARGEST_TOP_K * experts // min(experts, ROOM * top_k)
         raise BundleError(
             f"max_chunk={chunk} gives every expert room for {room} tokens of a row, but TensorRT's top-k ends at "
-            f"{_LARGEST_TOP_K}; use max_chunk={chunk * _LARGEST_TOP_K // room} or less, or experts=dense"
+            f"{_LARGEST_TOP_K}; use max_chunk={longest} or less, or experts=dense"
         )
 
 

@@ -204,6 +204,8 @@ class Model:
                 weights, prefix + "self_attn.", kind, normed, rotary[kind], masks[kind], past[i]
             )
             fresh.append(new)
+            if causal and i == self.config.num_hidden_layers - 1:
+                break  # a context is its keys and values; an exporter doesn't see that nobody reads a loop's result
             x = x + self._norm(attended, weights[prefix + "post_attention_layernorm.weight"])
             x = x + self._feed_forward(weights, prefix, x, rank, real)
             x = x * weights[f"{ENCODER if causal else DECODER}layers.{i}.layer_scalar"].to(self.stream)

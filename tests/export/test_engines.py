@@ -73,8 +73,9 @@ def test_every_graph_builds_in_every_precision(graph, dtype, tmp_path):
         {"context_columns"} if graph == "encode" else set()
     )
     assert not network.collectives
-    # a loop over overloaded experts in every layer; `encode` ends with the keys and values of the last
-    assert network.layers["TRIP_LIMIT"] == config.num_hidden_layers + {"encode": -1, "step": 0, "loop": 1}[graph]
+    # a condition for the experts of every layer, and count and condition of the loop over steps
+    more = {"encode": -1, "step": 0, "loop": 2}[graph]  # `encode` ends with the keys and values of the last layer
+    assert network.layers["TRIP_LIMIT"] == config.num_hidden_layers + more
     # sampling is in float32 whatever the weights are, and what leaves the engine keeps its type
     if graph != "encode":
         assert network.outputs["entropy"].dtype == "FLOAT"
