@@ -30,5 +30,5 @@ def choose(logits_TE: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Ten
 
 def route(logits_TE: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """`choose` with weights of all experts: [T, E] float32, zero where not chosen, and the chosen experts [T, K]."""
-    weights_TK, chosen_TK = choose(logits_TE, per_expert_scale, top_k)
+    weights_TK, chosen_TK = choose(logits_TE.float(), per_expert_scale, top_k)  # ONNX has no top-k in bfloat16
     return torch.zeros_like(logits_TE, dtype=torch.float32).scatter(-1, chosen_TK, weights_TK), chosen_TK
