@@ -201,7 +201,7 @@ def test_what_is_no_number_is_infinitely_far_away():
         (torch.zeros(1, 65, dtype=torch.long), {}, "need a context of 65 columns, .* at most 64; .*max_context=65"),
         (torch.zeros(1, 60, dtype=torch.long), dict(max_new_tokens=12), "need a context of 68 columns"),
         (torch.full((1, 4), 64), {}, "input_ids holds 64; token ids go from 0 to 63"),
-        (torch.zeros(1, 0, dtype=torch.long), {}, "expected \\[rows, at least one token\\]"),
+        (torch.zeros(1, 0, dtype=torch.long), {}, "expected \\[rows, tokens\\], at least one row of one token"),
         (torch.zeros(1, 4, dtype=torch.long), dict(max_new_tokens=0), "max_new_tokens=0; expected at least 1"),
     ],
 )
