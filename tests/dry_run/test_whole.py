@@ -11,7 +11,6 @@ from nemo_diffgemma.dry_run.whole import measure
 from nemo_diffgemma.gpus import load_gpu
 from tests.dry_run import figures
 
-
 BY_BUCKETS = ("reduction", "optimizer")  # of gradients, whose number is not affine
 
 
