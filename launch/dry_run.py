@@ -5,8 +5,8 @@
     python launch/dry_run.py verb=train parallel.expert=8 model.recompute=none prompts=[100,700] responses=[256,2048]
 
 torch itself chooses the kernels of the GPU (conf/gpu), on tensors that have shapes and no data: docs/dry_run.md says
-how to read the result and what it cannot see. Numbers of a network of many layers come from three small ones, exactly;
-whole=true plays all of its layers. A C compiler is needed once.
+how to read the result and what it cannot see. Numbers of a network of many layers come from three small ones (launches
+of the optimizer within some hundred); whole=true plays all of its layers. A C compiler is needed once.
 
 The last line is JSON: verb, world, rank, peak_gb, phases (peak_gb, launches, waits, tflop and wire_gb of each; those of
 train add up to the step's; denoise is one step in the steady state) and violations. With violations the exit code is 1.

@@ -205,7 +205,11 @@ def _generate(watch: Watch, network: Any, case: Case, progress: Callable[[str], 
     with watch.ledger.doing("generate", "activations"):
         watch.memory.begin()
         network.generate(ids, left_padded, max_new_tokens=case.canvases * config.canvas_length, sampler=sampler)
-    return encode | _of_steps(starts, dict(watch.ledger.numbers), case.canvases, case.steps - steps) | _peaks(watch)
+    return (
+        encode
+        | _of_steps(starts, dict(watch.ledger.numbers), case.canvases, case.steps - steps)
+        | watch.memory.numbers()
+    )
 
 
 def _count_steps(watch: Watch, network: Any) -> list[Numbers]:
@@ -234,16 +238,6 @@ def _of_steps(starts: list[Numbers], total: Numbers, canvases: int, unplayed: in
         if step:
             numbers[name, "denoise", *rest] = step
         numbers[name, "generate", *rest] = number + canvases * unplayed * step
-    return numbers
-
-
-def _peaks(watch: Watch) -> Numbers:
-    """Peaks of a step, and of the generation that it is a part of."""
-    numbers = watch.memory.numbers()
-    if numbers["peak_gb", "denoise"] > numbers["peak_gb", "generate"]:
-        for (name, phase, *rest), number in list(numbers.items()):
-            if phase == "denoise":
-                numbers[name, "generate", *rest] = number
     return numbers
 
 
