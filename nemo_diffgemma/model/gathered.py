@@ -46,14 +46,15 @@ class _ProductsOfAll(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         _, of_x, *of_weights = ctx.needs_input_grad
-        x_TH = gather_tokens(x, ctx.group) if any(of_weights) else None
-        results: list[Tensor | None] = [None, None]
+        results: list[Tensor | None] = [None, None, *(None for _ in weights)]
         if of_x:
             gradient_TH = gradients[0] @ weights[0]
             for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
                 gradient_TH.addmm_(gradient, weight)
             results[1] = reduce_scatter_to_sequence_parallel_region(gradient_TH, group=ctx.group)
-        results += [
-            gradient.t() @ x_TH if wanted else None for gradient, wanted in zip(gradients, of_weights, strict=True)
-        ]
+        if any(of_weights):
+            x_TH = gather_tokens(x, ctx.group)
+            results[2:] = [
+                gradient.t() @ x_TH if wanted else None for gradient, wanted in zip(gradients, of_weights, strict=True)
+            ]
         return tuple(results)
