@@ -37,7 +37,7 @@ from nemo_diffgemma.parallel.agreement import all_or_none, from_rank_zero, is_ra
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
 from nemo_diffgemma.repository import user_path
-from nemo_diffgemma.scratch import follow_umask, obstacle, scratch_directory
+from nemo_diffgemma.scratch import follow_umask, obstacle, put_on_disk, scratch_directory
 
 SHARD_BYTES = 5 << 30
 _PACKED = ("I8", "U8", "I32", "U32")  # a matrix of the text model in one of these is quantised
@@ -270,9 +270,9 @@ def _gather(tensor: Tensor, shard: Shard) -> Tensor:
 
 
 @contextlib.contextmanager
-def writing(partial: Path | None) -> Iterator[None]:
+def writing(partial: Path | None, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Collective block in which rank 0 writes: if it fails there, every rank raises `CheckpointError`."""
-    with all_or_none():
+    with all_or_none(group):
         try:
             yield
         except (OSError, SafetensorError) as failure:
@@ -280,10 +280,11 @@ def writing(partial: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path | None]:
+def new_directory(target: Path, group: dist.ProcessGroup | None = None) -> Iterator[Path | None]:
     """A directory that appears under its name only when complete. Rank 0 gets a temporary path, others None.
 
-    Collective. Raises `CheckpointError` on every rank where `target` is in use or cannot be written.
+    Collective; the end of the block may come in another thread, with a `group` of its own. Raises `CheckpointError` on
+    every rank where `target` is in use or cannot be written.
     """
     with contextlib.ExitStack() as stack:
         partial: Path | None = None
@@ -291,12 +292,13 @@ def new_directory(target: Path) -> Iterator[Path | None]:
             if is_rank_zero():
                 partial = stack.enter_context(partial_of(target, is_directory=True))
         yield partial
-        with writing(partial):
+        with writing(partial, group):
             if partial is not None:
                 follow_umask(partial)
                 if target.exists():
                     target.rmdir()
                 partial.rename(target)
+                put_on_disk(target.absolute().parent)  # its name, too, outlives a power cut
 
 
 @contextlib.contextmanager
