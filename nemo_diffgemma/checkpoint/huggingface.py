@@ -184,7 +184,7 @@ def save(network: Network, directory: str | Path) -> Written:
                 carried = carried_tensors(network)
         files = len(shards) + bool(carried)
         for index, names in enumerate(shards):
-            file = _file_name(index, files)
+            file = file_name(index, files)
             tensors = {released_name(n): t for n, t in full_tensors(network, names)}
             with writing(partial):  # the others must not wait in the next gather when the disk is full
                 if partial is not None:
@@ -194,8 +194,8 @@ def save(network: Network, directory: str | Path) -> Written:
         with writing(partial):
             if partial is not None:
                 if carried:  # byte for byte, in a file of their own
-                    save_file(carried, partial / _file_name(files - 1, files), metadata={"format": "pt"})
-                    weight_map |= dict.fromkeys(carried, _file_name(files - 1, files))
+                    save_file(carried, partial / file_name(files - 1, files), metadata={"format": "pt"})
+                    weight_map |= dict.fromkeys(carried, file_name(files - 1, files))
                     written = _add(written, carried)
                 _write_index(partial, weight_map, written)
     return from_rank_zero(written)
@@ -205,7 +205,7 @@ def _add(written: Written, tensors: Mapping[str, Tensor]) -> Written:
     return Written(written.tensors + len(tensors), written.bytes + sum(t.nbytes for t in tensors.values()))
 
 
-def _file_name(index: int, files: int) -> str:
+def file_name(index: int, files: int) -> str:
     """transformers reads `model.safetensors` and nothing else where there is one, so it must be the only file."""
     return SINGLE if files == 1 else f"model-{index + 1:05}-of-{files:05}.safetensors"
 

@@ -63,7 +63,7 @@ def verify(directory: Path, weights_only: bool = False) -> None:
     """
     with all_or_none():
         check_complete(directory)
-        _check_sizes(directory, _read_metadata(directory))
+        _check_sizes(directory, read_metadata(directory))
     manifest.verify(directory, lambda name: not (weights_only and name.startswith(TRAINING)))
 
 
@@ -160,7 +160,7 @@ def read_common(directory: str | Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
 
     with all_or_none():
-        _check_sizes(Path(directory), _read_metadata(Path(directory)))
+        _check_sizes(Path(directory), read_metadata(Path(directory)))
         try:
             values.update(load_common_state_dict(str(directory)))
         except (*_UNREADABLE, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
@@ -176,7 +176,7 @@ def keys(directory: Path) -> dict[str, tuple[int, ...]]:
 def described_tensors(directory: Path) -> dict[str, Any]:
     """Shape and dtype of every tensor, without its values; files are checked. Raises `CheckpointError`."""
     check_complete(directory)
-    _check_sizes(directory, _read_metadata(directory))
+    _check_sizes(directory, read_metadata(directory))
     read_object(directory / "metadata.json", CheckpointError)
     try:
         return load_tensors_metadata(str(directory))
@@ -259,7 +259,7 @@ class _PlainMetadata(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _read_metadata(directory: Path) -> Any:
+def read_metadata(directory: Path) -> Any:
     """torch reads `.metadata` with plain pickle; read it first with one that knows torch's classes only."""
     try:
         metadata = _PlainMetadata(io.BytesIO((directory / ".metadata").read_bytes())).load()

@@ -140,14 +140,14 @@ class _Planning(megatron_torch.TorchDistSaveShardedStrategy):
         planner = megatron_torch.MCoreSavePlanner(
             dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
         )
-        writer = _Writer(checkpoint_dir)
+        writer = PlanWriter(checkpoint_dir)
         (_, metadata, _), *_ = save_state_dict_async_plan(
             megatron_torch.mcore_to_pyt_state_dict(grouped, False), writer, planner=planner
         )
         return _Plan(writer, metadata, CheckpointingConfig(self.backend, self.version))
 
 
-class _Writer(FileSystemWriter):
+class PlanWriter(FileSystemWriter):
     """torch's writer, of which Megatron's planning asks nothing but to keep the plan."""
 
     can_run_decentralized_global_plan = True
@@ -169,7 +169,7 @@ class _Writer(FileSystemWriter):
 class _Plan:
     """What this rank has to write. `metadata` is rank 0's, of all ranks."""
 
-    writer: _Writer
+    writer: PlanWriter
     metadata: Metadata | None
     config: CheckpointingConfig
     finalize_fns: list[Any] = dataclasses.field(default_factory=list)  # Megatron's, which nobody calls

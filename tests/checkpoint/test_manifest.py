@@ -104,7 +104,7 @@ def test_a_disk_that_fails_is_no_damage(written, monkeypatch):
 
     places = [
         (manifest, "_digest"),
-        (sharded, "_read_metadata"),
+        (sharded, "read_metadata"),
         (sharded, "load_tensors_metadata"),
         (sharded.dist_checkpointing, "load"),
         (sharded, "load_common_state_dict"),
