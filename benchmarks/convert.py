@@ -42,12 +42,13 @@ class RandomTensor(StoredTensor):
     seed: int = 0
 
     def rows(self, start: int, stop: int) -> Tensor:
-        count, row = stop - start, prod(self.shape[1:])
-        places = (torch.arange(count * row) + self.seed * 977 + start * row) % len(_RANDOM)
-        return _RANDOM[places].view(count, *self.shape[1:])
+        row = prod(self.shape[1:])
+        first = (self.seed * 977 + start * row) % len(_RANDOM)
+        copies = 1 + -(-(first + (stop - start) * row) // len(_RANDOM))
+        return _RANDOM.repeat(copies)[first : first + (stop - start) * row].view(stop - start, *self.shape[1:])
 
 
-_RANDOM = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+_RANDOM = torch.randn((1 << 22) + 1, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
 
 
 def make(directory: Path, layers: int) -> int:

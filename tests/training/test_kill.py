@@ -14,7 +14,7 @@ from nemo_diffgemma.training.run_directory import complete_checkpoints, last_che
 from tests.commands import Command
 from tests.training.test_monitoring import end, lines, start, status
 
-STEPS = 40
+STEPS = 16
 SAVING = ("trainer.checkpoint_every=1", "trainer.keep_last=3")  # so that a moment lies in a save as likely as in a step
 
 
@@ -46,7 +46,7 @@ def test_killed_at_random_moments_it_ends_with_the_loss_of_the_undisturbed_run(t
                 while not (run / "status.json").exists() or not is_running(run, process):
                     time.sleep(0.005)
                 assert before is None or step_of(before) <= status(run)["step"], "it goes on from the last complete one"
-                time.sleep(moments.uniform(0, 1.5))
+                time.sleep(moments.uniform(0, 1.0))
                 process.send_signal(signal.SIGKILL)
                 process.communicate(60)
                 killed += process.returncode == -signal.SIGKILL

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_diffgemma.checkpoint import manifest, sharded
@@ -34,8 +34,8 @@ def assert_equal(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_steps_go_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypatch, dtype, distributed):
     """The files of step 2 are not begun before step 4 is done, and are those of a run that had ended at step 2."""
-    settings = {"model__dtype": dtype, "optim__distributed": distributed, "optim__decay": "constant"}
-    cases.run(str(tmp_path / "short"), steps=2, **settings)
+    keys = {"model__dtype": dtype, "optim__distributed": distributed, "optim__decay": "constant"}
+    cases.run(str(tmp_path / "short"), steps=2, **keys)
     write, metrics, waited = SaveInProgress.write, tmp_path / "run" / "metrics.jsonl", []
 
     def late(self: SaveInProgress) -> None:
@@ -46,7 +46,7 @@ def test_steps_go_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypat
         write(self)
 
     monkeypatch.setattr(SaveInProgress, "write", late)
-    cases.run(str(tmp_path / "run"), steps=5, every=2, **settings)
+    cases.run(str(tmp_path / "run"), steps=5, every=2, **keys)
     assert waited and not any(waited)
     steps = [step_of(checkpoint) for checkpoint in complete_checkpoints(tmp_path / "run")]
     assert steps == [5, 4, 2]
@@ -136,6 +136,7 @@ def make(run_dir: Path, steps: set[int], measured: dict[int, float]) -> None:
     (run_dir / "validation.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
+@settings(max_examples=40)
 @given(
     steps=st.sets(st.integers(1, 60), min_size=1, max_size=12),
     values=st.lists(st.integers(0, 9).map(float), min_size=60, max_size=60),
@@ -180,13 +181,13 @@ def test_a_run_keeps_its_last_its_best_and_every_nth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("keys", "said"),
     [
         ({"trainer__keep_last": -1}, "trainer.keep_last=-1"),
         ({"trainer__keep_best": 1}, "trainer.validate_every=0"),
         ({"trainer__keep_best": 1, "trainer__validate_every": 3, "every": 4}, "trainer.checkpoint_every=4"),
     ],
 )
-def test_what_cannot_be_kept_is_said_before_the_first_step(tmp_path, settings, said):
-    message = cases.message(str(tmp_path), steps=6, **settings)
+def test_what_cannot_be_kept_is_said_before_the_first_step(tmp_path, keys, said):
+    message = cases.message(str(tmp_path), steps=6, **keys)
     assert message.startswith("ConfigurationError") and said in message and "\n" not in message
