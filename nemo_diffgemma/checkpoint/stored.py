@@ -128,7 +128,7 @@ def _data_of(file: Path, place: Any, shape: tuple[int, ...], dtype: torch.dtype)
     """Where in `file` the values of an item begin, which `torch.save` wrote: an archive whose data are not packed."""
     try:
         with file.open("rb") as stream:
-            view = _create_file_view(stream, place.offset, place.length)
+            view: Any = _create_file_view(stream, place.offset, place.length)
             archive = torch._C.PyTorchFileReader(view)
             start = place.offset + archive.get_record_offset("data/0")
             view.seek(0)

@@ -172,7 +172,9 @@ def convert(source: str | Path, target: str | Path, format: str) -> None:
         with _kept(work):
             if is_rank_zero():
                 done = [json.loads(_marker(work / "done", name).read_text()) for name in files.names]
-                write_assets(opened, weights / sharded.ASSETS if format == "sharded" else weights)
+                assets = weights / sharded.ASSETS if format == "sharded" else weights
+                assets.mkdir(exist_ok=True)
+                write_assets(opened, assets)
                 files.finish(weights, done)
                 follow_umask(work / "out")
                 _appear(work, place, format)
@@ -183,9 +185,8 @@ def _write_share(source: Source, files: TargetFiles, directory: Path, done: Path
     done.mkdir(exist_ok=True)
     names = files.names[_rank() :: world_size()]
     sizes = {name: files.size(name) for name in names}
-    with tqdm(
-        total=sum(sizes.values()), unit="B", unit_scale=True, file=sys.stderr, disable=not is_rank_zero(), leave=False
-    ) as bar:
+    total, mine = sum(sizes.values()), is_rank_zero()
+    with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, mininterval=1, disable=not mine) as bar:
         for name in names:
             if _marker(done, name).is_file():
                 bar.update(sizes[name])

@@ -86,6 +86,19 @@ def test_every_format_becomes_every_other_bit_for_bit(single, source, small, tmp
     assert not list(tmp_path.rglob("*.converting"))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_without_vision_and_in_one_file_is_converted(single, checkpoint, tmp_path, format):
+    text = {name: tensor for name, tensor in tensors_of(checkpoint("short")).items() if "vision" not in name}
+    shutil.copytree(checkpoint("short"), tmp_path / "text", ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(text, tmp_path / "text" / "model.safetensors", metadata={"format": "pt"})
+    streaming.convert(tmp_path / "text", tmp_path / name_of(format), format)
+    streaming.convert(tmp_path / name_of(format), tmp_path / "back", "huggingface")
+    assert_same(tmp_path / "back", tmp_path / "text")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "text" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_what_is_written_is_what_the_network_writes(single, source, tmp_path):
     """File for file where nothing depends on how a tensor is cut, and loaded to the same weights where it does."""
     network = cases.load(source, {})
