@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py --layers 4 --work /tmp/convert        # 4.0 B parameters, 8 GB three times on the disk
 
-The model has the released sizes, but for its number of layers, and random values in bfloat16. Prints a row of the table
-in README.md: GB, and of each direction seconds and the largest memory of its process.
+The model has the released sizes, but for its number of layers, and random values in bfloat16. Prints a row of a table:
+parameters, and of each direction seconds and the largest memory of its process.
 """
 
 from __future__ import annotations
