@@ -130,7 +130,7 @@ def _data_of(file: Path, place: Any, shape: tuple[int, ...], dtype: torch.dtype)
         with file.open("rb") as stream:
             view: Any = _create_file_view(stream, place.offset, place.length)
             archive = torch._C.PyTorchFileReader(view)
-            start = place.offset + archive.get_record_offset("data/0")
+            start = place.offset + archive.get_record_offset("data/0")  # type: ignore[attr-defined]
             view.seek(0)
             tensor = torch.load(view, map_location="meta", weights_only=True)  # its description only
     except RuntimeError as error:
