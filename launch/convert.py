@@ -4,7 +4,9 @@
     python launch/convert.py source=<directory> target=model.nemo format=nemo
     python launch/convert.py source=<directory> target=out format=sharded dry_run=true   # headers; unpacks a .nemo
 
-The last line is JSON: tensors, bytes (as a Hugging Face directory holds them), peak_memory (of the largest process).
+A few blocks are held at a time, whatever the size; processes (parallel.tensor=4) share the files. Interrupted, the same
+command goes on. The last line is JSON: tensors, bytes (as a Hugging Face directory holds them), peak_memory (of the
+largest process).
 """
 
 from __future__ import annotations
@@ -37,17 +39,20 @@ class ConvertConfig:
 
 def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:
     """Convert one checkpoint."""
-    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint import streaming
     from nemo_diffgemma.checkpoint.contents import contents
-    from nemo_diffgemma.checkpoint.open import check_target, dtype_of, save_network
+    from nemo_diffgemma.checkpoint.open import check_target
     from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 
     check_target(config.target, config.format)  # before anything is read
     source = contents(config.source)
-    if not config.dry_run:
-        save_network(
-            DiffusionGemma.from_checkpoint(config.source, dtype_of(source.dtype)), config.target, config.format
-        )
+    if config.dry_run:
+        opened, files = streaming.plan(config.source, config.format)
+        text, carried = len(opened.tensors), len(opened.carried)
+        results.show(f"{text + carried} tensors, each with one place: {text} of text, {carried} carried as they are")
+        results.show(f"{len(files.names)} files: {files.names[0]} to {files.names[-1]}")
+    else:
+        streaming.convert(config.source, config.target, config.format)
         written = contents(config.target)
         if (written.tensors, written.bytes) != (source.tensors, source.bytes):
             raise CheckpointError(

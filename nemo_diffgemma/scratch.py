@@ -110,11 +110,20 @@ def follow_umask(directory: Path) -> None:
     """
     mode = directory.stat().st_mode & 0o777
     for folder, _, files in os.walk(directory):
-        os.chmod(folder, mode)
+        os.chmod(folder, mode | os.stat(folder).st_mode & 0o7000)  # setgid: what is in it belongs to the group
         for name in files:
             file = Path(folder, name)
             if not file.is_symlink() and file.stat().st_nlink == 1:
                 file.chmod(mode & 0o666)
+
+
+def put_on_disk(path: Path) -> None:
+    """Have the kernel write a file, or the names in a directory, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def obstacle(target: Path, is_directory: bool) -> str | None:

@@ -37,7 +37,7 @@ from nemo_diffgemma.parallel.agreement import all_or_none, from_rank_zero, is_ra
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import Shard, shard_of
 from nemo_diffgemma.repository import user_path
-from nemo_diffgemma.scratch import follow_umask, obstacle, scratch_directory
+from nemo_diffgemma.scratch import follow_umask, obstacle, put_on_disk, scratch_directory
 
 SHARD_BYTES = 5 << 30
 _PACKED = ("I8", "U8", "I32", "U32")  # a matrix of the text model in one of these is quantised
@@ -184,7 +184,7 @@ def save(network: Network, directory: str | Path) -> Written:
                 carried = carried_tensors(network)
         files = len(shards) + bool(carried)
         for index, names in enumerate(shards):
-            file = _file_name(index, files)
+            file = file_name(index, files)
             tensors = {released_name(n): t for n, t in full_tensors(network, names)}
             with writing(partial):  # the others must not wait in the next gather when the disk is full
                 if partial is not None:
@@ -194,8 +194,8 @@ def save(network: Network, directory: str | Path) -> Written:
         with writing(partial):
             if partial is not None:
                 if carried:  # byte for byte, in a file of their own
-                    save_file(carried, partial / _file_name(files - 1, files), metadata={"format": "pt"})
-                    weight_map |= dict.fromkeys(carried, _file_name(files - 1, files))
+                    save_file(carried, partial / file_name(files - 1, files), metadata={"format": "pt"})
+                    weight_map |= dict.fromkeys(carried, file_name(files - 1, files))
                     written = _add(written, carried)
                 _write_index(partial, weight_map, written)
     return from_rank_zero(written)
@@ -205,7 +205,7 @@ def _add(written: Written, tensors: Mapping[str, Tensor]) -> Written:
     return Written(written.tensors + len(tensors), written.bytes + sum(t.nbytes for t in tensors.values()))
 
 
-def _file_name(index: int, files: int) -> str:
+def file_name(index: int, files: int) -> str:
     """transformers reads `model.safetensors` and nothing else where there is one, so it must be the only file."""
     return SINGLE if files == 1 else f"model-{index + 1:05}-of-{files:05}.safetensors"
 
@@ -270,9 +270,9 @@ def _gather(tensor: Tensor, shard: Shard) -> Tensor:
 
 
 @contextlib.contextmanager
-def writing(partial: Path | None) -> Iterator[None]:
+def writing(partial: Path | None, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Collective block in which rank 0 writes: if it fails there, every rank raises `CheckpointError`."""
-    with all_or_none():
+    with all_or_none(group):
         try:
             yield
         except (OSError, SafetensorError) as failure:
@@ -280,10 +280,11 @@ def writing(partial: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path | None]:
+def new_directory(target: Path, group: dist.ProcessGroup | None = None) -> Iterator[Path | None]:
     """A directory that appears under its name only when complete. Rank 0 gets a temporary path, others None.
 
-    Collective. Raises `CheckpointError` on every rank where `target` is in use or cannot be written.
+    Collective; the end of the block may come in another thread, with a `group` of its own. Raises `CheckpointError` on
+    every rank where `target` is in use or cannot be written.
     """
     with contextlib.ExitStack() as stack:
         partial: Path | None = None
@@ -291,12 +292,13 @@ def new_directory(target: Path) -> Iterator[Path | None]:
             if is_rank_zero():
                 partial = stack.enter_context(partial_of(target, is_directory=True))
         yield partial
-        with writing(partial):
+        with writing(partial, group):
             if partial is not None:
                 follow_umask(partial)
                 if target.exists():
                     target.rmdir()
                 partial.rename(target)
+                put_on_disk(target.absolute().parent)  # its name, too, outlives a power cut
 
 
 @contextlib.contextmanager

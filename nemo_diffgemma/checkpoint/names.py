@@ -20,12 +20,26 @@ _OURS = (
     (re.compile(r"^(layers\.\d+)\.moe\.(router|experts)\.(\w+)$"), _DECODER + r"\1.\2.\3"),
     (re.compile(r"^(.*)$"), _DECODER + r"\1"),
 )
+_RELEASED = (
+    (re.compile(r"^model\.encoder\.language_model\.layers\.(\d+)\.layer_scalar$"), r"layers.\1.encoder_layer_scalar"),
+    (re.compile(r"^model\.decoder\.(layers\.\d+)\.router\.proj\.weight$"), r"\1.moe.router.weight"),
+    (re.compile(r"^model\.decoder\.(layers\.\d+)\.(router|experts)\.(\w+)$"), r"\1.moe.\2.\3"),
+    (re.compile(r"^model\.decoder\.(.*)$"), r"\1"),
+)
 CARRIED_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 
 
 def released_name(name: str) -> str:
     """Name on disk of our parameter or buffer `name`."""
     for pattern, replacement in _OURS:
+        if pattern.match(name):
+            return pattern.sub(replacement, name)
+    raise AssertionError(name)
+
+
+def our_name(name: str) -> str:
+    """Our parameter or buffer that is called `name` on disk: the inverse of `released_name`."""
+    for pattern, replacement in _RELEASED:
         if pattern.match(name):
             return pattern.sub(replacement, name)
     raise AssertionError(name)
@@ -44,6 +58,15 @@ def released_shape(name: str, full_shape: tuple[int, ...], config: ModelConfig) 
     if name.endswith("experts.gate_up_proj"):
         return (full_shape[0], 2 * full_shape[2], full_shape[3])
     return full_shape
+
+
+def our_shape(name: str, released: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """Full shape of our tensor `name` that has this shape on disk: the inverse of `released_shape`."""
+    if name == "embed_tokens.weight":
+        return (config.padded_vocab_size, released[1])
+    if name.endswith("experts.gate_up_proj"):
+        return (released[0], 2, released[1] // 2, released[2])
+    return released
 
 
 def released_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

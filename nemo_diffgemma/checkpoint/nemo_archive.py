@@ -50,19 +50,20 @@ def write_archive(network: Network, path: str | Path, config: str = "") -> Writt
         written = huggingface.save(network, work / WEIGHTS)
         with huggingface.writing(target):
             if is_rank_zero():
-                _pack(work, config, target)
+                pack(work, config, work / "archive")
+                reason = obstacle(target, is_directory=False)  # again: writing took its time
+                if reason is not None:
+                    raise CheckpointError(reason)
+                os.replace(work / "archive", target)
     return written
 
 
-def _pack(work: Path, config: str, target: Path) -> None:
-    (work / CONFIG).write_text(config, encoding="utf-8")
-    with tarfile.open(work / "archive", "w") as archive:  # not compressed: weights do not shrink
-        archive.add(work / CONFIG, CONFIG)
-        archive.add(work / WEIGHTS, WEIGHTS)
-    reason = obstacle(target, is_directory=False)  # again: writing took its time
-    if reason is not None:
-        raise CheckpointError(reason)
-    os.replace(work / "archive", target)
+def pack(directory: Path, config: str, archive: Path) -> None:
+    """The archive of `directory`, which has the weights, with this configuration. Raises OSError."""
+    (directory / CONFIG).write_text(config, encoding="utf-8")
+    with tarfile.open(archive, "w") as members:  # not compressed: weights do not shrink
+        members.add(directory / CONFIG, CONFIG)
+        members.add(directory / WEIGHTS, WEIGHTS)
 
 
 def unpacked_weights(path: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded
+from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded, sharded_writer
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.model.network import Network
@@ -50,7 +50,7 @@ def save_network(network: Network, path: str | Path, format: str) -> None:
     if format == "huggingface":
         huggingface.save(network, path)
     elif format == "sharded":
-        sharded.save_sharded(network, path)
+        sharded_writer.save_sharded(network, path)
     else:
         nemo_archive.write_archive(network, path)
 

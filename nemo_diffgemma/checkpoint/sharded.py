@@ -3,21 +3,21 @@
 Tensors go through Megatron's dist_checkpointing under layout-free names and whole shapes, described by the same `Shard`
 that loading and initialisation use. A directory is complete in itself:
 
-    .metadata, metadata.json, *.distcp     tensors `model.<name>`, and `optimizer.<kind>.<name>` if training wrote it
-    assets/                                config.json, tokenizer, generation_config.json, carried vision tensors
-    dtypes.json                            dtype of each tensor in the released files, for writing those back
+    .metadata, metadata.json     description of the tensors in the files
+    weights_<rank>.distcp        tensors `model.<name>`, and plain values of training
+    training_<rank>.distcp       tensors `optimizer.<kind>.<name>`, if training wrote it
+    assets/                      config.json, tokenizer, generation_config.json, carried vision tensors
+    dtypes.json                  dtype of each tensor in the released files, for writing those back
+    manifest.json                lengths and checksums: manifest.py
 
-It appears under its name only when complete. Loading unpickles nothing but torch's description of the tensors, and that
-only after checking that it names no other class.
+It appears under its name only when complete: sharded_writer.py. Loading unpickles nothing but torch's description of
+the tensors, and that only after checking that it names no other class.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import pickle
-import queue
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,26 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_tensors_metadata
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from nemo_diffgemma.checkpoint import huggingface, tensor_files
+from nemo_diffgemma.checkpoint import huggingface, manifest, tensor_files
 from nemo_diffgemma.checkpoint.assets import write_assets as _write_assets
 from nemo_diffgemma.checkpoint.names import released_name, released_shape, released_tensors, text_tensors
-from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, is_fault_of_machine
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.json_files import brief, read_object
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
-from nemo_diffgemma.parallel.agreement import all_or_none, from_rank_zero
+from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
-from nemo_diffgemma.repository import user_path
 
 MODEL = "model."
 ASSETS, DTYPES = "assets", "dtypes.json"
-
+WEIGHTS, TRAINING = "weights", "training"  # what names of *.distcp files begin with; older ones are mixed
 
 _FILES = (".metadata", "metadata.json", DTYPES, f"{ASSETS}/config.json")  # beside the *.distcp that .metadata names
 
@@ -58,14 +56,15 @@ def is_sharded(path: str | Path) -> bool:
     return all((Path(path) / name).is_file() for name in _FILES)
 
 
-def is_intact(directory: Path) -> bool:
-    """Whether `directory` also has every file that its description names, in full length."""
-    try:
+def verify(directory: Path, weights_only: bool = False) -> None:
+    """Check that every file is there, in full length, and has the checksum of the manifest, if there is one.
+
+    Collective: the ranks share the files. Raises `CheckpointError` on every rank, or OSError where the disk fails.
+    """
+    with all_or_none():
         check_complete(directory)
-        _check_sizes(directory, _read_metadata(directory))
-    except CheckpointError:
-        return False
-    return True
+        _check_sizes(directory, read_metadata(directory))
+    manifest.verify(directory, lambda name: not (weights_only and name.startswith(TRAINING)))
 
 
 def check_complete(directory: Path) -> None:
@@ -103,39 +102,6 @@ def sharded_state_dict(network: Network) -> dict[str, ShardedTensor]:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_sharded(
-    network: Network,
-    directory: str | Path,
-    tensors: Mapping[str, ShardedTensor] | None = None,
-    common: Mapping[str, Any] | None = None,
-) -> None:
-    """Write weights, assets, and what training adds: more `tensors`, and `common` plain values (rank 0's are kept).
-
-    Collective. Raises `CheckpointError` on every rank when `directory` is not empty or cannot be written.
-    """
-    megatron_cpu.enable()
-    with huggingface.new_directory(user_path(directory)) as partial:
-        shared = from_rank_zero(partial)
-        assert shared is not None
-        state = {**sharded_state_dict(network), **(tensors or {}), **(common or {})}
-        _write_in_process()
-        try:
-            dist_checkpointing.save(state, str(shared))
-        except (CheckpointException, OSError) as failure:  # torch tells every rank what befell one of them
-            raise CheckpointError(f"cannot write {directory}: {_reason(failure)}") from failure
-        with huggingface.writing(partial):
-            if partial is not None:
-                _write_beside(network, partial)
-
-
-def _write_in_process() -> None:
-    """Megatron passes the results of its writer through a queue in a process started by spawn, also where, as here, the
-    writer runs in this process: 3 s at the first save, a script that must guard its main part, and a child that a
-    signal to the job kills and that outlives a killed parent. A plain queue does.
-    """
-    filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
-
-
 def write_assets(network: Network, assets: Path) -> None:
     """Write configuration, tokenizer and carried vision tensors beside the text model. Rank 0 only."""
     assets.mkdir(parents=True, exist_ok=True)
@@ -145,20 +111,21 @@ def write_assets(network: Network, assets: Path) -> None:
     _write_assets(network, assets)
 
 
-def _write_beside(network: Network, directory: Path) -> None:
-    write_assets(network, directory / ASSETS)
-    (directory / DTYPES).write_text(json.dumps(network.file_dtypes))
-
-
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def load_sharded(network: Network, directory: str | Path) -> None:
     """Fill `network` from a sharded checkpoint of any layout: weights only, whatever else it holds.
 
-    Raises `CheckpointError` on every rank, before any weight is set unless a file of the right size is damaged inside
-    or a weight is NaN or infinite.
+    Raises `CheckpointError` on every rank, before any weight is set unless a weight is NaN or infinite, or a file of
+    the right size is damaged inside and there is no manifest to tell.
     """
+    verify(Path(directory), weights_only=True)
+    fill(network, directory)
+
+
+def fill(network: Network, directory: str | Path) -> None:
+    """`load_sharded` of a checkpoint that is verified."""
     source = Path(directory)
     with all_or_none():
         check(network.model_config, source)
@@ -178,7 +145,7 @@ def read_tensors(state: dict[str, ShardedTensor], directory: Path) -> None:
     except (dist.DistError, ConnectionError):  # another rank is gone, and no file is to blame
         raise
     except _UNREADABLE as error:
-        raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
+        raise _unreadable(directory, error) from error
     with torch.no_grad():
         for key, data in wanted.items():
             if loaded[key].data_ptr() != data.data_ptr():
@@ -193,11 +160,11 @@ def read_common(directory: str | Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
 
     with all_or_none():
-        _check_sizes(Path(directory), _read_metadata(Path(directory)))
+        _check_sizes(Path(directory), read_metadata(Path(directory)))
         try:
             values.update(load_common_state_dict(str(directory)))
         except (*_UNREADABLE, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
+            raise _unreadable(directory, error) from error
     return values
 
 
@@ -209,12 +176,12 @@ def keys(directory: Path) -> dict[str, tuple[int, ...]]:
 def described_tensors(directory: Path) -> dict[str, Any]:
     """Shape and dtype of every tensor, without its values; files are checked. Raises `CheckpointError`."""
     check_complete(directory)
-    _check_sizes(directory, _read_metadata(directory))
+    _check_sizes(directory, read_metadata(directory))
     read_object(directory / "metadata.json", CheckpointError)
     try:
         return load_tensors_metadata(str(directory))
     except (*_UNREADABLE, ValueError, TypeError, LookupError, AttributeError) as error:  # metadata.json of another kind
-        raise CheckpointError(f"{directory} cannot be read ({_reason(error)}); copy it again") from error
+        raise _unreadable(directory, error) from error
 
 
 def check(config: ModelConfig, directory: str | Path) -> None:
@@ -259,7 +226,7 @@ def file_dtypes(directory: Path) -> dict[str, str]:
     try:
         dtypes = read_object(file, CheckpointError)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); copy {directory} again") from None
+        raise _unreadable(directory, error) from error
     known = tuple(tensor_files.DTYPES)
     unknown = next((name for name, dtype in dtypes.items() if dtype not in known), None)
     if unknown is not None:
@@ -292,7 +259,7 @@ class _PlainMetadata(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _read_metadata(directory: Path) -> Any:
+def read_metadata(directory: Path) -> Any:
     """torch reads `.metadata` with plain pickle; read it first with one that knows torch's classes only."""
     try:
         metadata = _PlainMetadata(io.BytesIO((directory / ".metadata").read_bytes())).load()
@@ -300,6 +267,8 @@ def _read_metadata(directory: Path) -> Any:
             raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}")
         return metadata
     except Exception as error:  # damaged bytes may lead pickle to any
+        if is_fault_of_machine(error):
+            raise
         raise CheckpointError(
             f"{directory}/.metadata is damaged or not of a checkpoint ({error}); if you made {directory}, copy it "
             "again, else do not load it"
@@ -311,7 +280,18 @@ def _read_metadata(directory: Path) -> Any:
 _UNREADABLE = (CheckpointException, CheckpointingException, OSError, RuntimeError)  # torch's is a BaseException
 
 
-def _reason(error: BaseException) -> str:
+def _unreadable(directory: str | Path, error: BaseException) -> Exception:
+    """What to raise: OSError where the disk failed, which no damage of the checkpoint is, else `CheckpointError`."""
+    failures = [error]
+    if isinstance(error, CheckpointException):
+        failures = [failure for failure, _ in error.failures.values()]
+    of_machine = next((failure for failure in failures if is_fault_of_machine(failure)), None)
+    if isinstance(of_machine, OSError):
+        return OSError(of_machine.errno, f"{directory} cannot be read ({of_machine}); when the disk works, start again")
+    return CheckpointError(f"{directory} cannot be read ({reason(error)}); copy it again")
+
+
+def reason(error: BaseException) -> str:
     """In one line: torch's own exception carries a traceback of each rank."""
     if isinstance(error, CheckpointException):
         rank, (failure, _) = next(iter(error.failures.items()))

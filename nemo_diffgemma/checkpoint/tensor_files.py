@@ -10,6 +10,7 @@ layer scalars with the decoder. `files` has such a weight once, under the decode
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 from pathlib import Path, PurePosixPath
@@ -38,8 +39,20 @@ _OF_QUANTISERS = re.compile(
 _SHARED_BY_ENCODER = re.compile(r"^model\.encoder\.language_model\.(?!layers\.\d+\.layer_scalar$)(.+)$")
 
 
+_OF_MACHINE = {
+    *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO, errno.ENODEV, errno.ENOLCK),
+    *(errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR),
+}
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or written; the message names the file or tensor and what to do."""
+
+
+def is_fault_of_machine(error: BaseException) -> bool:
+    """Whether a disk, a network or a limit failed: then no file is to blame, and another try may succeed."""
+    return isinstance(error, OSError) and error.errno in _OF_MACHINE
 
 
 def tied_to(name: str) -> str | None:
@@ -165,6 +178,8 @@ class TensorFiles:
             try:
                 self._handles[file] = self._stack.enter_context(safe_open(str(file), framework="pt"))
             except (SafetensorError, OSError) as error:
+                if is_fault_of_machine(error):
+                    raise
                 raise CheckpointError(
                     f"{file} is truncated or not a safetensors file ({error}); copy it again from the checkpoint"
                 ) from None

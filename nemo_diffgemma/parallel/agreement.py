@@ -6,9 +6,9 @@
     all_ranks(done); any_rank(asked)
     flags = agreed(flags)        # on the device, for which no host waits
 
-Every function here is collective over the default process group, and local where there is none. An error keeps its
-kind: what is the user's on one rank is a `UserError` on all, anything else is one on none, since exit code 2 means
-"do not start this job again" (slurm/job.sbatch).
+Every function here is collective over the default process group (a thread beside the steps names a group of its own,
+of all ranks), and local where there is none. An error keeps its kind: what is the user's on one rank is a `UserError`
+on all, anything else is one on none, since exit code 2 means "do not start this job again" (slurm/job.sbatch).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _agree(error: Exception | None) -> None:
+def _agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank as soon as any rank has an error: its own there, one of the same kind elsewhere."""
     if world_size() == 1:
         if error is not None:
             raise error
         return
     failure = None if error is None else (isinstance(error, UserError), _describe(error))
-    failures = gather(failure)
+    failures = gather(failure, group)
     if error is not None:
         raise known_to_all(error)
     for rank, other in enumerate(failures):
@@ -75,14 +75,14 @@ def _describe(error: Exception) -> str:
 
 
 @contextmanager
-def all_or_none() -> Iterator[None]:
+def all_or_none(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A collective block: if it fails in one process, it raises in all."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    _agree(error)
+    _agree(error, group)
 
 
 def on_rank_zero[T](function: Callable[[], T]) -> T:
@@ -103,11 +103,11 @@ def from_rank_zero[T](value: T) -> T:
     return box[0]
 
 
-def gather[T](value: T) -> list[T]:
+def gather[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The value of every rank, pickled, in the order of ranks."""
     values = [value] * world_size()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

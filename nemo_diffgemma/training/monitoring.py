@@ -111,8 +111,9 @@ def _known(result: Any) -> dict[str, Any]:
 
 
 def _last_saved(strategy: Any) -> dict[str, str]:
-    """The checkpoint that the strategy has written last; looking for it would read the directory of all of them."""
-    return {} if strategy.last_saved is None else {"checkpoint": str(strategy.last_saved)}
+    """The checkpoint that was complete last; looking for it would read the directory of all of them."""
+    last = strategy.saver.last
+    return {} if last is None else {"checkpoint": str(last)}
 
 
 class Watchdog(Callback):

@@ -23,6 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from nemo_diffgemma.checkpoint import sharded
+from nemo_diffgemma.checkpoint.sharded_writer import copy_to_host
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import process_groups
@@ -68,7 +69,7 @@ def _kinds(network: nn.Module) -> tuple[str, ...]:
 
 @torch.no_grad()
 def state_tensors(network: nn.Module, optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
-    """This rank's share of the optimizer's state, to be saved beside the weights. Collective."""
+    """Copies of this rank's share of the optimizer's state, to be saved beside the weights. Collective."""
     _prime(optimizer)
     held, tensors = _held(optimizer), {}
     distributed = any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
@@ -79,7 +80,7 @@ def state_tensors(network: nn.Module, optimizer: MegatronOptimizer) -> dict[str,
             part = None if mine is None else (mine.main if kind == "main" else mine.state[kind])
             if not distributed:
                 assert part is not None
-                tensors[key] = sharded.sharded_tensor(key, part, parameter)
+                tensors[key] = sharded.sharded_tensor(key, copy_to_host(part), parameter)
                 continue
             joined = _join(parameter, part, mine, index)
             if joined is not None:
@@ -96,7 +97,7 @@ def _join(parameter: Tensor, part: Tensor | None, mine: _Held | None, index: int
     keeper = index % group.size()
     if group.size() > 1:  # ranges do not overlap: adding zeros joins them exactly
         dist.reduce(flat, dst=dist.get_global_rank(group, keeper), group=group)
-    return flat.view(parameter.shape).cpu() if group.rank() == keeper else None
+    return copy_to_host(flat.view(parameter.shape)) if group.rank() == keeper else None
 
 
 def _replicas(parameter: Tensor) -> dist.ProcessGroup:

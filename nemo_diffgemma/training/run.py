@@ -31,11 +31,12 @@ from nemo_diffgemma.parallel.agreement import on_rank_zero
 from nemo_diffgemma.parallel.groups import initialize, process_groups
 from nemo_diffgemma.parallel.threads import threads_of_process
 from nemo_diffgemma.schema import ConfigurationError, ExpManagerGroup, TrainConfig
-from nemo_diffgemma.training import callbacks, optimizer, run_directory
+from nemo_diffgemma.training import callbacks, optimizer, run_directory, saving
 from nemo_diffgemma.training.monitoring import PREEMPTED, Heartbeat, Preemption, Watchdog
 from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings, TrainingError, empty_network
-from nemo_diffgemma.training.run_directory import CHECKPOINTS, LOGS, lock_of
+from nemo_diffgemma.training.run_directory import LOGS, lock_of
 from nemo_diffgemma.training.run_lock import RunLock
+from nemo_diffgemma.training.saving import Saver
 from nemo_diffgemma.training.signals import REQUEST
 from nemo_diffgemma.training.strategy import MegatronStrategy
 
@@ -107,20 +108,30 @@ def _train(
     assert model.network is not None
     model.task.check(model.network.model_config)
     run_directory.write_assets(model.network, model.task, run_dir)
-    trainer = _trainer(config.trainer.max_steps, [*_callbacks(config, run_dir), preemption, heartbeat, watchdog])
-    exp_manager(trainer, _exp_manager(config, run_dir, resumed))
-    model.set_trainer(trainer)
-    last = _fit(trainer, model, run_dir)
+    saver = Saver(then=lambda: saving.remove_others(run_dir, config.trainer))
+    wanted = [*_callbacks(config, run_dir), preemption, heartbeat, watchdog]
+    try:
+        # saves last: what it keeps is chosen by what the others have written about the step
+        wanted.append(saving.Checkpoints(run_dir, config.trainer.checkpoint_every))
+        trainer = _trainer(config.trainer.max_steps, wanted, MegatronStrategy(saver))
+        exp_manager(trainer, _exp_manager(config, run_dir, resumed))
+        model.set_trainer(trainer)
+        last = _fit(trainer, model, run_dir)
+    finally:
+        saver.close()
     return TrainResult(run_dir, last, trainer.global_step, _last_loss(model, run_dir), preemption.preempted)
 
 
 def _fit(trainer: Trainer, model: DiffusionGemmaModel, run_dir: Path) -> Path:
     """Train -> the last checkpoint."""
+    saver = trainer.strategy.saver
     try:
         trainer.fit(model)  # from the checkpoint that exp_manager has set
-        last = run_dir / CHECKPOINTS / f"step-{trainer.global_step}"
+        saver.wait()
+        last = run_directory.checkpoint_of(run_dir, trainer.global_step)
         if not trainer.strategy.broadcast(sharded.is_sharded(last)):  # rank 0's files decide: saving is collective
             trainer.save_checkpoint(f"{last}.ckpt")
+            saver.wait()
     except UserError as error:
         if model.result is None:
             raise
@@ -138,8 +149,6 @@ def _quiet() -> None:
     nemo_logging.setLevel(logging.WARNING)
     for talkative in ("megatron.core", "lightning.pytorch"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
-    # says at each checkpoint that asynchronous writing, which is not used, has another way now
-    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
     # says at each start that it divides the optimizer's state by itself
     logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     telemetry = CallbackGroup.get_instance()._callbacks
@@ -151,6 +160,7 @@ def _check(config: TrainConfig) -> None:
     if config.trainer.max_steps < 1:
         raise ConfigurationError(f"trainer.max_steps={config.trainer.max_steps}; expected at least 1")
     optimizer.check(config.optim)
+    saving.check(config.trainer)
     replicas = process_groups().dp_cp.size()
     Batches(config.data.global_batch_size, 0, replicas)  # raises where the batch cannot be shared
     share, micro = config.data.global_batch_size // replicas, config.data.micro_batch_size
@@ -162,12 +172,12 @@ def _check(config: TrainConfig) -> None:
     task_of(config.data)
 
 
-def _trainer(max_steps: int, wanted: list[Any]) -> Trainer:
+def _trainer(max_steps: int, wanted: list[Any], strategy: MegatronStrategy) -> Trainer:
     """A Lightning trainer that leaves loggers and checkpoints to NeMo's exp_manager and the rest to Megatron."""
     trainer = Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
-        strategy=MegatronStrategy(),
+        strategy=strategy,
         plugins=[LightningEnvironment()],  # the world exists: Slurm's would check its tasks and take its signals
         max_steps=max_steps,
         max_epochs=-1,
@@ -214,18 +224,7 @@ def _exp_manager(config: TrainConfig, run_dir: Path, resumed: Path | None) -> di
         "disable_validation_on_resume": False,
         "log_step_timing": False,
         "log_tflops_per_sec_per_gpu": False,
-        "checkpoint_callback_params": {
-            "dirpath": str(run_dir / CHECKPOINTS),
-            "filename": "step-{step}",
-            "auto_insert_metric_name": False,
-            "monitor": "loss",
-            "save_top_k": -1,
-            "save_last": False,
-            "save_nemo_on_train_end": False,
-            "every_n_epochs": None,
-            "every_n_train_steps": config.trainer.checkpoint_every or config.trainer.max_steps,
-            "verbose": False,
-        },
+        "create_checkpoint_callback": False,  # saving.py
     }
 
 

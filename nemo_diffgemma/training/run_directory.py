@@ -2,7 +2,7 @@
 
 lock                     held while a run works here: run_lock.py
 config.yaml              the configuration of the start, and changes.jsonl of later ones: run_config.py
-checkpoints/step-N       complete ones have no `-unfinished` marker beside them
+checkpoints/step-N       complete ones only; those of older versions have no `-unfinished` marker beside them
 assets/                  what every checkpoint has beside its weights: configuration, tokenizer, sampler defaults
 metrics.jsonl, validation.jsonl, status.json, logs/
 """
@@ -13,57 +13,71 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from nemo.utils import logging as nemo_logging
-from nemo.utils.callbacks import NeMoModelCheckpoint
 
 from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.assets import GENERATION
 from nemo_diffgemma.data.tasks import Task
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
-from nemo_diffgemma.errors import ConfigurationError
+from nemo_diffgemma.errors import ConfigurationError, UserError
 from nemo_diffgemma.parallel.agreement import on_rank_zero
 from nemo_diffgemma.schema import TrainConfig
 from nemo_diffgemma.training import run_config
 from nemo_diffgemma.training.run_lock import LOCK, RunLock
 
 CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
+_UNFINISHED = "-unfinished"  # NeMo's marker
 
 
 def enter(config: TrainConfig, run_dir: Path, lock: RunLock) -> Path | None:
     """Take the run directory -> the checkpoint from which this run goes on. Collective; rank 0 decides and writes.
 
-    Makes the folder, takes the lock, keeps the configuration, and removes what killed saves left.
-    Raises `ConfigurationError` on every rank where it cannot be written, another run works in it, or a run that is
-    there must not be continued like this.
+    Makes the folder, takes the lock, verifies the checkpoint, keeps the configuration, and removes what killed saves
+    left. Raises `ConfigurationError` on every rank where it cannot be written, another run works in it, or a run that
+    is there must not be continued like this; OSError where the disk fails.
     """
 
-    def take() -> Path | None:
-        try:
+    def take() -> None:
+        with _writable(run_dir):
             (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_dir).close()  # a directory that was there may not be ours to write
             lock.acquire()
-            resumed = _last_intact(run_dir)
-        except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+            last = last_checkpoint(run_dir)
+        if last is not None and not config.exp_manager.resume:
             raise ConfigurationError(
-                f"the run directory {run_dir} cannot be written ({error}); name another exp_manager.exp_dir"
-            ) from None
-        if resumed is not None and not config.exp_manager.resume:
-            raise ConfigurationError(
-                f"{run_dir} has a checkpoint of an earlier run ({resumed.name}) and exp_manager.resume=false; continue "
+                f"{run_dir} has a checkpoint of an earlier run ({last.name}) and exp_manager.resume=false; continue "
                 "it with exp_manager.resume=true, or name another exp_manager.version"
             )
+
+    def begin() -> None:
         for change in run_config.keep(config, run_dir, None if resumed is None else step_of(resumed)):
             nemo_logging.warning(f"resumed with another configuration: {change}")
         if resumed is None:  # those of a start before, which may have been from another checkpoint
             shutil.rmtree(run_dir / ASSETS, ignore_errors=True)
         for unfinished in (run_dir / CHECKPOINTS).glob(".step-*.partial"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        return resumed
 
-    return on_rank_zero(take)
+    on_rank_zero(take)
+    resumed = _last_intact(run_dir)
+    on_rank_zero(begin)
+    return resumed
+
+
+@contextmanager
+def _writable(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        raise ConfigurationError(
+            f"the run directory {run_dir} cannot be written ({error}); name another exp_manager.exp_dir"
+        ) from None
 
 
 def lock_of(run_dir: Path) -> RunLock:
@@ -74,34 +88,52 @@ def lock_of(run_dir: Path) -> RunLock:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    return next(iter(_checkpoints(run_dir)), None)
-
-
-def _checkpoints(run_dir: Path) -> list[Path]:
-    """Complete ones, the last first."""
-    complete = []
-    for directory in (run_dir / CHECKPOINTS).glob("step-*"):
-        named = re.fullmatch(r"step-(\d+)", directory.name)
-        unfinished = directory.with_name(directory.name + NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX)
-        if named and sharded.is_sharded(directory) and not unfinished.exists():
-            complete.append(directory)
-    return sorted(complete, key=step_of, reverse=True)
+def checkpoint_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return run_dir / CHECKPOINTS / f"step-{step}"
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint with the highest step."""
+    return next(iter(complete_checkpoints(run_dir)), None)
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """The last first."""
+    complete = []
+    for directory in (run_dir / CHECKPOINTS).glob("step-*"):
+        named = re.fullmatch(r"step-(\d+)", directory.name)
+        unfinished = directory.with_name(directory.name + _UNFINISHED)
+        if named and sharded.is_sharded(directory) and not unfinished.exists():
+            complete.append(directory)
+    return sorted(complete, key=step_of, reverse=True)
+
+
 def _last_intact(run_dir: Path) -> Path | None:
-    """The last checkpoint, with those put aside that a node which lost power has cut short."""
-    for checkpoint in _checkpoints(run_dir):
-        if sharded.is_intact(checkpoint):
+    """The last checkpoint, with those put aside that are damaged: by a node that lost power, say. Collective."""
+    while True:
+        checkpoint = on_rank_zero(lambda: last_checkpoint(run_dir))
+        if checkpoint is None:
+            return None
+        try:
+            sharded.verify(checkpoint)
             return checkpoint
-        nemo_logging.warning(f"{checkpoint} is damaged: put aside, the one before is resumed")
-        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
-    return None
+        except UserError as error:
+            on_rank_zero(partial(_put_aside, checkpoint, str(error)))
+
+
+def _put_aside(checkpoint: Path, why: str) -> None:
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    for number in count(2):
+        if not aside.exists():
+            break
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+    nemo_logging.warning(f"{checkpoint} is damaged ({why}): put aside as {aside.name}, the one before is resumed")
+    checkpoint.rename(aside)
 
 
 # -- assets ------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 `parallel.initialize(layout)` made the world; this strategy neither starts processes nor wraps the model. A checkpoint
 is a directory that all ranks write, named as the path without ".ckpt" (NeMo's convention), with the optimizer's state
-beside the weights. It can be resumed in another layout; in the same one the run continues bit for bit on a CPU.
+beside the weights. It is written while steps go on: saving.py. It can be resumed in another layout; in the same one the
+run continues bit for bit on a CPU.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,22 @@ from nemo.utils.app_state import AppState
 from torch import Tensor
 
 from nemo_diffgemma.checkpoint import sharded
+from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
 from nemo_diffgemma.parallel.agreement import all_ranks, any_rank, from_rank_zero
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.training import optimizer_state
+from nemo_diffgemma.training.saving import Saver
 
-_KEPT = ("epoch", "global_step", "loops", "callbacks", "pytorch-lightning_version")  # of Lightning's own state
+_KEPT = ("epoch", "global_step", "loops", "pytorch-lightning_version")  # of Lightning's own state
 _COMMON = "lightning"
 
 
 class MegatronStrategy(Strategy):
     """One process of a world that `parallel.initialize` made."""
 
-    def __init__(self) -> None:
+    def __init__(self, saver: Saver) -> None:
         super().__init__()
-        self.last_saved: Path | None = None
+        self.saver = saver
         layout, groups = current_layout(), process_groups()  # raises where there are none
         self.global_rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -96,15 +98,21 @@ class MegatronStrategy(Strategy):
         return {}  # so is the optimizer's state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """All ranks write `filepath` without its suffix; it appears when complete."""
+        """All ranks write `filepath` without its suffix, from copies; it appears when complete.
+
+        Waits for the save before, and raises its error, on every rank.
+        """
         model: Any = self.lightning_module
         optimizer = model.megatron_optimizer
         model.finish_gather()
         common = {name: checkpoint[name] for name in _KEPT if name in checkpoint}
         common["optimizer_steps"] = optimizer_state.steps_taken(optimizer)
+        self.saver.wait()
         tensors = optimizer_state.state_tensors(model.network, optimizer)
-        sharded.save_sharded(model.network, _directory(filepath), tensors, {_COMMON: common})
-        self.last_saved = _directory(filepath)
+        save = SaveInProgress(
+            model.network, _directory(filepath), tensors, {_COMMON: common}, self.saver.group, copies=True
+        )
+        self.saver.start(save)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Lightning's part of a checkpoint; weights and optimizer state are read straight into their places."""
@@ -115,12 +123,13 @@ class MegatronStrategy(Strategy):
                 f"{directory} holds weights only, so no run can be resumed from it; start a new one with "
                 f"model.checkpoint={directory}"
             )
-        return {**common, "state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "directory": directory}
+        ours = {"state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}}
+        return {**common, **ours, "directory": directory}
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         model: Any = self.lightning_module
         assets = model.network.assets
-        sharded.load_sharded(model.network, checkpoint["directory"])
+        sharded.fill(model.network, checkpoint["directory"])  # the run has verified it: run_directory.enter
         model.network.assets = assets or model.network.assets  # those of the run outlive a removed checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -129,8 +138,7 @@ class MegatronStrategy(Strategy):
         optimizer_state.load_state(model.network, model.megatron_optimizer, checkpoint["directory"], steps)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
-            shutil.rmtree(_directory(filepath), ignore_errors=True)
+        """Which are kept is chosen in saving.py."""
 
     def teardown(self) -> None:
         """Nothing to move or stop: the process groups outlive the trainer."""

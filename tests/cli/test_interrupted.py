@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +46,19 @@ def test_two_processes_read_the_prompt_that_was_typed_and_a_path_as_it_is(model)
     assert done.stderr.count("error: the tokenizer") == 1 and "Traceback" not in done.stderr
 
 
+def with_much_to_carry(model: Path, copy: Path) -> Path:
+    """A copy of a model with 300 MB of zeros among its vision tensors: time to interrupt what is done with them."""
+    shutil.copytree(model, copy)
+    header = {"model.encoder.vision_tower.much": {"dtype": "U8", "shape": [300, 10**6], "data_offsets": [0, 3 * 10**8]}}
+    text = json.dumps(header).encode()
+    (copy / "much.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(copy / "much.safetensors", 8 + len(text) + 3 * 10**8)
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(header, "much.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    return copy
+
+
 @pytest.mark.parametrize(
     ("case", "sent", "code"),
     [
@@ -53,12 +68,18 @@ def test_two_processes_read_the_prompt_that_was_typed_and_a_path_as_it_is(model)
         pytest.param("convert by two", signal.SIGTERM, 143, marks=pytest.mark.slow),
     ],
 )
-def test_what_a_signal_ends_leaves_nothing(model, single, tmp_path, case, sent, code):
+def test_what_a_signal_ends_leaves_nothing_but_what_it_goes_on_from(model, single, tmp_path, case, sent, code):
     temporary, target = tmp_path / "tmp", tmp_path / "out" / "sharded"
     temporary.mkdir()
     target.parent.mkdir()
     if case == "convert by two":
-        arguments = command("convert", f"source={model}", f"target={target}", "format=sharded", "parallel=ep2")
+        arguments = command(
+            "convert",
+            f"source={with_much_to_carry(model, tmp_path / 'model')}",
+            f"target={target}",
+            "format=sharded",
+            "parallel=ep2",
+        )
         begun = lambda: any(target.parent.iterdir())
     else:
         save_network(DiffusionGemma.from_checkpoint(model), str(tmp_path / "model.nemo"), "nemo")
@@ -86,8 +107,12 @@ def test_what_a_signal_ends_leaves_nothing(model, single, tmp_path, case, sent, 
         given = {**os.environ, "TMPDIR": str(temporary)}
         assert subprocess.run(command("generate", "checkpoint=nowhere", "prompt=x"), env=given).returncode == 2
         assert not left.exists()  # wandb, imported by NeMo, leaves two empty folders of its own
+    elif case == "convert by two":
+        assert [path.name for path in target.parent.iterdir()] == [".sharded.converting"]
+        assert subprocess.run(arguments, capture_output=True).returncode == 0
+        assert [*temporary.iterdir(), *target.parent.iterdir()] == [target]
     else:
-        assert [*temporary.iterdir(), *target.parent.iterdir()] == []
+        assert list(temporary.iterdir()) == []
 
 
 def test_inherited_variables_of_a_launcher_are_told(model):

@@ -94,14 +94,16 @@ def losses(directory: str, **settings: Any) -> list[tuple[float, float]]:
 
 def interrupted_and_resumed(directory: str, **settings: Any) -> list[dict[str, Any]]:
     """Metrics of a run of 6 steps that stopped after 5 and went on from the checkpoint of step 3."""
-    interrupted(directory, stop_after=5, steps=6, every=3, **settings)
-    return run(directory, steps=6, every=3, **settings)
+    return resumed_elsewhere(directory, settings, settings)
 
 
 def resumed_elsewhere(directory: str, before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
     """Metrics of a run that stopped with the settings `before` and went on with those of `after`."""
     interrupted(directory, stop_after=5, steps=6, every=3, **before)
-    return run(directory, steps=6, every=3, **after)
+    written = (Path(directory) / "checkpoints" / "step-3" / "manifest.json").stat().st_ino
+    lines = run(directory, steps=6, every=3, **after)
+    assert (Path(directory) / "checkpoints" / "step-3" / "manifest.json").stat().st_ino == written, "it began anew"
+    return lines
 
 
 def _restored(path: str) -> Any:
@@ -311,3 +313,23 @@ def _share(like: Any, seed: int) -> Any:
     import torch
 
     return 0.01 * torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def messages_of_a_writer_that_fails(directory: str, rank: int, step: int) -> str:
+    """What a run says on this rank whose disk is full on one rank when the files of `step` are written."""
+    import errno
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from nemo_diffgemma.checkpoint import sharded_writer
+
+    write = sharded_writer._Plan.write
+
+    def full(self: Any) -> Any:
+        if dist.get_rank() == rank and f"step-{step}." in str(self.writer.path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self)
+
+    with mock.patch.object(sharded_writer._Plan, "write", full):
+        return message(directory, steps=8, every=2)

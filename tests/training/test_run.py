@@ -76,12 +76,15 @@ def test_bfloat16_resumes_from_its_float32_weights(pool, tmp_path, layout, distr
     ids=["tp2ep2-to-dp2", "ep2-to-tp2-replicated", "dp2-replicated-to-tp2etp2"],
 )
 def test_a_run_goes_on_in_another_layout(pool, one_process, tmp_path, before, after):
-    """Optimizer state included: with fresh moments the losses after step 3 would differ in the second digit."""
+    """Optimizer state included: with fresh moments the losses after step 3 would differ in the second digit.
+
+    To 1e-5 for three steps: later ones are chaotic, with another micro-batch size of one process as well.
+    """
     lines = pool(2).run("tests.training.cases:resumed_elsewhere", directory=str(tmp_path), before=before, after=after)[
         0
     ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["loss"] for line in lines] == pytest.approx([loss for loss, _ in one_process], abs=2e-5)
+    assert [line["loss"] for line in lines] == pytest.approx([loss for loss, _ in one_process], abs=1e-5)
 
 
 def test_micro_batches_add_up_to_the_batch(one_process, tmp_path):

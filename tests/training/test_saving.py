@@ -1,0 +1,193 @@
+"""Checkpoints are written while steps go on, from copies, and those are kept that were asked for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_diffgemma.checkpoint import manifest, sharded
+from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
+from nemo_diffgemma.schema import TrainerGroup
+from nemo_diffgemma.training import saving
+from nemo_diffgemma.training.run_directory import complete_checkpoints, step_of
+from tests.training import cases
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """Weights, and the files of optimizer state: equal values make equal files."""
+    ours, theirs = cases.weights_of(str(one), {}), cases.weights_of(str(other), {})
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    (state,), (their_state,) = one.glob("training_*.distcp"), other.glob("training_*.distcp")
+    assert state.read_bytes() == their_state.read_bytes()
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "replicated"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_go_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypatch, dtype, distributed):
+    """The files of step 2 are not begun before step 4 is done, and are those of a run that had ended at step 2."""
+    keys = {"model__dtype": dtype, "optim__distributed": distributed, "optim__decay": "constant"}
+    cases.run(str(tmp_path / "short"), steps=2, **keys)
+    write, metrics, waited = SaveInProgress.write, tmp_path / "run" / "metrics.jsonl", []
+
+    def late(self: SaveInProgress) -> None:
+        if self.directory.name == "step-2":
+            while len(metrics.read_text().splitlines()) < 4:
+                waited.append(threading.current_thread() is threading.main_thread())
+                threading.Event().wait(0.01)
+        write(self)
+
+    monkeypatch.setattr(SaveInProgress, "write", late)
+    cases.run(str(tmp_path / "run"), steps=5, every=2, **keys)
+    assert waited and not any(waited)
+    steps = [step_of(checkpoint) for checkpoint in complete_checkpoints(tmp_path / "run")]
+    assert steps == [5, 4, 2]
+    assert_equal(tmp_path / "run" / "checkpoints" / "step-2", tmp_path / "short" / "checkpoints" / "step-2")
+    assert all(sharded.verify(checkpoint) is None for checkpoint in complete_checkpoints(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_befalls_the_writer_of_one_rank_is_told_on_all_and_leaves_nothing(pool, tmp_path, rank):
+    """At the next save; a full disk is no refusal, and another start goes on from the checkpoint before."""
+    job = {"directory": str(tmp_path), "rank": rank, "step": 4}
+    told = pool(2).run("tests.training.cases:messages_of_a_writer_that_fails", **job)
+    assert all(line.startswith("TrainingError: ") and "No space left on device" in line for line in told), told
+    assert all("\n" not in line for line in told)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6  # saving 6 told it
+    losses = [
+        pool(2).run("tests.training.cases:losses", directory=str(directory), steps=8, every=2)[0]
+        for directory in (tmp_path, tmp_path / "straight")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(tmp_path, monkeypatch):
+    from nemo_diffgemma.training.callbacks import MetricsFile
+
+    write, failed = SaveInProgress.write, threading.Event()
+    before = MetricsFile.on_train_batch_end
+
+    def late(self: SaveInProgress) -> None:
+        failed.wait(30)
+        write(self)
+
+    def fail(self: Any, trainer: Any, *rest: Any) -> None:
+        before(self, trainer, *rest)
+        if trainer.global_step == 3:
+            failed.set()
+            raise KeyError("a defect")
+
+    monkeypatch.setattr(SaveInProgress, "write", late)
+    monkeypatch.setattr(MetricsFile, "on_train_batch_end", fail)
+    assert cases.message(str(tmp_path), steps=6, every=2) == "KeyError: 'a defect'"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_failing_disk_is_never_taken_for_damage(tmp_path, monkeypatch):
+    cases.run(str(tmp_path), steps=2, every=1)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    for place, name in ((manifest, "_digest"), (sharded, "read_metadata"), (sharded.dist_checkpointing, "load")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fails)
+            assert cases.message(str(tmp_path), steps=3).startswith("OSError: ")
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == there
+    assert cases.message(str(tmp_path), steps=3) == "no error"
+
+
+def test_damaged_ones_are_put_aside_however_often(tmp_path):
+    for _ in range(3):
+        cases.run(str(tmp_path), steps=2)
+        (file,) = (tmp_path / "checkpoints" / "step-2").glob("weights_*.distcp")
+        file.write_bytes(bytes(file.stat().st_size))
+    lines = cases.run(str(tmp_path), steps=2)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        *("step-2", "step-2.damaged", "step-2.damaged-2", "step-2.damaged-3"),
+    ]
+
+
+# -- which are kept ----------------------------------------------------------------------------------------------------
+
+
+def make(run_dir: Path, steps: set[int], measured: dict[int, float]) -> None:
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for step in steps:
+        for name in sharded._FILES:
+            file = run_dir / "checkpoints" / f"step-{step}" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("")
+    run_dir.mkdir(exist_ok=True)
+    lines = [
+        {"step": step, "canvas_loss": {"0.1": value, "0.9": value}, "rate": value} for step, value in measured.items()
+    ]
+    (run_dir / "validation.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+@settings(max_examples=40)
+@given(
+    steps=st.sets(st.integers(1, 60), min_size=1, max_size=12),
+    values=st.lists(st.integers(0, 9).map(float), min_size=60, max_size=60),
+    keep=st.tuples(*[st.integers(0, 4)] * 3),
+    by=st.sampled_from(["canvas_loss", "rate"]),
+)
+def test_those_are_kept_that_were_asked_for(tmp_path_factory, steps, values, keep, by):
+    run_dir = tmp_path_factory.getbasetemp() / "kept"
+    measured = {step: values[step - 1] for step in range(1, 60, 2)}  # not every one
+    make(run_dir, steps, measured)
+    last, best, every = keep
+    saving.remove_others(run_dir, TrainerGroup(keep_last=last, keep_best=best, keep_every=every, keep_by=by))
+    kept = {step_of(checkpoint) for checkpoint in complete_checkpoints(run_dir)}
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {f"step-{step}" for step in kept}
+    if not any(keep):
+        assert kept == steps
+        return
+    assert set(sorted(steps)[-max(last, 1) :]) <= kept
+    if every:
+        assert {step for step in steps if step % every == 0} <= kept
+    better = min if by == "canvas_loss" else max
+    candidates = [measured[step] for step in steps if step in measured]
+    if best and candidates:
+        assert better(candidates) in [measured[step] for step in kept if step in measured]
+    of_best = kept - set(sorted(steps)[-max(last, 1) :]) - {step for step in steps if every and step % every == 0}
+    assert len(of_best) <= best
+    for step in of_best:  # nobody that is gone is better
+        gone = [measured[one] for one in steps - kept if one in measured]
+        assert all(better(measured[step], value) == measured[step] for value in gone)
+
+
+def test_a_run_keeps_its_last_its_best_and_every_nth(tmp_path):
+    cases.run(
+        str(tmp_path), steps=7, every=1, trainer__keep_last=2, trainer__keep_every=3, trainer__keep_best=1,
+        trainer__validate_every=1, trainer__validation_examples=4,
+    )  # fmt: skip
+    losses = saving.measures(tmp_path / "validation.jsonl", "canvas_loss")
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6, 7]
+    expected = {7, 6, 3, min(losses, key=lambda step: (losses[step], -step))}
+    assert {step_of(checkpoint) for checkpoint in complete_checkpoints(tmp_path)} == expected
+    assert len(list((tmp_path / "checkpoints").iterdir())) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"trainer__keep_last": -1}, "trainer.keep_last=-1"),
+        ({"trainer__keep_best": 1}, "trainer.validate_every=0"),
+        ({"trainer__keep_best": 1, "trainer__validate_every": 3, "every": 4}, "trainer.checkpoint_every=4"),
+    ],
+)
+def test_what_cannot_be_kept_is_said_before_the_first_step(tmp_path, keys, said):
+    message = cases.message(str(tmp_path), steps=6, **keys)
+    assert message.startswith("ConfigurationError") and said in message and "\n" not in message
