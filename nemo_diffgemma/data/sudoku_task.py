@@ -74,10 +74,12 @@ class Sudoku(Task):
 
     def held_out_examples(self, wanted: int | None = None) -> list[Example]:
         digits = [VOCABULARY.index(str(digit)) for digit in range(10)]
-        return [
-            Example(tuple(encode_puzzle(puzzle)), tuple(digits[digit] for digit in solution), sample)
-            for sample, (puzzle, solution) in enumerate(self._solved()[:wanted])
-        ]
+        examples = []
+        for sample, (puzzle, solution) in enumerate(self._solved()[:wanted]):
+            prompt, answer = encode_puzzle(puzzle), [digits[digit] for digit in solution]
+            tokens = (*prompt, *answer)
+            examples.append(Example(tokens, ((len(prompt), len(tokens)),), sample))
+        return examples
 
     def tokenizer(self) -> Any:
         return build_tokenizer()

@@ -56,6 +56,7 @@ class Task(ABC):
     keys: ClassVar[type[DataGroup]]  # the dataclass of this kind's keys
     eos_token_id: ClassVar[int]  # sampler settings of a network trained from scratch
     pad_token_id: ClassVar[int]
+    fills_rows: ClassVar[bool] = True  # an answer that ends its row is filled up to whole canvases in the context, too
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -122,5 +123,5 @@ def default_data() -> DataGroup:
 
 
 def fill_id(model: ModelConfig) -> int:
-    """The id that fills the last canvas of a response."""
+    """The id that fills the last canvas of an answer."""
     return model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]

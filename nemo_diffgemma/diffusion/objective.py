@@ -1,13 +1,13 @@
 """The training objective: corrupt canvases of clean rows, denoise them in one pass, score every position.
 
-Google's published fine-tuning recipe (which NeMo AutoModel and TRL follow): a response is cut into canvases counted
+Google's published fine-tuning recipe (which NeMo AutoModel and TRL follow): an answer is cut into canvases counted
 from its start; a canvas at noise level t has each token replaced, with probability t, by one uniform over the
 vocabulary; the loss is the plain cross-entropy of all its positions, whatever t is, plus an autoregressive loss of
 the encoder. A canvas sees the clean context strictly before it. Self-conditioning: a gradient-free pass without
 signal, whose prediction is shown to the scored pass for half of the examples.
 
-Ours: any set of canvases of a row is scored at once, each at a noise level of its own; everything random is keyed by
-(seed, sample, canvas), so neither batch nor layout changes it.
+Ours: a row may have many answers; any set of its canvases is scored at once, each at a noise level of its own;
+everything random is keyed by (seed, sample, canvas), so neither batch nor layout changes it.
 
 Shapes: T tokens of all rows, one row behind the other, M canvases of C tokens over all rows, N positions, H hidden.
 """
@@ -32,7 +32,7 @@ from nemo_diffgemma.diffusion.noise import (
     to_ids,
     to_uniforms,
 )
-from nemo_diffgemma.diffusion.rows import Rows
+from nemo_diffgemma.diffusion.rows import Rows, check_answers
 from nemo_diffgemma.errors import UserError
 
 
@@ -91,11 +91,12 @@ class TrainableNetwork(Protocol):
 
 @dataclass(frozen=True)
 class Canvas:
-    """A canvas of a row and the position where it starts; `index` counts canvases of the response."""
+    """A canvas of a row and the position where it starts; `index` counts the canvases of the row."""
 
     row: int
     start: int
     index: int
+    size: int  # tokens of its answer in it; the rest is fill
 
 
 class Corrupted(NamedTuple):
@@ -132,19 +133,17 @@ class Loss(NamedTuple):
 
 def choose_canvases(rows: Rows, canvas_length: int, wanted: int, seed: int) -> list[Canvas]:
     """`wanted` canvases of each row (0: all), uniformly without replacement, keyed by (seed, sample)."""
-    canvases = []
-    for row, (prompt, length, sample) in enumerate(zip(rows.prompt_lengths, rows.lengths, rows.samples, strict=True)):
-        count, rest = divmod(length - prompt, canvas_length)
-        if rest or count < 1 or prompt < 1:
-            raise UserError(
-                f"row {row} has a prompt of {prompt} and a response of {length - prompt} tokens; expected at least one "
-                f"prompt token and whole canvases of {canvas_length} (fill the last one with EOS)"
-            )
-        chosen = range(count)
-        if wanted and wanted < count:
-            ranks = keyed_bits(seed, sample, CHOICE, torch.arange(count)).argsort()
-            chosen = sorted(ranks[:wanted].tolist())  # type: ignore[assignment]
-        canvases += [Canvas(row, prompt + index * canvas_length, index) for index in chosen]
+    canvases: list[Canvas] = []
+    for row, (answers, length, sample) in enumerate(zip(rows.answers, rows.lengths, rows.samples, strict=True)):
+        check_answers(answers, length)
+        starts = [(start, end) for first, end in answers for start in range(first, end, canvas_length)]
+        chosen: Sequence[int] = range(len(starts))
+        if wanted and wanted < len(starts):
+            ranks = keyed_bits(seed, sample, CHOICE, torch.arange(len(starts))).argsort()
+            chosen = sorted(ranks[:wanted].tolist())
+        for index in chosen:
+            start, end = starts[index]
+            canvases.append(Canvas(row, start, index, min(canvas_length, end - start)))
     return canvases
 
 
@@ -164,9 +163,11 @@ def corrupt(
     """
     device, offsets = rows.tokens_T.device, rows.offsets
     inside = torch.arange(canvas_length, device=device)
-    numbers = [(rows.samples[c.row], c.index, offsets[c.row] + c.start) for c in canvases]
-    samples_M1, index_M1, starts_M1 = torch.tensor(numbers).to(device)[:, :, None].unbind(1)
-    clean_MC = rows.tokens_T[starts_M1 + inside]
+    numbers = [(rows.samples[c.row], c.index, offsets[c.row] + c.start, c.size) for c in canvases]
+    samples_M1, index_M1, starts_M1, sizes_M1 = torch.tensor(numbers).to(device)[:, :, None].unbind(1)
+    last_M1 = starts_M1 + sizes_M1 - 1
+    clean_MC = rows.tokens_T[torch.minimum(starts_M1 + inside, last_M1)]
+    clean_MC = clean_MC.masked_fill(inside >= sizes_M1, rows.fill_id)
 
     def bits(purpose: int, position: Tensor | int) -> Tensor:
         return keyed_bits(seed, samples_M1, purpose, index_M1, position)
@@ -255,7 +256,7 @@ def _canvas_weights(
 def _autoregressive(
     network: TrainableNetwork, rows: Rows, hidden_TH: Tensor, config: ObjectiveConfig, totals: Counts
 ) -> Tensor:
-    """Next-token loss of the encoder over every pair inside a row: prompt, response and EOS fill."""
+    """Next-token loss of the encoder over every pair of tokens inside a row."""
     lengths_B = torch.tensor(rows.lengths)
     last_B = lengths_B.cumsum(0) - 1
     has_next_T = torch.ones(int(lengths_B.sum()), dtype=torch.bool).index_fill(0, last_B, False)

@@ -25,12 +25,13 @@ from nemo_diffgemma.schema import LEVELS as LEVELS
 
 
 def held_out_rows(task: Task, model: ModelConfig, wanted: int | None = None) -> Rows:
-    """The first `wanted` held-out examples (None: all), filled with EOS to whole canvases.
+    """The first `wanted` held-out examples (None: all).
 
     Raises `ConfigurationError` where the network cannot read this data.
     """
     task.check(model)
-    return collate(task.held_out_examples(wanted), model.canvas_length, fill_id(model)).to(device())
+    examples = task.held_out_examples(wanted)
+    return collate(examples, model.canvas_length, fill_id(model), task.fills_rows).to(device())
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ class DiffusionGemmaModel(ModelPT):
         done = 0 if self._trainer is None else self.trainer.global_step
         batches = Batches(data.global_batch_size, groups.dp_cp.rank(), groups.dp_cp.size(), first_step=done)
         task = self.task if train_data_config is None else task_of(data)
-        self._train_dl = self._loader(task.training_examples(self.settings.seed), batches)
+        self._train_dl = self._loader(task, task.training_examples(self.settings.seed), batches)
 
     def setup_validation_data(self, val_data_config: DataGroup | None = None) -> None:
         """Held-out examples, whole on every replica."""
@@ -158,12 +158,14 @@ class DiffusionGemmaModel(ModelPT):
         rows = task.held_out_examples(self.settings.trainer.validation_examples)
         size = min(len(rows), data.micro_batch_size or data.global_batch_size)
         indices = [list(range(len(rows))[start : start + size]) for start in range(0, len(rows), size)]
-        self._validation_dl = self._loader(rows, indices)
+        self._validation_dl = self._loader(task, rows, indices)
 
-    def _loader(self, examples: Any, batches: Iterable[list[int]]) -> DataLoader:
+    def _loader(self, task: Task, examples: Any, batches: Iterable[list[int]]) -> DataLoader:
         assert self.network is not None
         model = self.network.model_config
-        to_rows = partial(collate, canvas_length=model.canvas_length, eos_token_id=fill_id(model))
+        to_rows = partial(
+            collate, canvas_length=model.canvas_length, fill_id=fill_id(model), fills_rows=task.fills_rows
+        )
         return DataLoader(examples, batch_sampler=batches, collate_fn=to_rows)
 
     def train_dataloader(self) -> DataLoader:

@@ -58,7 +58,8 @@ def rows() -> objectives.Rows:
     prompts, canvases = [1, 5, 8, 13, 24], [4, 1, 2, 3, 1]
     lengths = [prompt + 4 * count for prompt, count in zip(prompts, canvases, strict=True)]
     tokens = torch.randint(64, (sum(lengths),), generator=torch.Generator().manual_seed(2))
-    return objectives.Rows(tokens, prompts, lengths, [7, 3, 11, 2, 5])
+    answers = [((prompt, length),) for prompt, length in zip(prompts, lengths, strict=True)]
+    return objectives.Rows(tokens, answers, lengths, [7, 3, 11, 2, 5], fill_id=1)
 
 
 @pytest.mark.parametrize("weight", [0.7, 0.0], ids=["with the encoder's loss", "without"])
