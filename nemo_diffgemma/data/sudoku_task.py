@@ -84,7 +84,7 @@ class Sudoku(Task):
     def tokenizer(self) -> Any:
         return build_tokenizer()
 
-    def check(self, model: ModelConfig) -> None:
+    def prepare(self, model: ModelConfig) -> None:
         if model.vocab_size < len(VOCABULARY):
             raise ConfigurationError(
                 f"data.kind=sudoku has {len(VOCABULARY)} token ids, but the network has vocab_size={model.vocab_size}; "

@@ -1,7 +1,7 @@
 """Tasks: one `Task` for each kind of data, chosen once by `data.kind`.
 
     task = task_of(config.data)
-    task.check(network.model_config)
+    task.open(network.assets);  task.prepare(network.model_config)
     task.training_examples(seed)[7];  task.held_out_examples(400)       # what is trained on, and what never is
     task.measures(network, budgets=[4, 16], seed=0)                     # what is measured beside the canvas loss
 
@@ -15,9 +15,11 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.data.bad_rows import BadRow, summary
 from nemo_diffgemma.data.example import Example
 from nemo_diffgemma.errors import ConfigurationError
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 KINDS = {  # data.kind -> the class, imported when it is asked for
     "sudoku": "nemo_diffgemma.data.sudoku_task:Sudoku",
+    "chat": "nemo_diffgemma.data.chat_task:Chat",
+    "text": "nemo_diffgemma.data.text_task:PlainText",
 }
 
 
@@ -47,6 +51,20 @@ class Measures(NamedTuple):
     rows: list[list[Any]] = []
 
 
+class DataReport(NamedTuple):
+    """What is in the files of a run."""
+
+    examples: dict[str, int]  # by what they are for: train, validation
+    bad_rows: list[BadRow]
+    notes: dict[str, int]  # what should be known of rows that are used, and of how many
+    fingerprint: str  # of what is trained on
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} examples for {name}" for name, count in self.examples.items() if count)
+        notes = [f"in {count} rows {note}" for note, count in self.notes.items()]
+        return "; ".join(part for part in (counts, summary(self.bad_rows), *notes) if part)
+
+
 class Task(ABC):
     """A kind of data: its examples, how they read as text, and what to measure. Made from its group of keys.
 
@@ -54,8 +72,8 @@ class Task(ABC):
     """
 
     keys: ClassVar[type[DataGroup]]  # the dataclass of this kind's keys
-    eos_token_id: ClassVar[int]  # sampler settings of a network trained from scratch
-    pad_token_id: ClassVar[int]
+    eos_token_id: int  # sampler settings of a network trained from scratch
+    pad_token_id: int
     fills_rows: ClassVar[bool] = True  # an answer that ends its row is filled up to whole canvases in the context, too
 
     def __init__(self, data: Any) -> None:
@@ -77,8 +95,22 @@ class Task(ABC):
         """A Hugging Face tokenizer for a network trained from scratch; None: it takes token ids only."""
         return None
 
-    def check(self, model: ModelConfig) -> None:  # noqa: B027  a task may have nothing to check
-        """Raise `ConfigurationError` where a network cannot read these data."""
+    def open(self, assets: Path | None) -> None:  # noqa: B027  a task may have ids of its own
+        """Take the tokenizer in `assets`, or for a network from scratch (None) one's own. Collective, and done once."""
+
+    def architecture(self) -> dict[str, Any]:
+        """Fields of `ModelConfig` that the tokenizer of a network from scratch decides."""
+        return {}
+
+    def prepare(self, model: ModelConfig) -> None:  # noqa: B027  a task may have nothing to read
+        """Read the data for a network; again for the same one it is nothing. Collective, after `open`.
+
+        Raises `ConfigurationError` where there are no such data, or the network cannot read them.
+        """
+
+    def report(self) -> DataReport | None:
+        """What was found in files, after `prepare`; None for data that come from none."""
+        return None
 
     def measures(self, network: DiffusionGemma, budgets: Sequence[int], seed: int, batch_size: int = 400) -> Measures:
         """What `launch/evaluate.py` reports beside the canvas loss, by budget of denoising steps. Collective."""

@@ -29,7 +29,7 @@ def held_out_rows(task: Task, model: ModelConfig, wanted: int | None = None) -> 
 
     Raises `ConfigurationError` where the network cannot read this data.
     """
-    task.check(model)
+    task.prepare(model)
     examples = task.held_out_examples(wanted)
     return collate(examples, model.canvas_length, fill_id(model), task.fills_rows).to(device())
 

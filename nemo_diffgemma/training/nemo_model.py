@@ -143,18 +143,26 @@ class DiffusionGemmaModel(ModelPT):
         """What the network learns. Raises `ConfigurationError`."""
         return task_of(self.settings.data)
 
+    def _ready(self, data: DataGroup | None) -> Task:
+        """The task of `data` (None: of the run), which has read what it needs. Collective."""
+        assert self.network is not None
+        task = self.task if data is None else task_of(data)
+        task.open(self.network.assets)
+        task.prepare(self.network.model_config)
+        return task
+
     def setup_training_data(self, train_data_config: DataGroup | None = None) -> None:
         """Endless stream of this replica's batches from the next step on; process groups must exist."""
         data, groups = train_data_config or self.settings.data, process_groups()
         done = 0 if self._trainer is None else self.trainer.global_step
         batches = Batches(data.global_batch_size, groups.dp_cp.rank(), groups.dp_cp.size(), first_step=done)
-        task = self.task if train_data_config is None else task_of(data)
+        task = self._ready(train_data_config)
         self._train_dl = self._loader(task, task.training_examples(self.settings.seed), batches)
 
     def setup_validation_data(self, val_data_config: DataGroup | None = None) -> None:
         """Held-out examples, whole on every replica."""
         data = val_data_config or self.settings.data
-        task = self.task if val_data_config is None else task_of(data)
+        task = self._ready(val_data_config)
         rows = task.held_out_examples(self.settings.trainer.validation_examples)
         size = min(len(rows), data.micro_batch_size or data.global_batch_size)
         indices = [list(range(len(rows))[start : start + size]) for start in range(0, len(rows), size)]
@@ -318,15 +326,19 @@ def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
 def empty_network(group: ModelGroup, assets: Path | None = None) -> DiffusionGemma:
     """The network without weights, of `group.architecture` or of the config.json in `assets`."""
     _check(group)
+    network = DiffusionGemma(model_config(group, assets), DTYPES[group.dtype])
+    network.assets, network.recompute = assets, group.recompute
+    return network
+
+
+def model_config(group: ModelGroup, assets: Path | None) -> ModelConfig:
+    """The sizes of that network. Raises `ConfigurationError` or `ConfigError`."""
     try:
-        model = ModelConfig(**group.architecture) if assets is None else ModelConfig.from_pretrained(assets)
+        return ModelConfig(**group.architecture) if assets is None else ModelConfig.from_pretrained(assets)
     except TypeError as error:
         raise ConfigurationError(
             f"model.architecture has a key that no network has ({error}); see the fields of ModelConfig"
         ) from None
-    network = DiffusionGemma(model, DTYPES[group.dtype])
-    network.assets, network.recompute = assets, group.recompute
-    return network
 
 
 def _check(group: ModelGroup) -> None:

@@ -24,16 +24,24 @@ from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 
 from nemo_diffgemma.checkpoint import sharded
+from nemo_diffgemma.checkpoint.open import assets_of
 from nemo_diffgemma.data import Batches
-from nemo_diffgemma.data.tasks import task_of
+from nemo_diffgemma.data.bad_rows import BAD_ROWS
+from nemo_diffgemma.data.tasks import Task, task_of
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.parallel.agreement import on_rank_zero
+from nemo_diffgemma.parallel.agreement import all_or_none, on_rank_zero
 from nemo_diffgemma.parallel.groups import initialize, process_groups
 from nemo_diffgemma.parallel.threads import threads_of_process
 from nemo_diffgemma.schema import ConfigurationError, ExpManagerGroup, TrainConfig
 from nemo_diffgemma.training import callbacks, optimizer, run_directory
 from nemo_diffgemma.training.monitoring import PREEMPTED, Heartbeat, Preemption, Watchdog
-from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings, TrainingError, empty_network
+from nemo_diffgemma.training.nemo_model import (
+    DiffusionGemmaModel,
+    ModelSettings,
+    TrainingError,
+    empty_network,
+    model_config,
+)
 from nemo_diffgemma.training.run_directory import CHECKPOINTS, LOGS, lock_of
 from nemo_diffgemma.training.run_lock import RunLock
 from nemo_diffgemma.training.signals import REQUEST
@@ -100,18 +108,36 @@ def _train(
     resumed = run_directory.enter(config, run_dir, lock)
     heartbeat.start(resumed, 0 if resumed is None else run_directory.step_of(resumed))
     model = DiffusionGemmaModel(ModelSettings.of(config))
+    _prepare_data(config, model.task, run_dir, resumed)
     if resumed is None:
         model.configure_model()
     else:  # Lightning fills it, and the optimizer, from the checkpoint
         model.network = empty_network(config.model, resumed / sharded.ASSETS)
     assert model.network is not None
-    model.task.check(model.network.model_config)
     run_directory.write_assets(model.network, model.task, run_dir)
     trainer = _trainer(config.trainer.max_steps, [*_callbacks(config, run_dir), preemption, heartbeat, watchdog])
     exp_manager(trainer, _exp_manager(config, run_dir, resumed))
     model.set_trainer(trainer)
     last = _fit(trainer, model, run_dir)
+    if (report := model.task.report()) is not None and report.bad_rows:
+        nemo_logging.warning(f"data: {report} ({run_dir / BAD_ROWS})")
     return TrainResult(run_dir, last, trainer.global_step, _last_loss(model, run_dir), preemption.preempted)
+
+
+def _prepare_data(config: TrainConfig, task: Task, run_dir: Path, resumed: Path | None) -> None:
+    """Read the data before a network takes its time. Collective; raises `ConfigurationError` on every rank."""
+    assets = None if resumed is None else resumed / sharded.ASSETS
+    if resumed is None and config.model.checkpoint is not None:
+        assets = assets_of(config.model.checkpoint)
+    task.open(assets)
+    if assets is None:
+        config.model.architecture |= task.architecture()
+    with all_or_none():
+        model = model_config(config.model, assets)
+    task.prepare(model)
+    if config.trainer.validate_every:
+        task.held_out_examples(1)
+    run_directory.keep_data_report(task.report(), run_dir, resumed)
 
 
 def _fit(trainer: Trainer, model: DiffusionGemmaModel, run_dir: Path) -> Path:

@@ -4,6 +4,7 @@ lock                     held while a run works here: run_lock.py
 config.yaml              the configuration of the start, and changes.jsonl of later ones: run_config.py
 checkpoints/step-N       complete ones have no `-unfinished` marker beside them
 assets/                  what every checkpoint has beside its weights: configuration, tokenizer, sampler defaults
+data.json                what the run learns from, and bad_rows.jsonl of the rows that are left out
 metrics.jsonl, validation.jsonl, status.json, logs/
 """
 
@@ -13,6 +14,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from nemo.utils import logging as nemo_logging
@@ -20,7 +22,8 @@ from nemo.utils.callbacks import NeMoModelCheckpoint
 
 from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.assets import GENERATION
-from nemo_diffgemma.data.tasks import Task
+from nemo_diffgemma.data import bad_rows
+from nemo_diffgemma.data.tasks import DataReport, Task
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.errors import ConfigurationError
@@ -29,7 +32,7 @@ from nemo_diffgemma.schema import TrainConfig
 from nemo_diffgemma.training import run_config
 from nemo_diffgemma.training.run_lock import LOCK, RunLock
 
-CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
+CHECKPOINTS, ASSETS, LOGS, DATA = "checkpoints", "assets", "logs", "data.json"
 
 
 def enter(config: TrainConfig, run_dir: Path, lock: RunLock) -> Path | None:
@@ -102,6 +105,35 @@ def _last_intact(run_dir: Path) -> Path | None:
         nemo_logging.warning(f"{checkpoint} is damaged: put aside, the one before is resumed")
         checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
     return None
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def keep_data_report(report: DataReport | None, run_dir: Path, resumed: Path | None) -> None:
+    """Keep what was found in files. Collective; rank 0 writes.
+
+    Raises `ConfigurationError` on every rank where a resumed run would go on with other data.
+    """
+
+    def keep() -> None:
+        if report is None:
+            return
+        file = run_dir / DATA
+        before = json.loads(file.read_text())["fingerprint"] if resumed is not None and file.is_file() else None
+        if before not in (None, report.fingerprint):
+            raise ConfigurationError(
+                f"the files of data.train hold other examples than those that the run in {run_dir} has begun with; "
+                "restore them, or begin a new run with another exp_manager.version"
+            )
+        bad_rows.write(report.bad_rows, run_dir / bad_rows.BAD_ROWS)
+        counts = Counter(row.reason for row in report.bad_rows)
+        values = {"examples": report.examples, "bad_rows": counts, "notes": report.notes}
+        file.write_text(json.dumps({**values, "fingerprint": report.fingerprint}, indent=2) + "\n")
+        place = f" ({run_dir / bad_rows.BAD_ROWS})" if report.bad_rows else ""
+        nemo_logging.warning(f"data: {report}{place}")
+
+    on_rank_zero(keep)
 
 
 # -- assets ------------------------------------------------------------------------------------------------------------
