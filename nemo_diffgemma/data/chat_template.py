@@ -5,8 +5,8 @@
 
 A template with generation marks says itself what is an answer. Otherwise an answer begins behind what the template
 gives for the messages before it when asked to generate, and ends where the rendering of these messages and itself ends;
-both are compared with the whole conversation token by token. A template that rewrites earlier turns (leaves thoughts out
-of the history, say) is noticed by that: then the last answer alone is known to be what generation would see.
+both are compared with the whole conversation token by token. By that a template is noticed that rewrites earlier turns
+(leaves thoughts out of the history, say): then the last answer alone is known to be what generation would see.
 
 Some templates open a turn with more when they generate than they keep in the history (DiffusionGemma's own: an empty
 thought channel where thinking is off). The context of the last answer is what generation sees, opening included;
@@ -15,16 +15,18 @@ answers before it have the context that the history has.
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from nemo_diffgemma.data.bad_rows import RowError
 from nemo_diffgemma.data.conversations import Conversation
 
-REWRITTEN, OPENED = "earlier turns are rewritten", "turns are opened otherwise in generation"
+REWRITTEN = "the template rewrites earlier turns: the last answer alone is supervised"
+MERGED = "tokens reach over the beginning of an earlier answer: the last answer alone is supervised"
+OPENED = "generation opens a turn with more than the history keeps: so does the last one alone"
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -100,33 +102,49 @@ class ChatTemplate:
     # -- with generation marks -----------------------------------------------------------------------------------
 
     def _by_marks(self, conversation: Conversation) -> Encoded:
-        more = {"enable_thinking": True} if conversation.has_reasoning else {}
+        """Tokens that begin inside of a mark.
+
+        The mask that transformers makes leaves out the last bytes of a character that the vocabulary spells in bytes.
+        """
+        text, marks = self._marked(conversation)
         try:
-            marked = self.tokenizer.apply_chat_template(
-                conversation.messages,
-                tools=conversation.tools,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **more,
-            )
+            made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         except Exception as error:
-            raise RowError("refused by the template", f"{type(error).__name__}: {error}") from None
-        tokens, mask, position = marked["input_ids"], marked["assistant_masks"], 0
+            raise RowError("unknown characters", " ".join(str(error).split())) from None
+        tokens, begins = made.input_ids, [begin for begin, _ in made.offset_mapping]
         answers = []
-        for is_answer, run in itertools.groupby(mask):
-            begin, position = position, position + len(list(run))
-            if is_answer and begin > 0:
-                answers.append((begin, self._with_end(tokens, position)))
+        for first, last in marks:
+            start, end = bisect.bisect_left(begins, first), bisect.bisect_left(begins, last)
+            if 0 < start < end:
+                answers.append((start, self._with_end(tokens, end)))
         encoded = Encoded(tokens, answers)
         prompt = self._ids(self._render(conversation, -1, generate=True))
         return self._opened_as_generated(encoded, prompt) if answers else encoded
+
+    def _marked(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text, and which of its characters are inside of generation marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        more = {"enable_thinking": True} if conversation.has_reasoning else {}
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[conversation.messages],
+                tools=cast(Any, conversation.tools),
+                chat_template=self.tokenizer.get_chat_template(None, conversation.tools),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **more},
+            )
+        except Exception as error:
+            raise RowError("refused by the template", f"{type(error).__name__}: {error}") from None
+        (text,), (marks,) = rendered
+        return text, [(first, last) for first, last in marks if first < last]
 
     # -- by prefixes ---------------------------------------------------------------------------------------------
 
     def _by_prefixes(self, conversation: Conversation) -> Encoded:
         text = self._render(conversation)
         tokens, (*earlier, last) = self._ids(text), conversation.answers
-        answers, notes = [], set()
+        answers, note = [], ""
         for index in earlier:
             is_greeting = all(message["role"] != "user" for message in conversation.messages[:index])
             try:
@@ -138,9 +156,9 @@ class ChatTemplate:
             if span is not None:
                 answers.append(span)
             elif not is_greeting:
-                notes.add(REWRITTEN)
-        if REWRITTEN in notes:
-            answers = []
+                merges = text.startswith(self._render(conversation, index + 1).rstrip())
+                note, answers = MERGED if merges else REWRITTEN, []
+                break
         span = self._span(conversation, last, tokens)
         prompt_text = self._render(conversation, last, generate=True)
         prompt = self._ids(prompt_text)
@@ -152,22 +170,30 @@ class ChatTemplate:
             encoded = Encoded(whole, [*same, (len(prompt), self._end(whole, len(prompt)))])
         else:
             raise RowError("no supervised token", "the last answer cannot be told from what comes before it")
-        return replace(encoded, note=REWRITTEN if notes else encoded.note)
+        return replace(encoded, note=note or encoded.note)
 
     def _span(self, conversation: Conversation, index: int, tokens: Sequence[int]) -> tuple[int, int] | None:
         """Where the answer that is message `index` lies in `tokens`; None where it cannot be said."""
-        prompt = self._ids(self._render(conversation, index, generate=True))
-        through = self._ids(self._render(conversation, index + 1))
-        start = len(prompt)
-        if through[:start] != prompt:
-            header = self._header(conversation, index)
-            if header is None or prompt[: len(header)] != header or through[: len(header)] != header:
-                return None
-            start = len(header)
-        end = self._end(through, start)
-        if end <= start or start == 0 or list(tokens[:end]) != through[:end]:
+        text = self._render(conversation, index + 1)
+        through = self._ids(text)
+        start = self._start(conversation, index, text, through)
+        if not start:
             return None
-        return start, self._with_end(tokens, end)
+        end = self._end(through, start)
+        return (start, self._with_end(tokens, end)) if end > start and list(tokens[:end]) == through[:end] else None
+
+    def _start(self, conversation: Conversation, index: int, text: str, through: list[int]) -> int | None:
+        """How many tokens of `through`, a conversation that ends with message `index`, are before its answer."""
+        prompt = None
+        if index > 0:
+            prompt_text = self._render(conversation, index, generate=True)
+            prompt = self._ids(prompt_text)
+            if text.startswith(prompt_text):
+                return len(prompt) if through[: len(prompt)] == prompt else None
+        header = self._header(conversation, index)
+        if header is None or through[: len(header)] != header:
+            return None
+        return len(header) if prompt is None or prompt[: len(header)] == header else None
 
     def _header(self, conversation: Conversation, index: int) -> list[int] | None:
         """What the history has before the content of message `index`: what two contents have in common."""

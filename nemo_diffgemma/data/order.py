@@ -48,12 +48,13 @@ class Order:
     """Which example of which source is the one at an index of the endless stream.
 
     Without `weights` all sources are one set: each of its examples comes once an epoch. With them source k has the
-    share weights[k] / sum(weights) of every 4096 examples, and epochs of its own. Sizes are positive.
+    share weights[k] / sum(weights) of every 4096 examples, evenly spread, and epochs of its own. Sizes are positive.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
         self.sizes, self.seed = list(sizes), seed
         self.shares = None if weights is None else _shares(weights)
+        self._block = [] if self.shares is None else _spread(self.shares)
 
     def at(self, index: int) -> tuple[int, int]:
         """(source, example) at `index`."""
@@ -65,12 +66,8 @@ class Order:
                 position -= size
         assert self.shares is not None
         block, place = divmod(index, _BLOCK)
-        place = permuted(place, _BLOCK, _key(self.seed, 1, block))
-        source = 0
-        while place >= self.shares[source]:
-            place -= self.shares[source]
-            source += 1
-        return source, self._example(source + 1, self.sizes[source], block * self.shares[source] + place)
+        source, before = self._block[place]
+        return source, self._example(source + 1, self.sizes[source], block * self.shares[source] + before)
 
     def _example(self, stream: int, size: int, index: int) -> int:
         epoch, place = divmod(index, size)
@@ -85,3 +82,11 @@ def _shares(weights: Sequence[float]) -> list[int]:
     for source in by_remainder[: _BLOCK - sum(shares)]:
         shares[source] += 1
     return shares
+
+
+def _spread(shares: Sequence[int]) -> list[tuple[int, int]]:
+    """Each place of a block: its source, and how many of that source come before it."""
+    places = [
+        ((number + 0.5) / share, source, number) for source, share in enumerate(shares) for number in range(share)
+    ]
+    return [(source, number) for _, source, number in sorted(places)]
