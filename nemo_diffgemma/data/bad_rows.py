@@ -43,7 +43,7 @@ def summary(rows: Sequence[BadRow]) -> str:
     if not rows:
         return ""
     counts = Counter(row.reason for row in rows).most_common()
-    return f"{len(rows)} rows left out: " + ", ".join(f"{count} {reason}" for reason, count in counts)
+    return f"{len(rows)} row{'s' if len(rows) > 1 else ''} left out: " + ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
 def write(rows: Sequence[BadRow], file: Path) -> None:
@@ -57,8 +57,7 @@ def check(rows: Sequence[BadRow], policy: str, used: int, key: str) -> None:
     """Raise `ConfigurationError` where `policy` is fatal and there are bad rows, or where no row of `key` is left."""
     shown = "; ".join(map(str, rows[:_SHOWN])) + ("; ..." if len(rows) > _SHOWN else "")
     if not used:
-        found = f"{summary(rows)}: {shown}" if rows else "its files are empty"
-        raise ConfigurationError(f"{key} has no row to learn from; {found}")
+        raise ConfigurationError(f"{key} has no row to learn from; {summary(rows)}: {shown}")
     if rows and policy == "fatal":
         raise ConfigurationError(
             f"{key}: {summary(rows)}: {shown}. Mend them, or leave them out with data.bad_rows=skip; launch/data.py "

@@ -130,8 +130,11 @@ def _quiet(datasets: Any, bar: bool) -> Iterator[None]:
 
 def _encoded_rows(files: tuple[Path, ...], encode: Encode) -> Iterator[dict[str, Any]]:
     for number, file in enumerate(files):
+        line = 0
         for line, row in rows_of(file):
             yield {"file": number, "line": line} | _columns(row, encode)
+        if line == 0:
+            yield {"file": number, "line": line} | _columns(RowError("empty file"), encode)
 
 
 def _columns(row: Any, encode: Encode) -> dict[str, Any]:
