@@ -53,6 +53,7 @@ class BuildConfig:
     steps: int | None = 48  # of the loop; null: each call says how many
     graphs: list[str] | None = None  # null: encode, step and loop; of several ranks encode and step
     weights: str = "inputs"  # inline: inside of the engine
+    experts: str | None = None  # sparse: those chosen; dense: all; null: sparse where that is less work
     quantization: str | None = None  # of the experts: fp8, int4, nvfp4
     calibration: str | None = None  # file with one prompt a line; fp8 and nvfp4 need it
     max_batch_size: int = 8
@@ -131,7 +132,7 @@ def _check(config: BuildConfig) -> None:
 
 def _settings(config: BuildConfig, source: Any) -> Settings:
     """What was asked for; what was not is chosen so that this model can have it: a default never refuses."""
-    from export.bundle.building import GRAPHS
+    from export.bundle.building import GRAPHS, suitable_experts
     from export.bundle.format import Settings
     from export.engine.engine import Limits
     from nemo_diffgemma.config import ModelConfig
@@ -150,6 +151,7 @@ def _settings(config: BuildConfig, source: Any) -> Settings:
         graphs=tuple(graphs),
         steps=config.steps,
         weights=config.weights if config.checkpoint is not None else "none",
+        experts=config.experts or suitable_experts(model, layout, config.quantization),
         quantization=config.quantization,
         limits=Limits(config.max_batch_size, context, config.max_chunk),
     )

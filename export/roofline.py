@@ -9,6 +9,8 @@ Counted from the ONNX as built, for given sizes of its dynamic axes:
   a product of two dequantised operands in their stored type.
 - Bytes: every input (weights, context, canvas) read once and every output written once. A loop reads what lies outside
   of it once an iteration; of a table that is only looked up, the rows looked up count.
+- Loops over overloaded experts (see `export/graph/experts.py`) run `rounds=` rounds in every layer, none unless told:
+  what a round costs stands beside the rest.
 - `encode` takes the first chunk, before which there is no context: a later one reads its context too.
 - Collectives: the bytes that each rank sends, each sum once (a sum inside of the switch; a ring of n ranks sends
   2 (n - 1) / n times as much).
@@ -20,6 +22,7 @@ times (milliseconds by graph and GPU).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +108,7 @@ class RooflineConfig:
     batch: int = 1
     context: int | None = None  # tokens before the canvas, of which encode takes the first chunk; null: 1024 or less
     tokens_per_forward: float | None = None  # tokens that a row gains by a step; null: all steps are run
+    rounds: float = 0.0  # of overloaded experts, on average over layers
 
 
 def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
@@ -133,9 +137,15 @@ def roofline(config: RooflineConfig, results: Results) -> dict[str, Any]:
         flops = ", ".join(f"{n / 1e9:.4g} GFLOP {dtype}" for dtype, n in cost.flops_by_dtype.items())
         sent = f", {cost.collective_bytes / 1e6:.4g} MB over links" if cost.collective_bytes else ""
         results.show(f"  {graph}: {flops}, {cost.bytes / 1e9:.4g} GB{sent}")
-    results.show("\n" + table(costs, gpus, gain * config.batch))
+        if cost.round_flops_by_dtype:
+            more = ", ".join(f"{n / 1e9:.4g} GFLOP {dtype}" for dtype, n in cost.round_flops_by_dtype.items())
+            results.show(f"    and for each round of overloaded experts: {more}, {cost.round_bytes / 1e9:.4g} GB")
+    graphs = {graph: vars(cost) for graph, cost in costs.items()}
+    costs = {graph: cost.with_rounds(config.rounds) for graph, cost in costs.items()}
+    results.show(f"\nwith {config.rounds:g} rounds of overloaded experts in every layer:")
+    results.show(table(costs, gpus, gain * config.batch))
     return {
-        "graphs": {graph: vars(cost) for graph, cost in costs.items()},
+        "graphs": graphs,
         "times": {graph: {gpu.name: _milliseconds(cost, gpu) for gpu in gpus} for graph, cost in costs.items()},
     }
 
@@ -155,6 +165,8 @@ def _sizes(config: RooflineConfig, bundle: Any, context: int) -> dict[str, int]:
             raise RooflineError(f"{name}={given}; {config.bundle} was built for 1 to {most}")
     if config.tokens_per_forward is not None and config.tokens_per_forward <= 0:
         raise RooflineError(f"tokens_per_forward={config.tokens_per_forward}; expected a number above 0")
+    if not 0 <= config.rounds < math.inf:
+        raise RooflineError(f"rounds={config.rounds}; expected 0 or a positive number of rounds")
     return {
         "batch": config.batch,
         "context_columns": context,

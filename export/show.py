@@ -31,6 +31,7 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
     import onnx
 
     from export.bundle.format import read_bundle
+    from export.graph.bodies import graphs as graphs_of
 
     bundle = read_bundle(config.bundle)
     settings = bundle.settings
@@ -41,7 +42,7 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
             file = bundle.path / settings.file(graph, rank)
             engine = bundle.path / settings.file(graph, rank, "engine")
             model = onnx.load(file, load_external_data=False)
-            operators = Counter(node.op_type for node in _nodes(model.graph))
+            operators = Counter(node.op_type for part in graphs_of(model.graph) for node in part.node)
             weights = sum(value.name in names for value in model.graph.input)
             facts = {
                 "nodes": sum(operators.values()),
@@ -53,9 +54,8 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
             }
             graphs[f"{graph}.rank{rank}"] = facts
             rows.append([f"{graph}.rank{rank}", *facts.values()])
-    results.show(
-        f"{config.bundle}: {settings.dtype}, experts {settings.quantization or settings.dtype}, {settings.layout}"
-    )
+    experts = f"{settings.experts} experts {settings.quantization or settings.dtype}"
+    results.show(f"{config.bundle}: {settings.dtype}, {experts}, {settings.layout}")
     results.show(f"weights {settings.weights}, loop of {settings.steps or 'any number of'} steps\n")
     results.show(table(["graph", "nodes", "inputs", "weights", "collectives", "ONNX bytes", "engine bytes"], rows))
     results.show("\nsizes (least, optimal, most):")
@@ -70,15 +70,6 @@ def show(config: ShowConfig, results: Results) -> dict[str, Any]:
         "builder": bundle.info["builder"],
         "versions": bundle.info["versions"],
     }
-
-
-def _nodes(graph: Any) -> Any:
-    """Every node, those of loop bodies included."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from export.engine.builders import (
     load_module,
     local_target,
 )
+from export.graph.experts import FORMS, is_less_work
 from export.graph.inline import Place, inline, places_in, store
 from export.graph.loop import to_loop
 from export.graph.model import Model, Weights
@@ -90,7 +91,7 @@ def build_bundle(
             f"{team.size} processes for the {settings.layout.world_size} ranks of layout {settings.layout}; start one "
             "a rank, or fewer"
         )
-    weights = engine_weights(config, settings.layout)
+    weights = engine_weights(config, settings.layout, settings.experts)
     with writing(out, team) as partial:
         with team.all_or_none():
             if team.is_rank_zero:
@@ -148,6 +149,8 @@ def check_request(
         raise BundleError(
             f"weights={settings.weights!r}; use inputs (bound to a loaded engine) or inline (inside of it)"
         )
+    if settings.experts not in FORMS:
+        raise BundleError(f"experts={settings.experts!r}; use one of {', '.join(FORMS)}, or null for what suits the model")
     if sorted(settings.graphs) not in (["encode", "step"], sorted(GRAPHS)):
         raise BundleError(f"graphs={list(settings.graphs)}; use [encode,step] or [encode,step,loop]")
     if settings.steps is not None and settings.steps < 1:
@@ -168,12 +171,27 @@ def check_request(
         )
     if settings.quantization is not None:
         given = prompts if settings.weights != "none" else [[0]]
-        schemes.check(settings.quantization, config, settings.layout, given)
+        schemes.check(settings.quantization, config, settings.layout, settings.experts, given)
     check_world(builder, settings.layout.world_size)
     check_target(builder, targets, settings.dtype, settings.quantization)
     check_local_target(builder, targets)
     if builder != "onnx":
         load_module(builder)  # raises where it cannot be loaded: not after minutes of tracing
+
+
+def suitable_experts(config: ModelConfig, layout: ParallelLayout, quantization: str | None) -> str:
+    """The form in which the experts are computed unless another is asked for.
+
+    `sparse`, unless that multiplies as many rows, as with the 8 experts of the Sudoku model, or blocks of the
+    quantisation do not divide the width of an expert. Raises `LayoutError` for a layout that engines cannot have.
+    """
+    check_layout(layout, config)
+    local = config.num_experts // layout.expert
+    if not is_less_work(config.top_k_experts, config.num_experts, local):
+        return "dense"
+    if quantization in schemes.SCHEMES and not schemes.fits(quantization, config, layout, "sparse"):
+        return "dense"
+    return "sparse"
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -238,7 +256,7 @@ def trace_graph(graph: str, config: ModelConfig, settings: Settings, amax: dict[
     if graph == "loop":
         model = to_loop(onnx.load(_common(folder, "step")), settings.steps)
     else:
-        model = trace(graph, config, settings.layout, settings.torch_dtype)
+        model = trace(graph, config, settings.layout, settings.torch_dtype, settings.experts)
         if settings.quantization is not None:
             model = quantize_graph(model, settings.quantization, amax)
     onnx.save(model, _common(folder, graph))
@@ -301,9 +319,9 @@ def _quantize(
             (work.partial / QUANTIZATION).write_text(json.dumps(schemes.hf_quant_config(scheme), indent=2) + "\n")
             if scheme in schemes.QUANTIZE_ACTIVATIONS and work.settings.weights != "none":
                 work.progress("calibrating the activations")
-                single = ParallelLayout()
-                tensors = dict(read_weights(assets, engine_weights(work.config, single), 0, dtype))
-                amax = calibrate(Model(work.config, single, dtype), Weights(tensors), prompts)
+                single, form = ParallelLayout(), work.settings.experts
+                tensors = dict(read_weights(assets, engine_weights(work.config, single, form), 0, dtype))
+                amax = calibrate(Model(work.config, single, dtype, form), Weights(tensors), prompts)
                 del tensors
     if work.settings.weights == "none":
         return dict.fromkeys(weights, 1.0), kept  # any range will do for the structure

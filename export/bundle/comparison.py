@@ -72,7 +72,7 @@ def torch_engine(bundle: Bundle) -> tuple[Engine, Model]:
     """An `Engine` of the functions that were traced, and the `Model` whose `routed` tells the chosen experts."""
     check_one_rank(bundle)
     settings = bundle.settings
-    model = Model(bundle.config, settings.layout, settings.torch_dtype)
+    model = Model(bundle.config, settings.layout, settings.torch_dtype, settings.experts)
     tensors = dict(bundle.stored_weights(0))  # inline ones too
     weights = Weights(tensors)
     if settings.quantization is not None:

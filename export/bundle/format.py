@@ -40,7 +40,8 @@ from nemo_diffgemma.parallel.team import ALONE, Team
 from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.scratch import follow_umask, scratch_directory
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, FORMAT)  # the graphs of format 2 compute their experts densely
 CHECKPOINT, TRITON = "checkpoint", "triton"
 CONFIG, WEIGHTS, PROFILES, BUILD_INFO = "config.json", "weights.json", "profiles.json", "build_info.json"
 QUANTIZED = "quantized.rank{rank}.safetensors"
@@ -56,8 +57,8 @@ class BundleError(UserError):
 class Settings:
     """What was asked for when a bundle was built.
 
-    `quantization` is one of `quantize.SCHEMES` or None; `weights` is `inputs`, `inline` or `none` (structure only);
-    `steps` None lets `loop` run any number of steps.
+    `experts` is one of `export.graph.experts.FORMS`, `quantization` one of `schemes.SCHEMES` or None; `weights` is
+    `inputs`, `inline` or `none` (structure only); `steps` None lets `loop` run any number of steps.
     """
 
     dtype: str = "float32"
@@ -65,6 +66,7 @@ class Settings:
     graphs: tuple[str, ...] = ("encode", "step", "loop")
     steps: int | None = 48
     weights: str = "inputs"
+    experts: str = "sparse"
     quantization: str | None = None
     limits: Limits = field(default_factory=lambda: Limits(batch=8, context=8192, chunk=1024))
 
@@ -204,7 +206,7 @@ def _describe_weights(checkpoint: Path, config: ModelConfig, settings: Settings)
     """
     described: dict[str, Any] = {"checkpoint": {}, "quantized": {}}
     with TensorFiles(checkpoint) as files:
-        for name, weight in engine_weights(config, settings.layout).items():
+        for name, weight in engine_weights(config, settings.layout, settings.experts).items():
             file = files.files[weight.key].name if weight.key in files.files else None
             entry = {"file": file, **dataclasses.asdict(weight)}
             if settings.quantization is None or not is_quantized(name):
@@ -244,6 +246,7 @@ def _describe(config: ModelConfig, settings: Settings, sampler: SamplerConfig) -
             "strongly_typed": True,
             "graphs": list(settings.graphs),
             "weights": settings.weights,
+            "experts": settings.experts,
         },
         "diffusion_config": {"steps": settings.steps, **dataclasses.asdict(sampler)},
     }
@@ -297,10 +300,10 @@ def read_bundle(path: str | Path) -> Bundle:
     info = read_object(place / BUILD_INFO, BundleError)
     with _naming(place / BUILD_INFO):
         files = {name: int(expected["bytes"]) for name, expected in info["files"].items()}
-    if info.get("format") != FORMAT:
+    if info.get("format") not in _READ:
         raise BundleError(
-            f"{path} is a bundle of format {info.get('format')}, this version reads format {FORMAT}; build it again "
-            "from its checkpoint directory with export/build.py"
+            f"{path} is a bundle of format {info.get('format')}, this version reads formats "
+            f"{' and '.join(map(str, _READ))}; build it again from its checkpoint directory with export/build.py"
         )
     for name, size in files.items():
         file = place / name
@@ -349,6 +352,7 @@ def _settings_of(described: Mapping[str, Any]) -> Settings:
         graphs=tuple(build["graphs"]),
         steps=described["diffusion_config"]["steps"],
         weights=build["weights"],
+        experts=build.get("experts", "dense"),
         quantization=next((scheme for scheme, name in ALGORITHMS.items() if name == algorithm), None),
         limits=Limits(build["max_batch_size"], build["max_seq_len"], build["max_input_len"]),
     )

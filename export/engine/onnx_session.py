@@ -15,6 +15,8 @@ import torch
 from onnx import ModelProto, helper
 from torch import Tensor
 
+from export.graph.bodies import rename
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -98,13 +100,10 @@ def join(models: Sequence[ModelProto]) -> ModelProto:
 
 
 def _prefixed(node: onnx.NodeProto, rank: int) -> onnx.NodeProto:
-    if any(attribute.HasField("g") for attribute in node.attribute):
-        raise ValueError(f"node {node.name} has a body: graphs of several ranks keep the loop on the host")
     copied = onnx.NodeProto()
     copied.CopyFrom(node)
     copied.name = f"{rank}/{node.name}"
-    for field in (copied.input, copied.output):
-        field[:] = [f"{rank}/{name}" if name else name for name in field]
+    rename(copied, lambda name: f"{rank}/{name}")
     return copied
 
 

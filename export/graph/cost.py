@@ -7,14 +7,15 @@ node. Tensors of the size of weights are never looked at, only their shapes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from export.graph.bodies import bodies, graphs, read_by
 from nemo_diffgemma.errors import UserError
 
 _SMALL = 1024  # elements: initializers up to this many may hold shapes
@@ -32,6 +33,7 @@ _TYPES: dict[int, str] = {
 }
 _FOUR_BITS = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 _VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze")
+_LOOKS_UP = ("Gather", "GatherElements", "GatherND")
 
 
 class RooflineError(UserError):
@@ -40,17 +42,34 @@ class RooflineError(UserError):
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs by type, bytes of memory traffic, bytes sent to other ranks; `weight_bytes` must fit into memory."""
+    """FLOPs by type, bytes of memory traffic, bytes sent to other ranks; `weight_bytes` must fit into memory.
+
+    `round_flops_by_dtype` and `round_bytes` come on top for every round of the loops over overloaded experts, one in
+    each layer.
+    """
 
     flops_by_dtype: Mapping[str, float]
     bytes: float
     collective_bytes: float
     weight_bytes: float
+    round_flops_by_dtype: Mapping[str, float] = field(default_factory=dict)
+    round_bytes: float = 0.0
 
     def divided(self, steps: int) -> Cost:
         """The share of one of `steps` equal steps. The weights stay what they are."""
-        flops = {dtype: flops / steps for dtype, flops in self.flops_by_dtype.items()}
-        return Cost(flops, self.bytes / steps, self.collective_bytes / steps, self.weight_bytes)
+        flops, more = (
+            {dtype: flops / steps for dtype, flops in by_dtype.items()}
+            for by_dtype in (self.flops_by_dtype, self.round_flops_by_dtype)
+        )
+        sent = self.collective_bytes / steps
+        return Cost(flops, self.bytes / steps, sent, self.weight_bytes, more, self.round_bytes / steps)
+
+    def with_rounds(self, rounds: float) -> Cost:
+        """What a run costs in which the loops over overloaded experts have so many rounds, on average over layers."""
+        flops = dict(self.flops_by_dtype)
+        for dtype, more in self.round_flops_by_dtype.items():
+            flops[dtype] = flops.get(dtype, 0.0) + rounds * more
+        return replace(self, flops_by_dtype=flops, bytes=self.bytes + rounds * self.round_bytes)
 
 
 class _Kind(NamedTuple):
@@ -66,8 +85,9 @@ class _Kind(NamedTuple):
 
 
 def count(model: ModelProto, sizes: Mapping[str, int], weights: Collection[str] | None = None) -> Cost:
-    """Cost of one run. `sizes` gives every dynamic axis a size; loops of unknown length run `sizes["steps"]` times.
+    """Cost of one run. `sizes` gives every dynamic axis a size; loops as long as a stack run `sizes["steps"]` times.
 
+    Loops that end by a condition are those over overloaded experts: the cost of a round of each stands apart.
     `weights` names the weight inputs, or their prefix up to a dot (`<weight>.scale` is one too); None: every input of
     a fixed shape. Initializers are weights in any case. Raises `RooflineError` for an axis without size, and for a
     graph whose shapes cannot be inferred.
@@ -78,10 +98,13 @@ def count(model: ModelProto, sizes: Mapping[str, int], weights: Collection[str] 
     }
     twin = _inferred(_with_sizes(model, sizes))
     counter = _Counter(sizes, {value.name for value in model.graph.input} | constants)
-    kinds = counter.walk(twin.graph, {}, 1)
+    run, one_round = _Sums(), _Sums()
+    kinds = counter.walk(twin.graph, {}, 1, run, one_round)
     written = sum(kinds[value.name].bytes for value in twin.graph.output)
     weight_bytes = sum(kinds[name].bytes for name in held if name in kinds)
-    return Cost(dict(counter.flops), sum(counter.read.values()) + written, counter.sent, weight_bytes)
+    return Cost(
+        dict(run.flops), run.read + written, run.sent, weight_bytes, dict(one_round.flops), one_round.read
+    )
 
 
 def _is_fixed(value: ValueInfoProto) -> bool:
@@ -107,7 +130,7 @@ def _with_sizes(model: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
     copy.graph.input.extend(
         helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large if t.name not in inputs
     )
-    for graph in _graphs(copy.graph):
+    for graph in graphs(copy.graph):
         for value in [*graph.input, *graph.output]:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.HasField("dim_param"):
@@ -116,13 +139,30 @@ def _with_sizes(model: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
         nodes = [replacement for node in graph.node for replacement in _standard(node)]
         del graph.node[:]
         graph.node.extend(nodes)
+    for graph in graphs(copy.graph):
+        graph.value_info.extend(state for node in graph.node for state in _states(node))
     return copy
 
 
+def _states(node: NodeProto) -> Iterator[ValueInfoProto]:
+    """What a loop carries, with the shapes that its body says: shape inference takes them for variable."""
+    if node.op_type == "Loop":
+        body = next(bodies(node))
+        for name, value in zip(node.output, body.output[1 : len(node.input) - 1], strict=False):
+            state = ValueInfoProto()
+            state.CopyFrom(value)
+            state.name = name
+            yield state
+
+
 def _size(axis: str, sizes: Mapping[str, int]) -> int:
-    if axis not in sizes:
-        raise RooflineError(f"the graph has an axis {axis!r}, sizes give {', '.join(sizes)}; give it a size too")
-    return sizes[axis]
+    """Size of an axis, in bodies of loops also a product, `4*batch`."""
+    size = 1
+    for factor in axis.split("*"):
+        if not factor.isdecimal() and factor not in sizes:
+            raise RooflineError(f"the graph has an axis {factor!r}, sizes give {', '.join(sizes)}; give it a size too")
+        size *= int(factor) if factor.isdecimal() else sizes[factor]
+    return size
 
 
 def _standard(node: NodeProto) -> Iterator[NodeProto]:
@@ -139,14 +179,6 @@ def _standard(node: NodeProto) -> Iterator[NodeProto]:
         yield node
 
 
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
-
-
 def _inferred(model: ModelProto) -> ModelProto:
     from onnxscript import ir, optimizer
 
@@ -158,42 +190,50 @@ def _inferred(model: ModelProto) -> ModelProto:
 # -- counting ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Sums:
+    """FLOPs by type, bytes read and bytes sent."""
+
+    flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    read: float = 0.0
+    sent: float = 0.0
+
+
 class _Counter:
     """Sums over nodes. `sources` are the tensors that lie in memory when the graph starts."""
 
     def __init__(self, sizes: Mapping[str, int], sources: Collection[str]) -> None:
-        self.flops: dict[str, float] = defaultdict(float)
-        self.read: dict[str, float] = defaultdict(float)
-        self.sent = 0.0
         self._sizes, self._sources = sizes, sources
 
-    def walk(self, graph: GraphProto, outer: Mapping[str, _Kind], times: int) -> dict[str, _Kind]:
-        """Count a graph that runs `times` times; its tensors, and those around it."""
+    def walk(
+        self, graph: GraphProto, outer: Mapping[str, _Kind], times: int, sums: _Sums, one_round: _Sums
+    ) -> dict[str, _Kind]:
+        """Add a graph that runs `times` times to `sums`, and a round of its loops over experts to `one_round`.
+
+        Returns its tensors, and those around it.
+        """
         kinds = {**outer, **_kinds(graph)}
         made = {name: node for node in graph.node for name in node.output}
-        whole: set[str] = set()
-        looked_up: dict[str, float] = defaultdict(float)
+        readers: dict[str, list[NodeProto]] = defaultdict(list)
         for node in graph.node:
+            for name in read_by(node):
+                readers[name].append(node)
             if node.op_type in ("MatMul", "Gemm"):
                 dtype, flops = _product(node, kinds, made)
-                self.flops[dtype] += times * flops
+                sums.flops[dtype] += times * flops
             elif node.name.startswith(_COLLECTIVE):
-                self.sent += times * _kind(node.input[0], kinds, node).bytes
+                sums.sent += times * _kind(node.input[0], kinds, node).bytes
+            elif node.op_type == "Loop" and node.input[0]:
+                turns = times * self._iterations(node, graph, made)
+                self.walk(next(bodies(node)), kinds, turns, sums, one_round)
             elif node.op_type == "Loop":
-                body = next(a.g for a in node.attribute if a.name == "body")
-                self.walk(body, kinds, times * self._iterations(node, graph, made))
-            elif any(attribute.HasField("g") for attribute in node.attribute):
+                self.walk(next(bodies(node)), kinds, times, one_round, one_round)
+            elif any(bodies(node)):
                 raise RooflineError(f"node {node.name} ({node.op_type}) has a graph inside; only Loop is counted")
-            for place, name in enumerate(node.input):
-                if name not in self._sources or node.op_type in ("Shape", "Size"):
-                    continue
-                if node.op_type in ("Gather", "GatherElements", "GatherND") and place == 0:
-                    looked_up[name] += _kind(node.output[0], kinds, node).bytes
-                else:
-                    whole.add(name)
-        for name in {*whole, *looked_up}:
-            size = kinds[name].bytes
-            self.read[name] += times * (size if name in whole else min(size, looked_up[name]))
+        for name, nodes in readers.items():
+            if name in self._sources:  # what a body reads of them is counted there
+                direct = [node for node in nodes if name in node.input]
+                sums.read += times * kinds[name].bytes * _share_read(name, direct, kinds, readers)
         return kinds
 
     def _iterations(self, loop: NodeProto, graph: GraphProto, made: Mapping[str, NodeProto]) -> int:
@@ -205,6 +245,21 @@ class _Counter:
             value = made[name].attribute[0]
             return value.i if value.type == onnx.AttributeProto.INT else int(onnx.numpy_helper.to_array(value.t))
         return _size("steps", self._sizes)
+
+
+def _share_read(
+    name: str, nodes: Sequence[NodeProto], kinds: Mapping[str, _Kind], readers: Mapping[str, list[NodeProto]]
+) -> float:
+    """The part of a tensor that `nodes` read: of one that is only looked up, dequantised or not, what is looked up."""
+    share = 0.0
+    for node in nodes:
+        if node.op_type in _LOOKS_UP and node.input[0] == name:
+            share += _kind(node.output[0], kinds, node).elements / _kind(name, kinds, node).elements
+        elif node.op_type in (*_VIEWS, "DequantizeLinear") and node.output[0] in readers:
+            share += _share_read(node.output[0], readers[node.output[0]], kinds, readers)
+        elif node.op_type not in ("Shape", "Size"):
+            return 1.0
+    return min(share, 1.0)
 
 
 def _kinds(graph: GraphProto) -> dict[str, _Kind]:
@@ -240,7 +295,7 @@ def _product(node: NodeProto, kinds: Mapping[str, _Kind], made: Mapping[str, Nod
 
 def _stored(name: str, kinds: Mapping[str, _Kind], made: Mapping[str, NodeProto]) -> int:
     """The type that an operand had before it was dequantised; 0 where it never was."""
-    while name in made and made[name].op_type in _VIEWS:
+    while name in made and made[name].op_type in (*_VIEWS, *_LOOKS_UP):
         name = made[name].input[0]
     if name in made and made[name].op_type == "DequantizeLinear":
         source = made[name].input[0]

@@ -11,6 +11,8 @@ import copy
 
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from export.graph.bodies import read_by, rename
+
 CARRIED = {"canvas": "next_canvas", "soft": "next_soft"}
 STACKED = {"temperature": "temperatures", "uniforms": "uniforms", "replacements": "replacements"}
 OF_EVERY_STEP = ("entropy", "accepted_count")
@@ -63,7 +65,7 @@ def _split(step: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
     before, inside = [], []
     for node in step.graph.node:
         sizes_only = node.op_type == "Shape" and node.input[0] in outer
-        if sizes_only or all(name in small for name in node.input if name):
+        if sizes_only or read_by(node) <= small:
             small.update(node.output)
             before.append(node)
         else:
@@ -73,8 +75,7 @@ def _split(step: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
 
 def _renamed(node: NodeProto, names: dict[str, str]) -> NodeProto:
     node = copy.deepcopy(node)
-    for field in (node.input, node.output):
-        field[:] = [names.get(name, name) for name in field]
+    rename(node, lambda name: names.get(name, name))
     return node
 
 

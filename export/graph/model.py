@@ -2,8 +2,8 @@
 
 Everything that decides a number is the function that training and serving use: norms, rotary tables, routing, inverse
 CDF, acceptance. What differs is the form. Nothing depends on Python numbers that change between calls; contexts are
-buffers of which `past_length` columns count, from the right; experts are dense (with 256 tokens a step every expert is
-read anyway), the sum over experts being part of one product; over several ranks every exchange is a sum.
+buffers of which `past_length` columns count, from the right; experts are computed as `export.graph.experts` says; over
+several ranks every exchange is a sum.
 
 Shapes: B rows, C canvas positions, S new context columns, P columns of a context buffer, N query heads, G key/value
 heads, D head width, H hidden, V vocabulary, T = B * C positions, K chunks of c ids. Heads, experts and rows of the
@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.graph.weights import DECODER, ENCODER, TABLE
+from export.graph.experts import Choice, capacity, dense, sparse, takes_all
+from export.graph.weights import DECODER, ENCODER, EXPERTS, TABLE
 from nemo_diffgemma.config import GLOBAL, ModelConfig
 from nemo_diffgemma.diffusion.sampler import accept, choose_chunk, choose_inside
 from nemo_diffgemma.model.norm import rms_norm
@@ -55,6 +56,13 @@ def empty_context(
     return [(torch.zeros(s, dtype=dtype, device=device), torch.zeros(s, dtype=dtype, device=device)) for s in shapes]
 
 
+def product(x: Tensor, weight: Tensor, experts: Tensor | None = None) -> Tensor:
+    """`x @ weight.T` with one matrix [N, K], or with one for each expert, [E, N, K], of some `experts` if given."""
+    if experts is not None:
+        weight = weight.index_select(0, experts)
+    return F.linear(x, weight) if weight.dim() == 2 else x @ weight.transpose(1, 2)
+
+
 class Weights:
     """Tensors by input name. The one product that may be quantised goes through `linear`."""
 
@@ -64,16 +72,18 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        """`x @ weight.T` with an expert matrix."""
-        return F.linear(x, self[name])
+    def linear(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
+        """`product` with the expert matrices `name`."""
+        return product(x, self[name], experts)
 
 
 class Model:
     """`encode` and `step` of one rank; the rank itself is an input, so one graph serves all ranks."""
 
-    def __init__(self, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> None:
-        self.config, self.layout, self.dtype = config, layout, dtype
+    def __init__(
+        self, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, experts: str = "sparse"
+    ) -> None:
+        self.config, self.layout, self.dtype, self.experts = config, layout, dtype, experts
         # float16 overflows in the residual stream, which nothing norms; the products themselves stay float16
         self.stream = torch.float32 if dtype == torch.float16 else dtype
         self.scale = float(torch.tensor(config.hidden_size**0.5).to(dtype))
@@ -184,6 +194,7 @@ class Model:
             kind: self._mask(kind, count, positions, left_padding, past_length, causal)
             for kind, count in columns.items()
         }
+        real = positions >= left_padding[:, None] if causal else None  # a canvas has no padding
         fresh = []
         self.routed = []
         for i in range(self.config.num_hidden_layers):
@@ -194,7 +205,7 @@ class Model:
             )
             fresh.append(new)
             x = x + self._norm(attended, weights[prefix + "post_attention_layernorm.weight"])
-            x = x + self._feed_forward(weights, prefix, x, rank)
+            x = x + self._feed_forward(weights, prefix, x, rank, real)
             x = x * weights[f"{ENCODER if causal else DECODER}layers.{i}.layer_scalar"].to(self.stream)
         return x, fresh
 
@@ -240,11 +251,13 @@ class Model:
         out = self._reduce_dense(F.linear(out, weights[prefix + "o_proj.weight"]))
         return out, (k_BGSD, v_BGSD)
 
-    def _feed_forward(self, weights: Weights, prefix: str, x: Tensor, rank: Tensor) -> Tensor:
+    def _feed_forward(
+        self, weights: Weights, prefix: str, x: Tensor, rank: Tensor, real: Tensor | None
+    ) -> Tensor:
         """Dense MLP and experts in parallel."""
         dense = self._mlp(weights, prefix + "mlp.", self._norm(x, weights[prefix + "pre_feedforward_layernorm.weight"]))
-        mixed = self._experts(
-            weights, prefix, x, self._norm(x, weights[prefix + "pre_feedforward_layernorm_2.weight"]), rank
+        mixed = self.mixture(
+            weights, prefix, x, self._norm(x, weights[prefix + "pre_feedforward_layernorm_2.weight"]), rank, real
         )
         if self.layout.tensor > 1 and self.experts_are_cut:  # one exchange for both
             dense, mixed = all_reduce(torch.stack([dense, mixed])).unbind(0)
@@ -261,21 +274,31 @@ class Model:
         up = F.linear(x, weights[prefix + "up_proj.weight"])
         return F.linear(F.gelu(gate, approximate="tanh") * up, weights[prefix + "down_proj.weight"])
 
-    def _experts(self, weights: Weights, prefix: str, x: Tensor, normed: Tensor, rank: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts of this rank, as two products over all of them."""
-        config, local = self.config, self.config.num_experts // self.layout.expert
+    def mixture(
+        self, weights: Weights, prefix: str, x: Tensor, normed: Tensor, rank: Tensor, real: Tensor | None
+    ) -> Tensor:
+        """Weighted sum of the chosen experts of this rank; tokens that are not `real` [B, S] need none."""
+        config, layout = self.config, self.layout
         logits = router_logits(x, weights[prefix + "router.proj.weight"], weights[prefix + "router.scale"], self._eps)
         shares, chosen = route(logits.flatten(0, 1), weights[prefix + "router.per_expert_scale"], config.top_k_experts)
         self.routed.append(chosen)
-        if self.layout.expert > 1:
-            shares = shares.view(-1, self.layout.expert, local).index_select(
-                1, (rank // self.layout.expert_tensor).reshape(1)
-            )
-        width = config.moe_intermediate_size // self.layout.expert_tensor
-        hidden = weights.linear(normed, prefix + "experts.gate_up_proj").view(-1, local, 2, width)
-        hidden = F.gelu(hidden[:, :, 0], approximate="tanh") * hidden[:, :, 1] * shares.view(-1, local, 1)
-        out = weights.linear(hidden.to(self.dtype).flatten(1), prefix + "experts.down_proj")
+        choice = Choice.of(shares, chosen)
+        if layout.expert > 1:
+            choice = choice.of_part(rank // layout.expert_tensor, layout.expert)
+        gate_up, down = (prefix + name for name in EXPERTS)
+        if self.experts == "dense":
+            width = config.moe_intermediate_size // layout.expert_tensor
+            out = dense(weights, (gate_up, down), normed.flatten(0, 1), choice.shares_TE, width)
+        else:
+            if real is not None:
+                choice = choice.among(real.flatten())
+            out = sparse(weights, (gate_up, down), normed, choice, self._capacity(normed.shape[1]))
         return out.view(normed.shape)
+
+    def _capacity(self, columns: int) -> int | None:
+        """Of every expert and row; None: all of a row."""
+        top_k, experts = self.config.top_k_experts, self.config.num_experts
+        return None if takes_all(top_k, experts) else capacity(columns, top_k, experts)
 
     def _reduce_dense(self, x: Tensor) -> Tensor:
         return all_reduce(x) if self.layout.tensor > 1 else x

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from onnx import ModelProto
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from export.graph.bodies import graphs, read_by, rename
 from export.graph.model import Model, Weights
-from export.graph.weights import engine_weights
+from export.graph.weights import Weight, engine_weights
 from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -37,35 +38,50 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present.{layer}.key", f"present.{layer}.value"
 
 
-def trace(graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> ModelProto:
+def trace(
+    graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, experts: str = "sparse"
+) -> ModelProto:
     """ONNX of `encode` or `step` of one rank. Inputs that the graph does not read are left out."""
     # made of real tensors: its rotary frequencies become constants
-    module = _Encode(config, layout, dtype) if graph == "encode" else _Step(config, layout, dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        weights = {
-            name: torch.empty(weight.shape, dtype=dtype) for name, weight in engine_weights(config, layout).items()
-        }
-        inputs, dynamic = example_inputs(graph, config, layout, dtype)
-        fixed: dict[str, Any] = {name: None for name in weights}
+    module = (_Encode if graph == "encode" else _Step)(Model(config, layout, dtype, experts))
+    outputs = STEP_OUTPUTS
+    if graph == "encode":
+        outputs = tuple(name for layer in range(config.num_hidden_layers) for name in present_names(layer))
+    inputs, dynamic = example_inputs(graph, config, layout, dtype)
+    return to_onnx(module, engine_weights(config, layout, experts), dtype, inputs, dynamic, outputs)
+
+
+def to_onnx(
+    module: nn.Module,
+    weights: Mapping[str, Weight],
+    dtype: torch.dtype,
+    inputs: Mapping[str, Tensor],
+    dynamic: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+) -> ModelProto:
+    """ONNX of a module that is called with `weights` and `inputs` by name and returns tensors called `outputs`.
+
+    `dynamic` names the axes of inputs that may change from call to call.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+        held = {name: torch.empty(weight.shape, dtype=dtype) for name, weight in weights.items()}
+        given = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
         program = torch.export.export(
             module,
             (),
-            dict(weights=weights, inputs=inputs),
+            dict(weights=held, inputs=given),
             dynamic_shapes=dict(
-                weights=fixed,
+                weights=dict.fromkeys(held),
                 inputs={name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in dynamic.items()},
             ),
             strict=False,
         )
-    outputs = list(STEP_OUTPUTS)
-    if graph == "encode":
-        outputs = [name for layer in range(config.num_hidden_layers) for name in present_names(layer)]
     with _quiet():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[*weights, *inputs],
+            input_names=[*held, *given],
             output_names=[_OUTPUT + name for name in outputs],
             verbose=False,
         )
@@ -90,9 +106,9 @@ def _empty(*programs: Any) -> None:
 
 
 class _Step(nn.Module):
-    def __init__(self, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self._model = Model(config, layout, dtype)
+        self._model = model
 
     def forward(self, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         given = dict(inputs)
@@ -158,39 +174,41 @@ def _name_outputs(model: ModelProto) -> None:
         return "inner." + old if old in ours else old.removeprefix(_OUTPUT)
 
     for node in model.graph.node:
-        node.input[:] = map(name, node.input)
-        node.output[:] = map(name, node.output)
+        rename(node, name)
     for value in model.graph.output:
         value.name = name(value.name)
 
 
 def _keep_used_inputs(model: ModelProto) -> None:
-    used = {name for node in model.graph.node for name in node.input}
+    used = {name for node in model.graph.node for name in read_by(node)}
     kept = [value for value in model.graph.input if value.name in used]
     del model.graph.input[:]
     model.graph.input.extend(kept)
 
 
-def _name_axes(model: ModelProto, dynamic: dict[str, dict[int, str]]) -> None:
-    """torch names dynamic axes s41, s3, ...: call them what they are."""
-    names = {}
+def _name_axes(model: ModelProto, dynamic: Mapping[str, Mapping[int, str]]) -> None:
+    """torch names dynamic axes s41, s3, ...: call them what they are. Axes of bodies may be products, `4*batch`."""
+    names: dict[str, str] = {}
     for value in model.graph.input:
         for axis, name in dynamic.get(value.name, {}).items():
             dim = value.type.tensor_type.shape.dim[axis]
             names[dim.dim_param] = name
             dim.dim_param = name
-    for value in model.graph.output:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = names[dim.dim_param]
-    del model.graph.value_info[:]
+    for graph in graphs(model.graph):
+        inside = graph.input if graph is not model.graph else []
+        for value in (*inside, *graph.output):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_param = "*".join(names.get(factor, factor) for factor in dim.dim_param.split("*"))
+        del graph.value_info[:]
 
 
 def _forget_origin(model: ModelProto) -> None:
     """torch notes at every node from where it came: half of the file, with the paths of this machine."""
-    del model.metadata_props[:], model.graph.metadata_props[:]
-    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        del part.metadata_props[:]
+    del model.metadata_props[:]
+    for graph in graphs(model.graph):
+        for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+            del part.metadata_props[:]
 
 
 @contextlib.contextmanager

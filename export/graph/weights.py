@@ -92,9 +92,9 @@ def check_layout(layout: ParallelLayout, config: ModelConfig) -> None:
         )
 
 
-def engine_weights(config: ModelConfig, layout: ParallelLayout) -> dict[str, Weight]:
-    """Every weight that the graphs may read, by input name."""
-    return dict(_all(config, layout))
+def engine_weights(config: ModelConfig, layout: ParallelLayout, experts: str = "sparse") -> dict[str, Weight]:
+    """Every weight that the graphs may read, by input name; `experts` is one of `export.graph.experts.FORMS`."""
+    return dict(_all(config, layout, experts))
 
 
 def key_value_heads(heads: int, layout: ParallelLayout, rank: int) -> Span:
@@ -105,7 +105,7 @@ def key_value_heads(heads: int, layout: ParallelLayout, rank: int) -> Span:
     return _part(heads, layout.tensor, rank % layout.tensor)
 
 
-def _all(config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, Weight]]:
+def _all(config: ModelConfig, layout: ParallelLayout, experts: str) -> Iterator[tuple[str, Weight]]:
     world, tensor = layout.world_size, layout.tensor
     hidden, width = config.hidden_size, config.intermediate_size
 
@@ -146,7 +146,7 @@ def _all(config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, Wei
         yield weight(prefix + "router.proj.weight", config.num_experts, hidden)
         yield weight(prefix + "router.scale", hidden)
         yield weight(prefix + "router.per_expert_scale", config.num_experts)
-        yield from _experts(prefix, config, layout)
+        yield from _experts(prefix, config, layout, experts)
         yield weight(prefix + "layer_scalar", 1)
         yield weight(f"{ENCODER}layers.{i}.layer_scalar", 1)
 
@@ -172,10 +172,12 @@ def _table(config: ModelConfig, layout: ParallelLayout) -> Weight:
     return Weight(TABLE, (size, hidden), (size, hidden), tuple(spans), (0, 1), (rows, hidden))
 
 
-def _experts(prefix: str, config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, Weight]]:
-    """All experts of a rank as two matrices: [experts * (gate rows, up rows), H] and [H, experts * columns].
+def _experts(
+    prefix: str, config: ModelConfig, layout: ParallelLayout, form: str
+) -> Iterator[tuple[str, Weight]]:
+    """All experts of a rank: [E, 2 * W, H] and [E, H, W], or dense as two matrices, [E * 2 * W, H] and [H, E * W].
 
-    The second is not what lies on disk ([E, H, W]); like this the sum over experts happens inside one product.
+    The first lie like that on disk. The last does not; like this the sum over experts happens inside one product.
     """
     experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
     up, down = [], []
@@ -184,11 +186,15 @@ def _experts(prefix: str, config: ModelConfig, layout: ParallelLayout) -> Iterat
         part = _part(width, layout.expert_tensor, rank % layout.expert_tensor)
         up.append((mine, (0, 2), part, (0, hidden)))
         down.append((mine, (0, hidden), part))
-    local = experts // layout.expert * (width // layout.expert_tensor)
+    count, columns = experts // layout.expert, width // layout.expert_tensor
+    shapes = (count, 2 * columns, hidden), (count, hidden, columns)
+    if form == "dense":
+        shapes = (count * 2 * columns, hidden), (hidden, count * columns)
+    orders = (0, 1, 2, 3), (1, 0, 2) if form == "dense" else (0, 1, 2)
     gate_up, key = prefix + EXPERTS[0], prefix + EXPERTS[1]
-    rows, columns = (experts, 2 * width, hidden), (experts, hidden, width)
-    yield gate_up, Weight(gate_up, rows, (experts, 2, width, hidden), tuple(up), (0, 1, 2, 3), (2 * local, hidden))
-    yield key, Weight(key, columns, columns, tuple(down), (1, 0, 2), (hidden, local))
+    on_disk = (experts, 2 * width, hidden), (experts, hidden, width)
+    yield gate_up, Weight(gate_up, on_disk[0], (experts, 2, width, hidden), tuple(up), orders[0], shapes[0])
+    yield key, Weight(key, on_disk[1], on_disk[1], tuple(down), orders[1], shapes[1])
 
 
 def _plain(key: str, view: tuple[int, ...], spans: list[tuple[Span, ...]]) -> Weight:

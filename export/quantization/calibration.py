@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from export.graph.model import KeyValue, Model, Weights, empty_context
+from export.graph.model import KeyValue, Model, Weights, empty_context, product
 from export.quantization.schemes import QuantizationError, dequantize, fake_quantize, model_optimizer
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
@@ -32,9 +31,9 @@ class SimulatedWeights(Weights):
         super().__init__(tensors)
         self._scheme = scheme
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
+    def linear(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
         matrix = dequantize(name, self._tensors, self._scheme).to(x.dtype)
-        return F.linear(fake_quantize(x, name, self._tensors, self._scheme), matrix)
+        return product(fake_quantize(x, name, self._tensors, self._scheme), matrix, experts)
 
 
 class _Recorder(Weights):
@@ -47,11 +46,11 @@ class _Recorder(Weights):
     def __getitem__(self, name: str) -> Tensor:
         return self._weights[name]
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
+    def linear(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
         if name not in self.calibrators:
             self.calibrators[name] = model_optimizer("calib").MaxCalibrator()
         self.calibrators[name].collect(x)
-        return self._weights.linear(x, name)
+        return self._weights.linear(x, name, experts)
 
 
 @torch.inference_mode()
@@ -59,6 +58,8 @@ def calibrate(
     model: Model, weights: Weights, prompts: Sequence[Sequence[int]], steps: int = 8, seed: int = 0
 ) -> dict[str, float]:
     """Largest absolute activation in front of every expert matrix, while encoding and denoising one canvas a prompt.
+
+    The form of `model.experts` matters: shares multiply before the second product or after it.
 
     The range is the maximum seen, no percentile: a clipped expert is worse than a coarser one, and the schemes have
     exponents. Several steps, because a canvas of noise and one almost finished look different to the router.

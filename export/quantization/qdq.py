@@ -8,11 +8,12 @@ A quantised graph can be looped, inlined and joined as any other, but not the ot
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from export.graph.bodies import bodies
 from export.quantization.schemes import (
     BLOCK,
     QUANTIZE_ACTIVATIONS,
@@ -25,58 +26,83 @@ from export.quantization.schemes import (
 
 
 def quantize_graph(model: ModelProto, scheme: str, amax: Mapping[str, float] | None = None) -> ModelProto:
-    """A copy of a traced graph whose expert products are quantised.
+    """A copy of a traced graph whose expert products are quantised, those in bodies of loops too.
 
     `amax` (largest absolute activation by weight name) is for nvfp4, whose activation scales are constants.
     Raises `QuantizationError` where there is nothing to quantise: weights must be inputs still, and outside of a loop.
     """
-    products = _products(model)
-    if not products:
+    quantized = ModelProto()
+    quantized.CopyFrom(model)
+    kinds = {v.name: v.type.tensor_type for v in model.graph.input if is_quantized(v.name)}
+    matrices = {name: _Matrix(name, scheme, kind.elem_type, len(kind.shape.dim)) for name, kind in kinds.items()}
+    if not _quantize(quantized.graph, matrices, {name: name for name in matrices}, ""):
         raise QuantizationError(
             "the graph has no product by an expert matrix that is an input; quantise what `trace` gives, not what "
             "to_loop or inline made of it"
         )
-    quantized = ModelProto()
-    quantized.CopyFrom(model)
-    graph = quantized.graph
-    del graph.input[:], graph.node[:]
-    dtypes: dict[str, int] = {}
-    for value in model.graph.input:
-        if is_quantized(value.name):
-            dtypes[value.name] = value.type.tensor_type.elem_type
-            _replace_input(graph, value, scheme, amax or {})
+    inputs = list(quantized.graph.input)
+    del quantized.graph.input[:]
+    for value in inputs:
+        if value.name in matrices:
+            _replace_input(quantized.graph, value, scheme, amax or {})
         else:
-            graph.input.append(value)
-    dequantized: set[str] = set()
-    for original in model.graph.node:
-        node = NodeProto()
-        node.CopyFrom(original)
-        for place, name in enumerate(node.input):
-            if name in dtypes:
-                if name not in dequantized:
-                    graph.node.extend(_weight_nodes(name, scheme, dtypes[name]))
-                    dequantized.add(name)
-                node.input[place] = f"{name}.dequantized"
-        if node.output[0] in products and scheme in QUANTIZE_ACTIVATIONS:
-            name = products[node.output[0]]
-            graph.node.extend(_activation_nodes(node.input[0], name, scheme, dtypes[name]))
-            node.input[0] = f"{name}.input"
-        graph.node.append(node)
+            quantized.graph.input.append(value)
     if scheme == "nvfp4":
         _allow_nvfp4(quantized)
     return quantized
 
 
-def _products(model: ModelProto) -> dict[str, str]:
-    """Output of every product by an expert matrix -> the matrix. torch writes MatMul after Transpose, or Gemm."""
-    matrices = {value.name: value.name for value in model.graph.input if is_quantized(value.name)}
-    products = {}
-    for node in model.graph.node:
-        if node.op_type == "Transpose" and node.input[0] in matrices:
-            matrices[node.output[0]] = matrices[node.input[0]]
-        elif node.op_type in ("MatMul", "Gemm") and node.input[1] in matrices:
-            products[node.output[0]] = matrices[node.input[1]]
-    return products
+class _Matrix(NamedTuple):
+    """An expert matrix that was an input of the graph: ONNX type and number of axes."""
+
+    name: str
+    scheme: str
+    dtype: int
+    rank: int
+
+
+def _quantize(graph: GraphProto, matrices: Mapping[str, _Matrix], outer: Mapping[str, str], place: str) -> int:
+    """Quantise the products of a graph and of its bodies, in place -> how many there are.
+
+    `outer` tells which names are views of which matrix; `place` makes names of this graph unlike those around it. Each
+    graph has Q/DQ nodes of its own: TensorRT fuses those beside a product, and what a body needs costs nothing while
+    the body does not run.
+    """
+    views, count, made = dict(outer), 0, set[str]()
+    nodes: list[NodeProto] = []
+    for number, node in enumerate(graph.node):
+        for body in bodies(node):
+            count += _quantize(body, matrices, views, f"{place}.{number}")
+        matrix = _matrix_of(node, views)
+        for index, name in enumerate(node.input):
+            if name in matrices:
+                if name not in made:
+                    nodes += _weight_nodes(matrices[name], place)
+                    made.add(name)
+                node.input[index] = f"{name}{place}.dequantized"
+        if matrix and node.op_type in _PRODUCTS:
+            count += 1
+            if matrices[matrix].scheme in QUANTIZE_ACTIVATIONS:
+                nodes += _activation_nodes(node.input[0], matrices[matrix], place)
+                node.input[0] = f"{matrix}{place}.input"
+        elif matrix:
+            views[node.output[0]] = matrix
+        nodes.append(node)
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return count
+
+
+_PRODUCTS = ("MatMul", "Gemm")  # torch writes MatMul after Transpose, or Gemm
+_VIEWS = ("Transpose", "Reshape", "Gather")  # Gather: some of the experts
+
+
+def _matrix_of(node: NodeProto, views: Mapping[str, str]) -> str | None:
+    """The matrix that a node multiplies by, or of which it makes a view."""
+    if node.op_type in _PRODUCTS:
+        return views.get(node.input[1])
+    return views.get(node.input[0]) if node.op_type in _VIEWS else None
 
 
 def _replace_input(graph: GraphProto, value: ValueInfoProto, scheme: str, amax: Mapping[str, float]) -> None:
@@ -90,40 +116,41 @@ def _replace_input(graph: GraphProto, value: ValueInfoProto, scheme: str, amax: 
             graph.input.append(helper.make_tensor_value_info(key, spec.onnx_type, spec.shape))
 
 
-def _weight_nodes(name: str, scheme: str, dtype: int) -> Iterator[NodeProto]:
-    scale, result = f"{name}.scale", f"{name}.dequantized"
+def _weight_nodes(matrix: _Matrix, place: str) -> Iterator[NodeProto]:
+    name, scheme, dtype, rank = matrix
+    scale, result = f"{name}.scale", f"{name}{place}.dequantized"
     if scheme == "fp8":
         yield _node("DequantizeLinear", [name, scale], [result])
     elif scheme == "int4":
-        yield _node("DequantizeLinear", [name, scale], [result], axis=1, block_size=BLOCK[scheme])
+        yield _node("DequantizeLinear", [name, scale], [result], axis=rank - 1, block_size=BLOCK[scheme])
     else:
         yield from _dequantize_twice(name, scale, f"{name}.global_scale", result, dtype)
 
 
-def _activation_nodes(x: str, name: str, scheme: str, dtype: int) -> Iterator[NodeProto]:
-    step, steps, result = f"{name}.input_scale", f"{name}.input_quantized", f"{name}.input"
-    if scheme == "fp8":
+def _activation_nodes(x: str, matrix: _Matrix, place: str) -> Iterator[NodeProto]:
+    result = f"{matrix.name}{place}.input"
+    step, steps, blocks = f"{matrix.name}.input_scale", f"{result}_quantized", f"{result}_blocks"
+    if matrix.scheme == "fp8":
         yield _node("QuantizeLinear", [x, step], [steps], output_dtype=TensorProto.FLOAT8E4M3FN)
         yield _node("DequantizeLinear", [steps, step], [result])
         return
-    blocks = f"{name}.input_blocks"
     yield _node(
         "TRT_FP4DynamicQuantize",
         [x, step],
         [steps, blocks],
         domain="trt",
         axis=-1,
-        block_size=BLOCK[scheme],
+        block_size=BLOCK[matrix.scheme],
         scale_type=TensorProto.FLOAT8E4M3FN,
     )
-    yield from _dequantize_twice(steps, blocks, step, result, dtype)
+    yield from _dequantize_twice(steps, blocks, step, result, matrix.dtype)
 
 
 def _dequantize_twice(values: str, scale: str, global_scale: str, result: str, dtype: int) -> Iterator[NodeProto]:
     """NVFP4's two levels, in float32."""
     single = result if dtype == TensorProto.FLOAT else f"{result}.float32"
-    yield _node("DequantizeLinear", [scale, global_scale], [f"{scale}.float32"])
-    yield _node("DequantizeLinear", [values, f"{scale}.float32"], [single], axis=-1, block_size=BLOCK["nvfp4"])
+    yield _node("DequantizeLinear", [scale, global_scale], [f"{result}.scale"])
+    yield _node("DequantizeLinear", [values, f"{result}.scale"], [single], axis=-1, block_size=BLOCK["nvfp4"])
     if single != result:
         yield _node("Cast", [single], [result], to=dtype)
 

@@ -1,14 +1,15 @@
 """Quantised experts: FP8, INT4 and NVFP4 matrices, the tensors that stand for them and the files that hold these.
 
 Only the two expert matrices of a layer are quantised; router, norms, attention, dense MLP and head keep the dtype of
-the engine. Every scheme replaces the input `<name>` [N, K] (used as `x @ W.T`, K the contraction axis):
+the engine. Every scheme replaces the input `<name>` [..., N, K] (used as `x @ W.T`, K the contraction axis; of the
+sparse form one matrix for each expert, [E, N, K]):
 
-    scheme  <name>          <name>.scale             besides
-    fp8     FLOAT8E4M3FN    engine dtype, []         <name>.input_scale, engine dtype, []
-    int4    INT4            engine dtype, [N, K/64]  (activations stay as they are)
-    nvfp4   FLOAT4E2M1      FLOAT8E4M3FN, [N, K/16]  <name>.global_scale, float32, []; a constant for activations
+    scheme  <name>          <name>.scale                  besides
+    fp8     FLOAT8E4M3FN    engine dtype, []              <name>.input_scale, engine dtype, []
+    int4    INT4            engine dtype, [..., N, K/64]  (activations stay as they are)
+    nvfp4   FLOAT4E2M1      FLOAT8E4M3FN, [..., N, K/16]  <name>.global_scale, float32, []; a constant for activations
 
-- fp8: one scale for a matrix. TensorRT takes one for each row as well, but fuses only scalar by scalar into an FP8
+- fp8: one scale for all experts. TensorRT takes one for each row as well, but fuses only scalar by scalar into an FP8
   product (TensorRT-Model-Connect pull request 1386). Scales are in the dtype of the data, because a Cast between
   DequantizeLinear and MatMul is said to hinder that fusion (Model Optimizer, `export_onnx.py`).
 - int4: blocks of 64, TensorRT's smaller one: it divides the expert width 704, so no block spans two experts.
@@ -96,9 +97,11 @@ def is_quantized(name: str) -> bool:
     return name.endswith(EXPERTS)
 
 
-def check(scheme: str, config: ModelConfig, layout: ParallelLayout, prompts: Sequence[Sequence[int]]) -> None:
+def check(
+    scheme: str, config: ModelConfig, layout: ParallelLayout, experts: str, prompts: Sequence[Sequence[int]]
+) -> None:
     """Raise `QuantizationError` where the experts of this model and layout cannot be quantised like this."""
-    for name, weight in engine_weights(config, layout).items():
+    for name, weight in engine_weights(config, layout, experts).items():
         if is_quantized(name):
             packed_inputs(name, weight.shape, scheme, torch.float32)
     if scheme in QUANTIZE_ACTIVATIONS and not prompts:
@@ -110,29 +113,38 @@ def check(scheme: str, config: ModelConfig, layout: ParallelLayout, prompts: Seq
         model_optimizer("qtensor")
 
 
+def fits(scheme: str, config: ModelConfig, layout: ParallelLayout, experts: str) -> bool:
+    """Whether blocks of the scheme divide the experts of this model and layout."""
+    shapes = [w.shape for name, w in engine_weights(config, layout, experts).items() if is_quantized(name)]
+    return all(shape[-1] % BLOCK.get(scheme, 1) == 0 for shape in shapes)
+
+
 def packed_inputs(name: str, shape: Sequence[int], scheme: str, dtype: torch.dtype) -> dict[str, Packed]:
-    """What `<name>` [N, K] of an engine in `dtype` is replaced by. Raises `QuantizationError` if no block divides K."""
+    """What `<name>` [..., N, K] of an engine in `dtype` is replaced by.
+
+    Raises `QuantizationError` if no block divides K.
+    """
     if scheme not in SCHEMES:
         raise QuantizationError(f"quantization={scheme!r}; use one of {', '.join(SCHEMES)}, or null for none")
-    rows, columns = shape
-    block = BLOCK.get(scheme, 1)
-    if columns % block:
+    whole, block = tuple(shape), BLOCK.get(scheme, 1)
+    if whole[-1] % block:
         raise QuantizationError(
-            f"{name} [{rows}, {columns}] cannot be cut into {scheme} blocks of {block} along its last axis; use "
-            "quantization=fp8, which has no blocks, or a layout that leaves more columns to a rank"
+            f"{name} {list(whole)} cannot be cut into {scheme} blocks of {block} along its last axis; use "
+            "quantization=fp8, which has no blocks, experts=dense, where blocks may span experts, or a layout that "
+            "leaves more columns to a rank"
         )
-    own = _ONNX[dtype]
+    own, blocks = _ONNX[dtype], (*whole[:-1], whole[-1] // block)
     if scheme == "fp8":
         return {
-            name: Packed(TensorProto.FLOAT8E4M3FN, (rows, columns)),
+            name: Packed(TensorProto.FLOAT8E4M3FN, whole),
             f"{name}.scale": Packed(own, ()),
             f"{name}.input_scale": Packed(own, ()),
         }
     if scheme == "int4":
-        return {name: Packed(TensorProto.INT4, (rows, columns)), f"{name}.scale": Packed(own, (rows, columns // block))}
+        return {name: Packed(TensorProto.INT4, whole), f"{name}.scale": Packed(own, blocks)}
     return {
-        name: Packed(TensorProto.FLOAT4E2M1, (rows, columns)),
-        f"{name}.scale": Packed(TensorProto.FLOAT8E4M3FN, (rows, columns // block)),
+        name: Packed(TensorProto.FLOAT4E2M1, whole),
+        f"{name}.scale": Packed(TensorProto.FLOAT8E4M3FN, blocks),
         f"{name}.global_scale": Packed(TensorProto.FLOAT, ()),
         f"{name}.input_scale": Packed(TensorProto.FLOAT, ()),
     }
@@ -142,13 +154,13 @@ def packed_inputs(name: str, shape: Sequence[int], scheme: str, dtype: torch.dty
 
 
 def quantize_weight(name: str, tensor: Tensor, scheme: str, amax: float | None = None) -> dict[str, Tensor]:
-    """The tensors of `packed_inputs` for one matrix [N, K] in the dtype of the engine, a few rows at a time.
+    """The tensors of `packed_inputs` for matrices [..., N, K] in the dtype of the engine, a few rows at a time.
 
     `amax` is the largest absolute activation that the matrix meets (see `calibration`), for fp8 and nvfp4.
     """
     specs = packed_inputs(name, tensor.shape, scheme, tensor.dtype)
     made = {key: torch.empty(spec.stored, dtype=spec.dtype) for key, spec in specs.items()}
-    chunks = tensor.split(max(1, _CHUNK // tensor.shape[1]))
+    chunks = tensor.flatten(0, -2).split(max(1, _CHUNK // tensor.shape[-1]))
     largest = float(torch.stack([chunk.abs().amax() for chunk in chunks]).amax())
     if not largest < float("inf"):
         raise QuantizationError(f"{name} holds {largest}; quantise a checkpoint whose weights are finite")
@@ -158,16 +170,17 @@ def quantize_weight(name: str, tensor: Tensor, scheme: str, amax: float | None =
         made[f"{name}.global_scale"].copy_(_positive(largest / (FP4_MAX * FP8_MAX), torch.float32))
     if scheme in QUANTIZE_ACTIVATIONS:
         made[f"{name}.input_scale"].copy_(input_scale(name, scheme, amax, tensor.dtype))
+    packed = made[name].flatten(0, -2)
+    scales = made[f"{name}.scale"].flatten(0, -2) if scheme in BLOCK else None  # views, filled below
     start = 0
     for chunk in chunks:
         rows = slice(start, start := start + chunk.shape[0])
-        if scheme == "fp8":
-            made[name][rows] = _pack_fp8(chunk.float(), made[f"{name}.scale"].float())
+        if scales is None:
+            packed[rows] = _pack_fp8(chunk.float(), made[f"{name}.scale"].float())
         elif scheme == "int4":
-            made[name][rows], made[f"{name}.scale"][rows] = _pack_int4(chunk)
+            packed[rows], scales[rows] = _pack_int4(chunk)
         else:
-            packed = _pack_nvfp4(chunk.float(), made[f"{name}.global_scale"])
-            made[name][rows], made[f"{name}.scale"][rows] = packed
+            packed[rows], scales[rows] = _pack_nvfp4(chunk.float(), made[f"{name}.global_scale"])
     return made
 
 
@@ -181,7 +194,7 @@ def input_scale(name: str, scheme: str, amax: float | None, dtype: torch.dtype) 
 
 
 def dequantize(name: str, tensors: Mapping[str, Tensor], scheme: str) -> Tensor:
-    """The matrix [N, K] that the quantised tensors stand for, float32."""
+    """The matrices [..., N, K] that the quantised tensors stand for, float32."""
     packed, scale = tensors[name], tensors[f"{name}.scale"].float()
     if scheme == "fp8":
         return packed.float() * scale
@@ -237,7 +250,7 @@ def _unpack(packed: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor, scale: Tensor) -> Tensor:
-    """[N, K] times one scale a block, [N, blocks]."""
+    """[..., K] times one scale a block, [..., blocks]."""
     return (values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
 
 

@@ -43,7 +43,8 @@ def summary(rows: Sequence[BadRow]) -> str:
     if not rows:
         return ""
     counts = Counter(row.reason for row in rows).most_common()
-    return f"{len(rows)} row{'s' if len(rows) > 1 else ''} left out: " + ", ".join(f"{count} {reason}" for reason, count in counts)
+    number = f"{len(rows)} row{'s' if len(rows) > 1 else ''} left out"
+    return f"{number}: " + ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
 def write(rows: Sequence[BadRow], file: Path) -> None:

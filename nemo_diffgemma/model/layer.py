@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.model.attention import Attention, column_parallel, row_parallel
 from nemo_diffgemma.model.cache import KeyValue
-from nemo_diffgemma.model.experts import MixtureOfExperts
+from nemo_diffgemma.model.experts import ExpertPass, MixtureOfExperts
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.segments import Stream
 from nemo_diffgemma.parallel.groups import device
@@ -44,7 +44,10 @@ class GatedMLP(nn.Module):
         self.down_proj = row_parallel(width, config, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gather_tokens(x, self.group)
+        return self.of_gathered(gather_tokens(x, self.group))
+
+    def of_gathered(self, x: Tensor) -> Tensor:
+        """All tokens of the stream -> this rank's tokens of the output."""
         return self.down_proj(F.gelu(self.gate_proj(x)[0], approximate="tanh") * self.up_proj(x)[0])[0]
 
 
@@ -70,7 +73,7 @@ class Layer(nn.Module):
 
         self.self_attn = Attention(model, layer, config, groups)
         self.mlp = GatedMLP(model.intermediate_size, config, groups)
-        self.moe = MixtureOfExperts(config, layer + 1, groups)
+        self.moe = MixtureOfExperts(config, groups)
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
@@ -88,6 +91,7 @@ class Layer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         stream: Stream,
         past: KeyValue | None,
+        experts: ExpertPass,
         selective: bool = False,
     ) -> tuple[Tensor, KeyValue]:
         """This rank's tokens [T/tp, H] -> the same after the layer, and the context's keys and values.
@@ -99,12 +103,20 @@ class Layer(nn.Module):
             gather_tokens(self.input_layernorm(x), self.group), rotary, stream, past, selective
         )
         x = x + self.post_attention_layernorm(attended)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
-        expert_input = self.pre_feedforward_layernorm_2(x)
-        experts = recompute(self.moe, x, expert_input) if selective else self.moe(x, expert_input)
-        experts = self.post_feedforward_layernorm_2(experts)
-        x = x + self.post_feedforward_layernorm(dense + experts)
+        dense, mixed = self._feed_forward(x, experts, selective)
+        mixed = self.post_feedforward_layernorm_2(mixed)
+        x = x + self.post_feedforward_layernorm(self.post_feedforward_layernorm_1(dense) + mixed)
         return x * self._scalar(is_canvas), context
+
+    def _feed_forward(self, x: Tensor, experts: ExpertPass, selective: bool) -> tuple[Tensor, Tensor]:
+        """Dense MLP and experts, of the same residual stream."""
+        if self.moe.needs_whole_stream(experts):  # then one gather serves both
+            x = gather_tokens(x, self.group)
+            dense = self.mlp.of_gathered(self.pre_feedforward_layernorm(x))
+        else:
+            dense = self.mlp(self.pre_feedforward_layernorm(x))
+        args = (x, self.pre_feedforward_layernorm_2(x), experts)
+        return dense, recompute(self.moe, *args) if selective else self.moe(*args)
 
     def _attend(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None, selective: bool

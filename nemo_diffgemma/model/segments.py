@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.transfer import to_device
 
 
 class Kind(Enum):
@@ -172,8 +173,23 @@ class Stream:
         tables: dict[Any, Tensor] = self.__dict__["_tables"]
         if (name, device) not in tables:
             with torch.inference_mode(False):  # a stream is kept, and its next pass may have gradient
-                tables[name, device] = make().to(device)
+                tables[name, device] = to_device(make(), device)
         return tables[name, device]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FixedStream(Stream):
+    """One canvas of each sequence behind contexts in buffers of fixed columns (`model.fixed_step`).
+
+    Where the canvases stand, and which columns they see, is not in the segments but on the device: rotary positions
+    [T], and for each window an additive mask [B, 1, 1, columns], or None where canvases see all columns.
+    """
+
+    positions_T: Tensor
+    masks: Mapping[int | None, Tensor | None]
+
+    def positions(self, device: torch.device) -> Tensor:
+        return self.positions_T
 
 
 @functools.lru_cache(maxsize=4)
@@ -221,7 +237,8 @@ class Slices:
             if x.device not in self._indices:
                 with torch.inference_mode(False):  # kept for passes with gradient
                     starts = torch.tensor(self.starts)[:, None]
-                    self._indices[x.device] = (starts + torch.arange(self.length)).flatten().to(x.device)
+                    rows = (starts + torch.arange(self.length)).flatten()
+                    self._indices[x.device] = to_device(rows, x.device)
             return x.index_select(0, self._indices[x.device]).view(shape)
         first, step, before = self._view
         rows = x[first : first + self.count * step].view(self.count, step, *x.shape[1:])

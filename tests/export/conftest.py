@@ -19,9 +19,9 @@ def traces(checkpoint):
     """Graphs come from the session's traces: the same functions, traced once."""
     patch = pytest.MonkeyPatch()
 
-    def trace(graph, config, layout, dtype):
+    def trace(graph, config, layout, dtype, experts):
         assert config == kit.config("short")
-        return kit.graph(graph, "short", layout, dtype)
+        return kit.graph(graph, "short", layout, dtype, experts)
 
     patch.setattr("export.bundle.building.trace", trace)
     yield kit.calm(checkpoint)

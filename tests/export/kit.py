@@ -37,24 +37,30 @@ folder = Path("not given yet")  # of the session's traces: tests/export/conftest
 
 
 @functools.cache
-def traced(graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> ModelProto:
+def traced(
+    graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, experts: str = "sparse"
+) -> ModelProto:
     """`export.tracing.trace`; tests must not change what it gives."""
-    asked = repr((graph, config, layout, dtype))
+    asked = repr((graph, config, layout, dtype, experts))
     file = folder / f"{hashlib.sha256(asked.encode()).hexdigest()}.onnx"
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits for the first one's
         if not file.exists():
-            model = trace(graph, config, layout, dtype)
+            model = trace(graph, config, layout, dtype, experts)
             onnx.save(model, file)
             return model
     return onnx.load(file)
 
 
 def graph(
-    name: str, size: str = "short", layout: ParallelLayout = SINGLE, dtype: torch.dtype = torch.float32
+    name: str,
+    size: str = "short",
+    layout: ParallelLayout = SINGLE,
+    dtype: torch.dtype = torch.float32,
+    experts: str = "sparse",
 ) -> ModelProto:
     """A traced graph of one of the sizes of tests/reference."""
-    return traced(name, config(size), layout, dtype)
+    return traced(name, config(size), layout, dtype, experts)
 
 
 def calm(checkpoint: Callable[..., Path], size: str = "short") -> Path:
@@ -86,11 +92,13 @@ def engine(
     layout: ParallelLayout = SINGLE,
     dtype: torch.dtype = torch.float32,
     loop: int | str | None = "none",
+    experts: str = "sparse",
 ) -> Engine:
     """The model of a checkpoint in ONNX Runtime, all ranks; `loop` is a number of steps or None for any."""
     ranks = range(layout.world_size)
-    weights = [dict(read_weights(path, engine_weights(config(size), layout), rank, dtype)) for rank in ranks]
-    models = {name: graph(name, size, layout, dtype) for name in ("encode", "step")}
+    needed = engine_weights(config(size), layout, experts)
+    weights = [dict(read_weights(path, needed, rank, dtype)) for rank in ranks]
+    models = {name: graph(name, size, layout, dtype, experts) for name in ("encode", "step")}
     if loop != "none":
         models["loop"] = to_loop(models["step"], loop)  # type: ignore[arg-type]
     sessions = {name: OnnxSession([model] * len(ranks), weights) for name, model in models.items()}

@@ -26,10 +26,10 @@ from tests.reference import tiny_config
 NAME = "model.decoder.layers.0.experts.down_proj"
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [35, 8]]
 
-# contraction axes of 64 (hidden) and 8 * 32 (experts), of which a half is still two blocks
+# contraction axes of 64: a block of INT4, so that the sparse form has whole ones in every expert
 CONFIG = ModelConfig.from_huggingface(
     tiny_config(
-        {"hidden_size": 64, "moe_intermediate_size": 32, "layer_types": ("sliding_attention", "full_attention")}
+        {"hidden_size": 64, "moe_intermediate_size": 64, "layer_types": ("sliding_attention", "full_attention")}
     ).to_dict()
 )
 WHOLE, HALVES = ParallelLayout(), ParallelLayout(expert=2)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from export.bundle.comparison import Differences, in_lockstep, trajectory
+from export.engine.tensorrt_session import geometry
 from nemo_diffgemma import ParallelLayout, SamplerConfig
 from nemo_diffgemma.diffusion.noise import KeyedNoise
+from nemo_diffgemma.model import fixed_step
 from tests.export import kit
 
 WINDOW = 8
@@ -145,6 +147,28 @@ def test_what_lies_in_a_buffer_before_the_context_is_not_seen(checkpoint, engine
     padded = engine.step(type(context)(context.left_padding, context.length, (longer,)), inputs)
     for name in plain:
         assert torch.allclose(plain[name].float(), padded[name].float(), atol=1e-6), name
+
+
+def test_buffers_of_a_gpu_keep_their_shapes_until_they_have_doubled(checkpoint, monkeypatch):
+    """So what a session has recorded of one canvas serves the next. Tokens are those of buffers that are full."""
+    engine, ids = kit.engine(kit.calm(checkpoint), loop="none"), prompts(2, 5)
+    given = dict(attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4]), max_new_tokens=60, sampler=sampler(4), seed=1)
+    plain = engine.generate(ids, **given)
+    session, shapes = engine._sessions["step"], []
+
+    def run(shared, ranked, real=session.run):
+        shapes.append(geometry({**shared, **ranked[0]}))
+        return real(shared, ranked)
+
+    monkeypatch.setattr(session, "run", run)
+    monkeypatch.setattr(fixed_step, "FEWEST", 8)
+    engine.columns_for = fixed_step.bucket
+    rounded = engine.generate(ids, **given)
+    assert torch.equal(plain.sequences, rounded.sequences)
+    assert torch.equal(plain.forwards, rounded.forwards)
+    last = max(layer for layer in range(9) if f"past_key_values.{layer}.key" in dict(shapes[0]))
+    columns = [dict(shape)[f"past_key_values.{last}.key"][2] for shape in dict.fromkeys(shapes)]
+    assert columns == [8, 16, 32, 64]  # of 5 to 61 columns of context
 
 
 def test_float16_agrees_with_float32(checkpoint):

@@ -135,7 +135,7 @@ def test_what_cannot_be_quantised_is_refused_with_a_way_out() -> None:
     with pytest.raises(QuantizationError, match="not what to_loop or inline made of it"):
         quantize_graph(quantized.graph("step", "int4"), "int4")
     with pytest.raises(QuantizationError, match="give a few typical prompts"):
-        quantize.check("fp8", CONFIG, WHOLE, [])
+        quantize.check("fp8", CONFIG, WHOLE, "sparse", [])
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------
