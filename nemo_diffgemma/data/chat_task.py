@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data.bad_rows import BadRow, RowError
+from nemo_diffgemma.data.bad_rows import RowError
 from nemo_diffgemma.data.chat_template import ChatTemplate, Encoded
 from nemo_diffgemma.data.conversations import Conversation, conversation_of
 from nemo_diffgemma.data.example import Example
-from nemo_diffgemma.data.file_task import FileData, FileTask
+from nemo_diffgemma.data.file_task import FileData, FileTask, Units
 from nemo_diffgemma.data.prepared import Table
 from nemo_diffgemma.errors import ConfigurationError
 
@@ -67,14 +67,15 @@ class Chat(FileTask):
         for message in conversation_of(row).messages:
             yield message["content"]
 
-    def units(self, table: Table, model: ModelConfig) -> tuple[np.ndarray, list[BadRow]]:
+    def units(self, table: Table, model: ModelConfig) -> Units:
         room = model.max_position_embeddings - (model.canvas_length - 1)  # the last canvas may go on behind the row
         limit = min(self.data.max_length or room, room)
         lengths = table.lengths[table.good]
         fit, long = table.good[lengths <= limit], table.good[lengths > limit]
         detail = "{} tokens; data.max_length and the network allow {}"
         unfit = [table.bad_row(row, "too long", detail.format(table.lengths[row], limit)) for row in long.tolist()]
-        return np.stack([fit, np.zeros_like(fit), table.lengths[fit]], axis=1), unfit
+        places = np.stack([fit, np.zeros_like(fit), table.lengths[fit]], axis=1)
+        return Units(places, np.stack([table.lengths[fit], table.canvases(model.canvas_length)[fit]], axis=1), unfit)
 
     def example(self, table: Table, unit: np.ndarray, sample: int) -> Example:
         row = int(unit[0])

@@ -7,7 +7,8 @@ DataLoader(dataset, batch_sampler=Batches(64, replica, replicas), collate_fn=to_
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -59,6 +60,12 @@ def collate(examples: Sequence[Example], canvas_length: int, fill_id: int, fills
         lengths.append(length)
         answers.append(spans)
     return Rows(torch.tensor(tokens), answers, lengths, [example.sample for example in examples], fill_id)
+
+
+def collate_packed(passes: Sequence[Sequence[Example]], **settings: Any) -> Rows:
+    """The rows of the examples of several passes; settings as those of `collate`."""
+    rows = collate([example for examples in passes for example in examples], **settings)
+    return replace(rows, passes=[len(examples) for examples in passes])
 
 
 class Batches:

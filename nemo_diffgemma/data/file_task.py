@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,12 +42,20 @@ class FileData(DataGroup):
     bad_rows: str = "skip"  # or fatal: rows that cannot be used
 
 
-class Source:
-    """The examples of one entry of files: units of a table's rows, (row, begin, end) of its tokens."""
+class Units(NamedTuple):
+    """Examples in a table."""
 
-    def __init__(self, entry: str, table: Table, units: np.ndarray, unfit: list[BadRow]) -> None:
-        self.entry, self.table, self.units = entry, table, units
-        self.bad_rows = [*table.bad_rows, *unfit]
+    places: np.ndarray  # [n, 3]: row of the table, first and last token of it (excluded)
+    sizes: np.ndarray  # [n, 2]: tokens and canvases of the example
+    unfit: list[BadRow]  # rows that this network cannot have
+
+
+class Source:
+    """The examples of one entry of files."""
+
+    def __init__(self, entry: str, table: Table, units: Units) -> None:
+        self.entry, self.table, self.units, self.sizes = entry, table, units.places, units.sizes
+        self.bad_rows = [*table.bad_rows, *units.unfit]
 
     def __len__(self) -> int:
         return len(self.units)
@@ -110,8 +118,8 @@ class FileTask(Task):
         """Texts of a row, for training a tokenizer."""
 
     @abstractmethod
-    def units(self, table: Table, model: ModelConfig) -> tuple[np.ndarray, list[BadRow]]:
-        """Examples in a table as [n, 3] (row, begin, end), and rows that this network cannot have."""
+    def units(self, table: Table, model: ModelConfig) -> Units:
+        """Examples in a table, for a network."""
 
     @abstractmethod
     def example(self, table: Table, unit: np.ndarray, sample: int) -> Example:
@@ -130,7 +138,7 @@ class FileTask(Task):
                 f"the tokenizer in {self.data.tokenizer or assets} names no eos_token, which fills canvases behind an "
                 "answer; name it in tokenizer_config.json"
             )
-        self.eos_token_id, self.pad_token_id = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id or 0
+        self.eos_token_id, self.pad_token_id = self.stops(), self._tokenizer.pad_token_id or 0
 
     def _found(self, assets: Path | None) -> Any:
         """The tokenizer that is given, else that of the checkpoint; None where there is none."""
@@ -171,7 +179,7 @@ class FileTask(Task):
         tokenizer = self._tokenizer
         sizes = {
             "vocab_size": max(len(tokenizer), 1 + max(tokenizer.get_vocab().values())),
-            "eos_token_id": self.stops(),
+            "eos_token_id": self.eos_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
@@ -210,7 +218,7 @@ class FileTask(Task):
         cache_key = f"{self.data.kind} {tokenizer_key(self._tokenizer)} {sorted(self._ends(model))}"
         for entry, files in self._files[key]:
             table = prepare(files, encode, cache_key)
-            sources.append(Source(entry, table, *self.units(table, model)))
+            sources.append(Source(entry, table, self.units(table, model)))
         for index, source in enumerate(sources):
             bad_rows.check(source.bad_rows, self.data.bad_rows, len(source), f"data.{key}[{index}]={source.entry}")
         return sources
@@ -231,6 +239,18 @@ class FileTask(Task):
         source, position = self._order(seed).at(index)
         chosen = self._train[source]
         return self.example(chosen.table, chosen.units[position], index)
+
+    def size(self, seed: int, index: int, canvas_length: int) -> tuple[int, int]:
+        assert self._model is not None and canvas_length == self._model.canvas_length
+        source, position = self._order(seed).at(index)
+        tokens, canvases = self._train[source].sizes[position].tolist()
+        return tokens, canvases
+
+    def largest(self, canvases: int) -> int | None:
+        assert self._model is not None
+        sizes = np.concatenate([source.sizes for source in self._train])
+        scored = np.minimum(sizes[:, 1], canvases) if canvases else sizes[:, 1]
+        return int((sizes[:, 0] + scored * self._model.canvas_length).max())
 
     def held_out_examples(self, wanted: int | None = None) -> Sequence[Example]:
         if not self._validation:

@@ -53,6 +53,16 @@ class Table:
         edges = self._dataset.data.column("answers")[row].values.to_pylist()
         return list(zip(edges[::2], edges[1::2], strict=True))
 
+    def canvases(self, canvas_length: int) -> np.ndarray:
+        """Canvases of every row."""
+        counts = [np.zeros(0, dtype=np.int64)]
+        for chunk in self._dataset.data.column("answers").chunks:
+            edges, offsets = chunk.flatten().to_numpy(), chunk.offsets.to_numpy()
+            of_answers = -(-(edges[1::2] - edges[::2]).astype(np.int64) // canvas_length)
+            before = np.concatenate([[0], of_answers.cumsum()])
+            counts.append(np.diff(before[(offsets - offsets[0]) // 2]))
+        return np.concatenate(counts)
+
     def place(self, row: int) -> tuple[str, int]:
         """File and line of a row."""
         columns = self._dataset.data

@@ -40,6 +40,7 @@ class DataGroup:
     kind: str = "sudoku"
     global_batch_size: int = 64
     micro_batch_size: int = 0  # examples of one forward pass of one replica; 0: its whole share
+    tokens_per_micro_batch: int = 0  # instead: tokens of one pass, of rows and the canvases scored of them
 
 
 class Measures(NamedTuple):
@@ -72,7 +73,7 @@ class Task(ABC):
     """
 
     keys: ClassVar[type[DataGroup]]  # the dataclass of this kind's keys
-    eos_token_id: int  # sampler settings of a network trained from scratch
+    eos_token_id: int | list[int]  # sampler settings of a network trained from scratch
     pad_token_id: int
     fills_rows: ClassVar[bool] = True  # an answer that ends its row is filled up to whole canvases in the context, too
 
@@ -90,6 +91,18 @@ class Task(ABC):
     def training_examples(self, seed: int) -> TrainingExamples:
         """The endless stream of a seed."""
         return TrainingExamples(self, seed)
+
+    def size(self, seed: int, index: int, canvas_length: int) -> tuple[int, int]:
+        """Tokens and canvases of a training example, for packing; a task that knows them without making it says so."""
+        example = self.training_example(seed, index)
+        canvases = sum(-(-(end - start) // canvas_length) for start, end in example.answers)
+        start, end = example.answers[-1]
+        fill = -(end - start) % canvas_length if self.fills_rows and end == len(example.tokens) else 0
+        return len(example.tokens) + fill, canvases
+
+    def largest(self, canvases: int) -> int | None:
+        """Tokens of the largest training example with so many of its canvases (0: all); None where nobody knows."""
+        return None
 
     def tokenizer(self) -> Any:
         """A Hugging Face tokenizer for a network trained from scratch; None: it takes token ids only."""
@@ -122,12 +135,14 @@ class Task(ABC):
 
 
 class TrainingExamples:
-    """The stream of one seed, as torch's DataLoader reads it: by index, without end."""
+    """The stream of one seed, as torch's DataLoader reads it: by index, or by a list of them, without end."""
 
     def __init__(self, task: Task, seed: int) -> None:
         self.task, self.seed = task, seed
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, list):
+            return [self.task.training_example(self.seed, one) for one in index]
         return self.task.training_example(self.seed, index)
 
 

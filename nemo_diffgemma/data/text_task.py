@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data.bad_rows import BadRow, RowError
+from nemo_diffgemma.data.bad_rows import RowError
 from nemo_diffgemma.data.chat_template import Encoded
 from nemo_diffgemma.data.example import Example
-from nemo_diffgemma.data.file_task import FileData, FileTask
+from nemo_diffgemma.data.file_task import FileData, FileTask, Units
 from nemo_diffgemma.data.prepared import Table
 from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.json_files import brief
@@ -62,7 +62,7 @@ class PlainText(FileTask):
     def texts(self, row: Any) -> Iterator[str]:
         yield _text(row)
 
-    def units(self, table: Table, model: ModelConfig) -> tuple[np.ndarray, list[BadRow]]:
+    def units(self, table: Table, model: ModelConfig) -> Units:
         limit = self.data.max_length or min(_LENGTH, model.max_position_embeddings)
         size = (limit - 1) // model.canvas_length * model.canvas_length
         if size < 1:
@@ -74,7 +74,9 @@ class PlainText(FileTask):
         rows = np.repeat(table.good, counts)
         first = np.repeat(np.cumsum(counts) - counts, counts)  # the first piece of each row, among all pieces
         begins = (np.arange(len(rows)) - first) * size
-        return np.stack([rows, begins, np.minimum(begins + size, np.repeat(lengths, counts))], axis=1), []
+        ends = np.minimum(begins + size, np.repeat(lengths, counts))
+        sizes = np.stack([1 + ends - begins, -(-(ends - begins) // model.canvas_length)], axis=1)
+        return Units(np.stack([rows, begins, ends], axis=1), sizes, [])
 
     def example(self, table: Table, unit: np.ndarray, sample: int) -> Example:
         row, begin, end = unit.tolist()

@@ -33,6 +33,7 @@ class Rows:
     lengths: Sequence[int]  # whole rows
     samples: Sequence[int]  # keys of the noise
     fill_id: int  # behind the end of an answer in its last canvas
+    passes: Sequence[int] = ()  # rows of each pass, where the batch is packed
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -46,9 +47,11 @@ class Rows:
         """The same rows with their tokens on `device`."""
         return replace(self, tokens_T=to_device(self.tokens_T, torch.device(device)))
 
-    def split(self, size: int) -> list[Rows]:
-        """`size` rows at a time, in their order."""
-        cuts = [slice(start, start + size) for start in range(0, len(self), size)]
+    def split(self, size: int | Sequence[int]) -> list[Rows]:
+        """`size` rows at a time, or as many each time as it lists, in their order."""
+        sizes = [size] * -(-len(self) // size) if isinstance(size, int) else size
+        ends = list(itertools.accumulate(sizes))
+        cuts = [slice(end - count, end) for end, count in zip(ends, sizes, strict=True)]
         parts = self.tokens_T.split([sum(self.lengths[cut]) for cut in cuts])
         return [
             Rows(tokens, self.answers[cut], self.lengths[cut], self.samples[cut], self.fill_id)

@@ -27,6 +27,7 @@ from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.open import assets_of
 from nemo_diffgemma.data import Batches
 from nemo_diffgemma.data.bad_rows import BAD_ROWS
+from nemo_diffgemma.data.packing import too_small
 from nemo_diffgemma.data.tasks import Task, task_of
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.agreement import all_or_none, on_rank_zero
@@ -135,6 +136,9 @@ def _prepare_data(config: TrainConfig, task: Task, run_dir: Path, resumed: Path 
     with all_or_none():
         model = model_config(config.model, assets)
     task.prepare(model)
+    largest = task.largest(config.model.objective.canvases_per_example)
+    if largest is not None and 0 < config.data.tokens_per_micro_batch < largest:
+        raise ConfigurationError(too_small(config.data.tokens_per_micro_batch, largest))
     if config.trainer.validate_every:
         task.held_out_examples(1)
     run_directory.keep_data_report(task.report(), run_dir, resumed)
@@ -184,6 +188,11 @@ def _check(config: TrainConfig) -> None:
         raise ConfigurationError(
             f"data.micro_batch_size={micro} does not divide the {share} examples that each of {replicas} replicas has "
             f"of data.global_batch_size={config.data.global_batch_size}; use a divisor, or 0 for all at once"
+        )
+    if config.data.tokens_per_micro_batch < 0 or (micro and config.data.tokens_per_micro_batch):
+        raise ConfigurationError(
+            f"data.tokens_per_micro_batch={config.data.tokens_per_micro_batch} with data.micro_batch_size={micro}; use "
+            "one of them, and 0 for the other"
         )
     task_of(config.data)
 

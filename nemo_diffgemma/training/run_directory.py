@@ -154,7 +154,8 @@ def write_assets(network: DiffusionGemma, task: Task, run_dir: Path) -> None:
             tokenizer = task.tokenizer()
             if tokenizer is not None:
                 tokenizer.save_pretrained(assets)
-            sampler = SamplerConfig(eos_token_id=task.eos_token_id, pad_token_id=task.pad_token_id)
+            ends = task.eos_token_id if isinstance(task.eos_token_id, int) else tuple(task.eos_token_id)
+            sampler = SamplerConfig(eos_token_id=ends, pad_token_id=task.pad_token_id)
             (assets / GENERATION).write_text(json.dumps(sampler.to_huggingface(), indent=2) + "\n")
         sharded.write_assets(network, assets)  # config.json last: it says that the others are there
 
