@@ -1,4 +1,4 @@
-"""Play one rank of any world without a GPU: memory, FLOPs, launches, waits of the host and collectives of the real code.
+"""Play one rank of any world without a GPU: memory, FLOPs, launches, host waits and collectives of the real code.
 
     python launch/dry_run.py verb=train parallel=tp4_ep8 world=512 rank=77
     python launch/dry_run.py verb=generate gpu=rtx_5090
@@ -40,10 +40,11 @@ class DryRunConfig:
     world: int | None = None  # processes; null: as many as the layout needs
     rank: int = 0  # the one that is played
     prompts: list[int] = field(default_factory=list)  # tokens of each row's prompt; []: 256 to train, 1024 to generate
-    responses: list[int] = field(default_factory=lambda: [768])  # filled up to whole canvases; one number: of all rows
+    responses: list[int] = field(default_factory=list)  # as long as prompts, or one for all rows; []: 768
     rows: int | None = None  # of a micro-batch; null: as many as prompts or responses has
     micro_batches: int = 1  # of one optimizer step
     max_new_tokens: int = 256
+    temporary_gb: float = 2.0  # more in one allocation is a violation
     whole: bool = False  # play all layers
 
 
@@ -67,13 +68,12 @@ def dry_run(config: DryRunConfig, results: Results) -> dict[str, Any]:
 
 def case_of(config: DryRunConfig) -> Any:
     """What is played. Raises `ConfigurationError`, `LayoutError` or `DryRunError`."""
-    from nemo_diffgemma.dry_run.case import Case
-    from nemo_diffgemma.schema import ConfigurationError
+    from nemo_diffgemma.dry_run.case import PROMPTS, RESPONSES, Case
 
     if config.model.checkpoint is not None:
         raise ConfigurationError("model.checkpoint: a dry run reads no weights; give its sizes as model=<file>")
     layout = config.parallel.layout()
-    prompts, responses = config.prompts or [256 if config.verb == "train" else 1024], config.responses
+    prompts, responses = config.prompts or list(PROMPTS.get(config.verb, (1,))), config.responses or list(RESPONSES)
     rows = config.rows or max(len(prompts), len(responses))
     canvas = config.model.architecture.get("canvas_length", 256)
     return Case(
@@ -88,12 +88,15 @@ def case_of(config: DryRunConfig) -> Any:
         micro_batches=config.micro_batches,
         canvases=-(-config.max_new_tokens // canvas),
         steps=config.sampler.max_denoising_steps or 48,
+        temporary_gb=config.temporary_gb,
     )
 
 
 def _of_rows(name: str, lengths: list[int], rows: int) -> tuple[int, ...]:
     if len(lengths) not in (1, rows):
-        raise ConfigurationError(f"{name}={lengths} has {len(lengths)} lengths; expected one, or one for each of {rows} rows")
+        raise ConfigurationError(
+            f"{name}={lengths} has {len(lengths)} lengths; expected one, or one for each of {rows} rows"
+        )
     return tuple(lengths * rows if len(lengths) == 1 else lengths)
 
 

@@ -32,6 +32,7 @@ class DiffusionGemma(Network):
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(model, dtype)
+        # whoever assigns `parameter.data` clears them
         self.fixed_steps = FixedSteps(CudaGraphs()) if device().type == "cuda" else None
 
     @classmethod
@@ -166,6 +167,12 @@ class DiffusionGemma(Network):
         if mode and self.fixed_steps is not None:
             self.fixed_steps.clear()
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's, for `to` and the like: weights move."""
+        if self.fixed_steps is not None:
+            self.fixed_steps.clear()
+        return super()._apply(*args, **kwargs)
 
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
         """Raise `NonFiniteError` naming the tensor or layer where NaN or infinity begins when `run` runs again."""

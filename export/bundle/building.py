@@ -32,7 +32,7 @@ from export.engine.builders import (
     load_module,
     local_target,
 )
-from export.graph.experts import FORMS, is_less_work
+from export.graph.experts import FORMS, capacity, is_less_work, takes_all
 from export.graph.inline import Place, inline, places_in, store
 from export.graph.loop import to_loop
 from export.graph.model import Model, Weights
@@ -49,6 +49,7 @@ from nemo_diffgemma.parallel.team import ALONE, Team
 
 GRAPHS = ("encode", "step", "loop")
 QUANTIZATION = "hf_quant_config.json"
+_LARGEST_TOP_K = 3840  # of TensorRT's TopK layer
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ def check_request(
             f"weights={settings.weights!r}; use inputs (bound to a loaded engine) or inline (inside of it)"
         )
     if settings.experts not in FORMS:
-        raise BundleError(f"experts={settings.experts!r}; use one of {', '.join(FORMS)}, or null for what suits the model")
+        raise BundleError(
+            f"experts={settings.experts!r}; use one of {', '.join(FORMS)}, or null for what suits the model"
+        )
     if sorted(settings.graphs) not in (["encode", "step"], sorted(GRAPHS)):
         raise BundleError(f"graphs={list(settings.graphs)}; use [encode,step] or [encode,step,loop]")
     if settings.steps is not None and settings.steps < 1:
@@ -164,6 +167,7 @@ def check_request(
             "model; give a smaller one"
         )
     check_layout(settings.layout, config)
+    _check_room(config, settings, builder)
     if settings.layout.world_size > 1 and "loop" in settings.graphs:
         raise BundleError(
             "graphs of several ranks keep the loop on the host (a collective inside of an engine's loop is unproven); "
@@ -177,6 +181,17 @@ def check_request(
     check_local_target(builder, targets)
     if builder != "onnx":
         load_module(builder)  # raises where it cannot be loaded: not after minutes of tracing
+
+
+def _check_room(config: ModelConfig, settings: Settings, builder: str) -> None:
+    """Raise `BundleError` where a chunk is so long that TensorRT cannot find the tokens of an expert."""
+    top_k, experts, chunk = config.top_k_experts, config.num_experts, settings.limits.chunk
+    room = chunk if takes_all(top_k, experts) else capacity(chunk, top_k, experts)
+    if builder != "onnx" and settings.experts == "sparse" and room > _LARGEST_TOP_K:
+        raise BundleError(
+            f"max_chunk={chunk} gives every expert room for {room} tokens of a row, but TensorRT's top-k ends at "
+            f"{_LARGEST_TOP_K}; use max_chunk={chunk * _LARGEST_TOP_K // room} or less, or experts=dense"
+        )
 
 
 def suitable_experts(config: ModelConfig, layout: ParallelLayout, quantization: str | None) -> str:

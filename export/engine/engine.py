@@ -300,8 +300,10 @@ class Engine:
 
     def _check(self, input_ids: Tensor, max_new_tokens: int) -> None:
         config, limits = self.model_config, self.limits
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise EngineError(f"input_ids has shape {list(input_ids.shape)}; expected [rows, at least one token]")
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise EngineError(
+                f"input_ids has shape {list(input_ids.shape)}; expected [rows, tokens], at least one row of one token"
+            )
         if max_new_tokens < 1:
             raise EngineError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
         low, high = int(input_ids.min()), int(input_ids.max())

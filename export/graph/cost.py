@@ -102,9 +102,7 @@ def count(model: ModelProto, sizes: Mapping[str, int], weights: Collection[str] 
     kinds = counter.walk(twin.graph, {}, 1, run, one_round)
     written = sum(kinds[value.name].bytes for value in twin.graph.output)
     weight_bytes = sum(kinds[name].bytes for name in held if name in kinds)
-    return Cost(
-        dict(run.flops), run.read + written, run.sent, weight_bytes, dict(one_round.flops), one_round.read
-    )
+    return Cost(dict(run.flops), run.read + written, run.sent, weight_bytes, dict(one_round.flops), one_round.read)
 
 
 def _is_fixed(value: ValueInfoProto) -> bool:

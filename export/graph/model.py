@@ -251,9 +251,7 @@ class Model:
         out = self._reduce_dense(F.linear(out, weights[prefix + "o_proj.weight"]))
         return out, (k_BGSD, v_BGSD)
 
-    def _feed_forward(
-        self, weights: Weights, prefix: str, x: Tensor, rank: Tensor, real: Tensor | None
-    ) -> Tensor:
+    def _feed_forward(self, weights: Weights, prefix: str, x: Tensor, rank: Tensor, real: Tensor | None) -> Tensor:
         """Dense MLP and experts in parallel."""
         dense = self._mlp(weights, prefix + "mlp.", self._norm(x, weights[prefix + "pre_feedforward_layernorm.weight"]))
         mixed = self.mixture(

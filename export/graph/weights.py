@@ -172,9 +172,7 @@ def _table(config: ModelConfig, layout: ParallelLayout) -> Weight:
     return Weight(TABLE, (size, hidden), (size, hidden), tuple(spans), (0, 1), (rows, hidden))
 
 
-def _experts(
-    prefix: str, config: ModelConfig, layout: ParallelLayout, form: str
-) -> Iterator[tuple[str, Weight]]:
+def _experts(prefix: str, config: ModelConfig, layout: ParallelLayout, form: str) -> Iterator[tuple[str, Weight]]:
     """All experts of a rank: [E, 2 * W, H] and [E, H, W], or dense as two matrices, [E * 2 * W, H] and [H, E * W].
 
     The first lie like that on disk. The last does not; like this the sum over experts happens inside one product.

@@ -7,13 +7,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import yaml
+
 from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
 from nemo_diffgemma.dry_run.ledger import Numbers
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
+from nemo_diffgemma.repository import CONF
 from nemo_diffgemma.schema import ModelGroup, OptimGroup
 
-VERBS = ("train", "generate")
+FEWEST_STEPS = 3
+PROMPTS = {"train": (256,), "generate": (1024,)}  # by verb
+VERBS = tuple(PROMPTS)
+RESPONSES = (768,)
 DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
 
@@ -37,6 +43,7 @@ class Case:
     micro_batches: int = 1
     canvases: int = 1  # that a generation makes
     steps: int = 48  # denoising steps of each
+    temporary_gb: float = 2.0  # more in one allocation is a violation
 
     def __post_init__(self) -> None:
         """Raises `DryRunError`, `LayoutError` or `ConfigurationError`."""
@@ -58,6 +65,10 @@ class Case:
             )
         if min(self.micro_batches, self.canvases, self.steps) < 1:
             raise DryRunError("micro_batches, canvases and denoising steps must be at least 1")
+        if self.verb == "generate" and self.steps < FEWEST_STEPS:
+            raise DryRunError(
+                f"{self.steps} denoising steps; a dry run tells one in the steady state from at least {FEWEST_STEPS}"
+            )
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -78,6 +89,19 @@ class Case:
             "layer_types": kinds,
         }
         return dataclasses.replace(self, model=dataclasses.replace(self.model, architecture=architecture))
+
+
+def released(
+    layout: ParallelLayout, verb: str = "train", recompute: str = "full", canvases: int = 1, **more: Any
+) -> Case:
+    """The released network on rank 0 of the smallest world; `canvases` are scored of a row, `more` are other fields.
+
+    One row: prompt 256 and response 768 to train, prompt 1024 to generate.
+    """
+    model = ModelGroup(**yaml.safe_load((CONF / "model" / "diffusiongemma_26b_a4b.yaml").read_text()))
+    model.recompute, model.objective.canvases_per_example = recompute, canvases
+    fields: dict[str, Any] = dict(world=layout.world_size, rank=0, prompts=PROMPTS[verb], responses=RESPONSES)
+    return Case(**{**dict(verb=verb, model=model, optim=OptimGroup(), layout=layout), **fields, **more})
 
 
 @dataclass

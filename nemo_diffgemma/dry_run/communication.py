@@ -1,7 +1,7 @@
 """Collectives: bytes by axis, and what a rank sends under ring algorithms.
 
-A ring all-reduce of n ranks sends 2 (n - 1) / n times its bytes, every other collective (n - 1) / n times; its bytes are
-those of the larger side (all that is gathered, all that is scattered).
+A ring all-reduce of n ranks sends 2 (n - 1) / n times its bytes, every other collective (n - 1) / n times those of its
+larger side (all that is gathered, all that is scattered).
 """
 
 from __future__ import annotations
@@ -66,9 +66,6 @@ def follow(func: Any, args: Any, ranks: int) -> None:
     elif name == "allgather" and (own := shadows.of(args[1][0])) is not None:
         for part in args[0][0]:
             shadows.give(part, own.clone())
-    elif name.startswith("alltoall_base") and (own := shadows.of(args[1])) is not None:
-        if own.numel() == args[0].numel():
-            shadows.give(args[0], own.clone().view(args[0].shape))
 
 
 def borrowed(args: Any) -> tuple[Any, ...]:

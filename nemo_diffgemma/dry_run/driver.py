@@ -109,7 +109,7 @@ def _headers() -> list[Path]:
     for needed in ("cuda_runtime_api.h", "crt/host_defines.h"):
         if not any((folder / needed).is_file() for folder in folders):
             raise DriverError(
-                f"a dry run needs the header {needed}, which the CUDA build of torch brings (with Triton), and there is "
-                f"none in {site} or {toolkit}; install it (pip install torch), or set CUDA_HOME to a CUDA toolkit"
+                f"a dry run needs the header {needed}, which the CUDA build of torch brings with Triton; it is "
+                f"neither in {site} nor in {toolkit}; install it (pip install torch), or set CUDA_HOME to a toolkit"
             )
     return [folder for folder in folders if folder.is_dir()]

@@ -2,7 +2,7 @@
 
 A key is a tuple: ("launches", phase), ("tflop", phase, product), ("wait", phase, kind, place),
 ("calls" | "gb" | "wire_gb", phase, collective, axis), ("attention", phase, kernel), ("peak_gb", phase),
-("own_gb", phase), ("part_gb", phase, part). GB = 1e9 bytes.
+("own_gb", phase), ("part_gb" | "before_gb", phase, part): at the peak of a phase, and when it began. GB = 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 type Key = tuple[str, ...]
 type Numbers = dict[Key, float]
@@ -30,6 +31,7 @@ class Ledger:
     violations: Counter[str] = field(default_factory=Counter)
     captured: Counter[Key] | None = None  # of the CUDA graph that is being captured
     enqueued: int = 0  # launches so far
+    attention_calls: int = 0  # of kernels of attention, so far
 
     def add(self, name: str, *rest: str, number: float = 1) -> None:
         """Count `number` for (name, phase, *rest); while a CUDA graph is captured, for each of its replays."""
@@ -62,38 +64,36 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Place:
-    """A line of the project, or of Megatron and the line of the project that called it."""
+    """A line of the project, or one of Megatron and the line of the project that led there.
 
-    file: str
-    function: str
-    line: int
-    caller: Place | None = None
+    `functions` are `file:function` of all lines of both on the stack, the innermost first.
+    """
+
+    text: str
+    functions: tuple[str, ...] = field(compare=False)
 
     def __str__(self) -> str:
-        text = f"{self.file}:{self.line} ({self.function})"
-        return text if self.caller is None else f"{text} < {self.caller}"
+        return self.text
 
-    @property
-    def names(self) -> list[str]:
-        """`file:function` of the line and of its caller, as lists of what is allowed have them."""
-        return [f"{self.file}:{self.function}", *([] if self.caller is None else self.caller.names)]
-
-
-NOWHERE = Place("torch", "autograd", 0)
+    def is_among(self, allowed: Mapping[str, str]) -> bool:
+        """Whether a list has the innermost function, or `function < caller` for it and one further out."""
+        if not self.functions:
+            return False
+        inner, *callers = self.functions
+        return inner in allowed or any(f"{inner} < {caller}" in allowed for caller in callers)
 
 
 def place() -> Place:
-    """Where we are: the innermost line of the project or of Megatron."""
-    frame, found = sys._getframe(1), []
-    while frame is not None and not (found and found[-1].file.startswith("nemo_diffgemma/")):
+    """Where we are. Operations of autograd have no line."""
+    frame: FrameType | None = sys._getframe(1)
+    lines, functions = [], []
+    while frame is not None:
         name = frame.f_code.co_filename
         root = next((root for root in _ROOTS if root in name), None)
         if root is not None and _OURSELVES not in name:
-            found.append(Place(name[name.rindex(root) :], frame.f_code.co_name, frame.f_lineno))
-        frame = frame.f_back  # type: ignore[assignment]
-    if not found:
-        return NOWHERE
-    ours = found[-1] if found[-1].file.startswith("nemo_diffgemma/") else None
-    if ours is None or ours is found[0]:
-        return found[0]
-    return Place(found[0].file, found[0].function, found[0].line, ours)
+            file = name[name.rindex(root) :]
+            functions.append(f"{file}:{frame.f_code.co_name}")
+            if not lines or (root == _ROOTS[0] and len(lines) == 1 and not lines[0].startswith(root)):
+                lines.append(f"{file}:{frame.f_lineno} ({frame.f_code.co_name})")
+        frame = frame.f_back
+    return Place(" < ".join(lines) or "torch (autograd)", tuple(functions))

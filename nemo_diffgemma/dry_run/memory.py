@@ -30,6 +30,7 @@ class Memory:
         self.now = 0
         self._peaks: dict[str, tuple[int, Mapping[str, int]]] = {}
         self._own: Counter[str] = Counter()
+        self._before: dict[str, Mapping[str, int]] = {}  # what was held, by part, when each phase first began
         self.largest: dict[tuple[str, str], int] = {}  # phase, line -> bytes of the largest temporary there
 
     def track(self, tensor: Tensor) -> None:
@@ -49,6 +50,11 @@ class Memory:
             self.largest[where] = max(self.largest.get(where, 0), size)
         self.look()
 
+    def begin(self) -> None:
+        """A phase begins."""
+        self._before.setdefault(self._ledger.phase, dict(self.held))
+        self.look()
+
     def look(self) -> None:
         """Compare what is held now with the peak of the phase."""
         phase = self._ledger.phase
@@ -60,6 +66,7 @@ class Memory:
         """What follows is measured; what is held stays."""
         self._peaks.clear()
         self._own.clear()
+        self._before.clear()
         self._held_of_phase.clear()
         self.largest.clear()
         self._sizes = {key: (size, part, "before") for key, (size, part, _) in self._sizes.items()}
@@ -86,11 +93,14 @@ class Memory:
         self.now -= size
 
     def numbers(self) -> Numbers:
-        """Peaks in GB by phase; `own_gb` is the most that was held at one time of what the phase itself has taken."""
+        """Peaks in GB by phase; `own_gb` is the most that was held at one time of what the phase has taken."""
         numbers: Numbers = {}
         for phase, (peak, parts) in self._peaks.items():
             numbers["peak_gb", phase] = peak / GB
             numbers["own_gb", phase] = self._own[phase] / GB
             for part, size in parts.items():
                 numbers["part_gb", phase, part] = size / GB
+        for phase, parts in self._before.items():
+            for part, size in parts.items():
+                numbers["before_gb", phase, part] = size / GB
         return numbers

@@ -86,6 +86,9 @@ class DryRun(TorchDispatchMode):
                 return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype)
             return x
 
+        if func is aten._grouped_mm.default and products.runs_as_loop(*args[:2]):
+            with self._fake:  # torch's own function of shapes knows the grouped kernel only
+                return args[0].new_empty(products.grouped_shape(*args[:3]))
         try:
             with self._fake:
                 return func(*tree_map(shape_only, args), **tree_map(shape_only, kwargs))

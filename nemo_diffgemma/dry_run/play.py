@@ -12,17 +12,20 @@ import sys
 import types
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from nemo_diffgemma.checkpoint.open import DTYPES
+from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.dry_run.case import Case, Measured
-from nemo_diffgemma.dry_run.ledger import Numbers
+from nemo_diffgemma.dry_run.ledger import Ledger, Numbers
+from nemo_diffgemma.dry_run.memory import GB, Memory
 from nemo_diffgemma.dry_run.mode import DryRun, MixedDevicesError
 from nemo_diffgemma.dry_run.world import one_rank
+from nemo_diffgemma.parallel.groups import device
 
 STEADY = 5  # denoising steps that are played: two computed, one recorded, two replayed
 # methods of the network -> phase; memory that they take is activations but for the loss
@@ -34,30 +37,47 @@ FORWARD_PHASES = {
 }
 
 
-def play(case: Case, progress: Callable[[str], None] = lambda what: None) -> Measured:
-    """One training step, or an encoding and a generation; each is measured after a first one that fills caches."""
-    from nemo_diffgemma.checkpoint.open import DTYPES
-    from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+class Watch(Protocol):
+    """A dispatch mode that counts and tracks memory: of a dry run, or of a real one (tests/dry_run/test_reality.py)."""
 
+    ledger: Ledger
+    memory: Memory
+
+
+def play(case: Case, progress: Callable[[str], None] = lambda what: None) -> Measured:
+    """One training step like any but the first, or an encoding and a generation."""
     _clear_caches()
     dry = DryRun(DTYPES[case.model.dtype])
     with one_rank(dry, case.layout, case.world, case.rank):
-        progress("building the network")
-        with dry.ledger.doing("build", "weights"):
-            network = DiffusionGemma(case.config, DTYPES[case.model.dtype]).eval()
-            network.recompute = case.model.recompute
-            _onto_gpu(network)
         try:
-            if case.verb == "train":
-                numbers = _train(dry, network, case, progress)
-            else:
-                numbers = _generate(dry, network, case, progress)
+            numbers = measure(dry, case, progress)
         except MixedDevicesError:  # a violation; what there is until then
             numbers = _numbers(dry)
+        for (phase, line), size in dry.memory.largest.items():
+            if size > case.temporary_gb * GB:
+                dry.ledger.violate(f"a temporary of {size / GB:.2f} GB in {phase} at {line}")
         measured = Measured(numbers, dict(dry.ledger.violations), dict(dry.memory.largest))
-    del network
     gc.collect()
     return measured
+
+
+def measure(
+    watch: Watch,
+    case: Case,
+    progress: Callable[[str], None] = lambda what: None,
+    fill: Callable[[DiffusionGemma], None] = lambda network: None,
+) -> Numbers:
+    """Build the network of a case and play it, in process groups of its layout, counting what `watch` sees.
+
+    `fill` gives the network weights, which only a real one needs.
+    """
+    progress("building the network")
+    with watch.ledger.doing("build", "weights"):
+        network = DiffusionGemma(case.config, DTYPES[case.model.dtype])
+        network.recompute = case.model.recompute
+        fill(network)
+    verb = _train if case.verb == "train" else _generate
+    return verb(watch, network, case, progress)
 
 
 def _clear_caches() -> None:
@@ -70,33 +90,20 @@ def _clear_caches() -> None:
     gc.collect()
 
 
-def _onto_gpu(network: nn.Module) -> None:
-    """Parameters that Megatron makes on the CPU and the project moves by assigning `weight.data`.
-
-    A fake tensor cannot follow such an assignment, so they are made anew where they belong.
-    """
-    for module in network.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not isinstance(parameter, FakeTensor):
-                made = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda"))
-                made.__dict__.update(parameter.__dict__)
-                module._parameters[name] = made
+def _numbers(watch: Watch) -> Numbers:
+    return {**watch.ledger.numbers, **watch.memory.numbers()}
 
 
-def _numbers(dry: DryRun) -> Numbers:
-    return {**dry.ledger.numbers, **dry.memory.numbers()}
-
-
-def _start_measuring(dry: DryRun) -> None:
-    dry.ledger.numbers.clear()
-    dry.ledger.violations.clear()
-    dry.memory.forget_peaks()
+def _start_measuring(watch: Watch) -> None:
+    watch.ledger.numbers.clear()
+    watch.ledger.violations.clear()
+    watch.memory.forget_peaks()
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def _train(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None]) -> Numbers:
+def _train(watch: Watch, network: Any, case: Case, progress: Callable[[str], None]) -> Numbers:
     from nemo_diffgemma.data.tasks import default_data
     from nemo_diffgemma.training import optimizer_state, overlap
     from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
@@ -111,14 +118,14 @@ def _train(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None
     model: Any = Model(settings)
     model.network, model.trainer = network.train(), types.SimpleNamespace(global_step=0)
     progress("building the optimizer")
-    with dry.ledger.doing("build", "gradients and optimizer"):
+    with watch.ledger.doing("build", "gradients and optimizer"):
         adapter = model.configure_optimizers()
         optimizer_state._prime(adapter.megatron)  # the first step is then like any other
-    _split_static(dry, model)
+    _split_static(watch, model)
     model.optimizers, model.log_dict = (lambda: adapter), (lambda *_, **__: None)
     for name, (phase, part) in FORWARD_PHASES.items():
-        _label(dry, network, name, phase, part)
-    _label(dry, adapter, "step", "optimizer", "update")
+        _label(watch, network, name, phase, part)
+    _label(watch, adapter, "step", "optimizer", "update")
     batch = _batch(case)
     progress("training step")
     with ExitStack() as stack:
@@ -128,12 +135,12 @@ def _train(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None
             (overlap, "start_gather", "optimizer"),
         ):
             stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))  # puts it back
-            _label(dry, owner, name, phase, "update" if phase == "optimizer" else phase)
-        _start_measuring(dry)
-        with dry.ledger.doing("other", "other"):
-            dry.memory.look()
-            model.training_step(batch.to(torch.device("cuda", 0)), 0)
-    return _numbers(dry)
+            _label(watch, owner, name, phase, "update" if phase == "optimizer" else phase)
+        _start_measuring(watch)
+        with watch.ledger.doing("other", "other"):
+            watch.memory.begin()
+            model.training_step(batch.to(device()), 0)
+    return _numbers(watch)
 
 
 def _batch(case: Case) -> Any:
@@ -148,23 +155,23 @@ def _batch(case: Case) -> Any:
     return collate(examples, case.config.canvas_length, 1, fills_rows=True)
 
 
-def _split_static(dry: DryRun, model: Any) -> None:
+def _split_static(watch: Watch, model: Any) -> None:
     """Tell what Megatron's DDP holds (gradients, and where it has moved them the weights) from the optimizer's."""
     wrapped = model.__dict__["_wrapped"]
     buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
-    dry.memory.rename([buffer.grad_data for buffer in buffers], "gradients")
-    dry.memory.rename([parameter.data for parameter in model.network.parameters()], "weights")
-    dry.memory.rename_part("gradients and optimizer", "optimizer")
+    watch.memory.rename([buffer.grad_data for buffer in buffers], "gradients")
+    watch.memory.rename([parameter.data for parameter in model.network.parameters()], "weights")
+    watch.memory.rename_part("gradients and optimizer", "optimizer")
 
 
-def _label(dry: DryRun, owner: Any, name: str, phase: str, part: str) -> None:
+def _label(watch: Watch, owner: Any, name: str, phase: str, part: str) -> None:
     """Calls of `owner.name` are this phase."""
     inner = getattr(owner, name)
 
     @functools.wraps(inner)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with dry.ledger.doing(phase, part):
-            dry.memory.look()
+        with watch.ledger.doing(phase, part):
+            watch.memory.begin()
             return inner(*args, **kwargs)
 
     object.__setattr__(owner, name, call) if isinstance(owner, nn.Module) else setattr(owner, name, call)
@@ -173,46 +180,47 @@ def _label(dry: DryRun, owner: Any, name: str, phase: str, part: str) -> None:
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-def _generate(dry: DryRun, network: Any, case: Case, progress: Callable[[str], None]) -> Numbers:
+def _generate(watch: Watch, network: Any, case: Case, progress: Callable[[str], None]) -> Numbers:
     """Phases `encode`, `denoise` (one step in the steady state) and `generate` (all steps of all canvases).
 
     A step is what is counted from one call of `canvas_step` to the next, so whatever stands around it is in it; those
     that are not played are like the last one that is.
     """
+    network.eval()
     config, length = network.model_config, max(case.prompts)
     ids = torch.randint(0, config.vocab_size, (len(case.prompts), length))
     mask = torch.arange(length) >= length - torch.tensor(case.prompts)[:, None]
     left_padded = None if bool(mask.all()) else mask.long()
     progress("encode")
-    _start_measuring(dry)
-    with dry.ledger.doing("encode", "activations"):
-        dry.memory.look()
+    _start_measuring(watch)
+    with watch.ledger.doing("encode", "activations"):
+        watch.memory.begin()
         cache = network.encode(ids, left_padded)
-    encode = _numbers(dry)
+    encode = _numbers(watch)
     del cache
     progress("generate")
     _clear_caches()
-    dry.ledger.numbers.clear()
-    dry.memory.forget_peaks()
+    watch.ledger.numbers.clear()
+    watch.memory.forget_peaks()
     steps = min(case.steps, STEADY)
-    starts = _count_steps(dry, network)
+    starts = _count_steps(watch, network)
     sampler = dataclasses.replace(network.sampler_defaults, max_denoising_steps=steps)
-    with dry.ledger.doing("generate", "activations"):
-        dry.memory.look()
+    with watch.ledger.doing("generate", "activations"):
+        watch.memory.begin()
         network.generate(ids, left_padded, max_new_tokens=case.canvases * config.canvas_length, sampler=sampler)
-    return encode | _of_steps(starts, dry.ledger.numbers, case.canvases, case.steps - steps) | _peaks(dry)
+    return encode | _of_steps(starts, watch.ledger.numbers, case.canvases, case.steps - steps) | _peaks(watch)
 
 
-def _count_steps(dry: DryRun, network: Any) -> list[Numbers]:
+def _count_steps(watch: Watch, network: Any) -> list[Numbers]:
     """What was counted before each step of a canvas but the first, as they come."""
     starts: list[Numbers] = []
     step = network.canvas_step
 
     @functools.wraps(step)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        starts.append(dict(dry.ledger.numbers))
-        with dry.ledger.doing("denoise"):
-            dry.memory.look()
+        starts.append(dict(watch.ledger.numbers))
+        with watch.ledger.doing("denoise"):
+            watch.memory.begin()
             return step(*args, **kwargs)
 
     object.__setattr__(network, "canvas_step", counted)
@@ -232,9 +240,9 @@ def _of_steps(starts: list[Numbers], total: Numbers, canvases: int, unplayed: in
     return numbers
 
 
-def _peaks(dry: DryRun) -> Numbers:
+def _peaks(watch: Watch) -> Numbers:
     """Peaks of a step, and of the generation that it is a part of."""
-    numbers = dry.memory.numbers()
+    numbers = watch.memory.numbers()
     if numbers["peak_gb", "denoise"] > numbers["peak_gb", "generate"]:
         for (name, phase, *rest), number in list(numbers.items()):
             if phase == "denoise":

@@ -12,7 +12,8 @@ What this cannot see: values (what has none reads 1.0, 0 or False) and unbalance
 the CUDA context, cuBLAS, NCCL, workspaces inside of kernels and fragmentation of memory; how long anything takes, and
 whether a kernel refuses its inputs when it runs. An operation counts as one launch, a product of groups too. Compiled
 functions count as if they were not; FlexAttention, which needs Triton, as one launch forward and two backward, with
-the FLOPs of the blocks that it visits. A CUDA graph counts at every replay what it holds. Not played: Lightning, checkpoints, data."""
+the FLOPs of the blocks that it visits. A CUDA graph counts at every replay what it holds. Not played: Lightning,
+checkpoints, data, the other ranks."""
 
 
 def as_json(case: Case, measured: Measured) -> dict[str, Any]:
@@ -56,8 +57,8 @@ def _by_phase(measured: Measured) -> str:
     names = ("peak_gb", "own_gb", "launches", "waits", "tflop", "wire_gb")
     rows = []
     for phase in measured.phases:
-        values = [measured.sum(name, phase) for name in names]
-        rows.append([phase, *(f"{v:,.2f}" if "_" in n or n == "tflop" else f"{v:,.0f}" for n, v in zip(names, values))])
+        values = ((name, measured.sum(name, phase)) for name in names)
+        rows.append([phase, *(f"{n:,.0f}" if name in ("launches", "waits") else f"{n:,.2f}" for name, n in values)])
     return table(["phase", "peak GB", "own GB", "launches", "waits", "TFLOP", "wire GB"], rows)
 
 

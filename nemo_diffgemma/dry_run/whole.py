@@ -7,7 +7,7 @@ Peaks, FLOPs, launches, waits and bytes are affine in the numbers of sliding and
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from nemo_diffgemma.dry_run.case import Case, Measured
 from nemo_diffgemma.dry_run.play import play
@@ -48,3 +48,8 @@ def measure_in_child(case: Case, whole: bool) -> Measured:
         measured = measure(case, whole, bar.set_description_str)
         bar.set_description_str("done")
     return measured
+
+
+def measure_all(cases: Mapping[str, Case]) -> dict[str, Measured]:
+    """Any number of cases of one GPU in one process."""
+    return {name: measure(case) for name, case in cases.items()}

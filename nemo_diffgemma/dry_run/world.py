@@ -12,11 +12,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map
 
 from nemo_diffgemma import parallel
-from nemo_diffgemma.dry_run import flex, shadows, streams
+from nemo_diffgemma.dry_run import flex, products, shadows, streams
+from nemo_diffgemma.dry_run.ledger import Ledger, place
 from nemo_diffgemma.dry_run.mode import DryRun
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
@@ -39,6 +41,8 @@ def one_rank(dry: DryRun, layout: ParallelLayout, world: int, rank: int) -> Iter
         replace(import_module("torch.optim.optimizer"), "_foreach_supported_types", types)
         replace(torch.utils._foreach_utils, "_foreach_supported_types", types)
         replace(flex_module, "flex_attention", flex.flex_attention)
+        sdpa = functools.partial(_attention, dry.ledger, functional.scaled_dot_product_attention)
+        replace(functional, "scaled_dot_product_attention", sdpa)
         new_group = functools.partial(_fake_group, dist.new_group)
         replace(dist, "new_group", new_group)
         replace(dist.distributed_c10d, "new_group", new_group)
@@ -65,6 +69,16 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
     if isinstance(x, FakeTensor) and shadows.of(x) is None:
         shadows.give(finite, torch.ones(finite.shape, dtype=torch.bool))
     return finite
+
+
+def _attention(ledger: Ledger, inner: Any, query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """`scaled_dot_product_attention`: where torch runs none of its kernels, it has chosen the mathematical form."""
+    before = ledger.attention_calls
+    out = inner(query, *args, **options)
+    if isinstance(out, FakeTensor) and ledger.attention_calls == before:
+        products.attention(ledger, "math", query)
+        ledger.violate(f"the math kernel in attention, queries {list(query.shape)} at {place()}")
+    return out
 
 
 def _fake_group(new_group: Any, *args: Any, **options: Any) -> Any:

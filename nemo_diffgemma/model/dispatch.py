@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemo_diffgemma.transfer import HostCopy
+
 
 class Rows(NamedTuple):
     """Rows sorted by expert, and where to find them from either side."""
@@ -28,6 +30,11 @@ class Rows(NamedTuple):
     by_token: Tensor  # rows in the order of tokens ...
     starts_T: Tensor  # ... and where those of each token start
     absent: int | None  # what stands in `by_token` for a choice that has no row here
+
+    @property
+    def is_undefined(self) -> Tensor:
+        """Which rows are no expert's of this rank, [R] bool."""
+        return torch.arange(self.tokens_R.shape[0], device=self.tokens_R.device) >= self.ends_L[-1]
 
 
 class Counting:
@@ -141,23 +148,8 @@ class _SumRows(torch.autograd.Function):
         return gradient_TH.index_select(0, tokens_R), None, None, None, None
 
 
-class OnItsWay:
-    """A number of the device on its way to the host, through pinned memory; what comes between is not held up."""
-
-    def __init__(self, number: Tensor) -> None:
-        self._number = number.to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if number.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def wait(self) -> int:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return int(self._number)
-
-
 def most_of_all(number: int, group: Any, device: torch.device) -> int:
     """The largest of the ranks' numbers."""
     largest = torch.full((), number, dtype=torch.long, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return OnItsWay(largest).wait()
+    return int(HostCopy(largest).numbers()[0])

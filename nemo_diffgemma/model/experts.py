@@ -6,8 +6,8 @@ normed, input. No capacity limit, no dropping, no auxiliary loss.
 What crosses between ranks are tokens, not rows: every rank of the expert group gets all tokens of the group, computes
 the rows of its own experts, and one sum gives each rank its tokens back. A token crosses once to each rank, where an
 all-to-all sends it once for each chosen expert: as much at EP8 with 8 chosen experts, less below. At inference even
-that is not needed: replicas hold the same tokens. The host has to know the number of rows only where activations are
-kept: one number a layer and pass with gradient, which recomputation does not ask for again.
+that is not needed: replicas hold the same tokens. The host has to know the number of rows only where many of them
+are kept: one number a layer and pass with gradient, which recomputation does not ask for again.
 
 Shapes: T tokens of this rank (sequence parallel), E experts in all, L experts of this rank, K chosen, H hidden,
 W expert width of this rank, R rows of this rank's experts.
@@ -30,12 +30,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.model.dispatch import Counting, OnItsWay, Rows, SortedChoices, sum_rows, take_rows
+from nemo_diffgemma.model.dispatch import Counting, Rows, SortedChoices, sum_rows, take_rows
 from nemo_diffgemma.model.routing import choose, router_logits
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_experts
+from nemo_diffgemma.transfer import HostCopy
 
-UNCOUNTED = 1 << 16  # choices at a time where most rows may be other ranks': 1 GB of rows at the released size
+# Choices at a time where the number of rows is not asked for and most may be other ranks'; at the released size
+UNCOUNTED = 1 << 16  # 1 GB of rows
+UNCOUNTED_WITH_GRADIENT = 1 << 14  # 0.25 GB of rows and as much of gradients
 
 
 class Router(TopKRouter):
@@ -135,12 +138,13 @@ class ExpertPass:
     """What the experts of a layer know of a pass besides its tokens.
 
     `replicas_alike`: every replica runs the same tokens, as at inference. Otherwise `tokens` is the most that any rank
-    of the expert group holds. `counting` is shared by all layers. `rows` are those of this rank's experts once the host
-    knows them, for recomputation.
+    of the expert group holds. `recomputed`: nothing of the layer is kept for the backward pass. `counting` is shared by
+    all layers. `rows` are those of this rank's experts once the host knows them, for recomputation.
     """
 
     replicas_alike: bool
     tokens: int
+    recomputed: bool
     counting: Counting
     rows: int | None = None
 
@@ -181,27 +185,29 @@ class MixtureOfExperts(nn.Module):
 
     def _over_group(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass) -> Tensor:
         """This rank's share of the outputs for all tokens of the expert group, one rank's after the other."""
-        packed = torch.cat([weights_TK, chosen_TK.to(weights_TK.dtype)], dim=1)
         missing = call.tokens - x_TH.shape[0]
         if missing:
-            x_TH = F.pad(x_TH, (0, 0, 0, missing))
-            packed = F.pad(packed, (0, 0, 0, missing), value=self.num_experts)  # no expert at all
-        weights_TK, chosen_TK = gather_from_sequence_parallel_region(packed, group=self.group).chunk(2, dim=1)
-        chosen_TK = self._local(chosen_TK.detach().long())
+            x_TH, weights_TK = (F.pad(x, (0, 0, 0, missing)) for x in (x_TH, weights_TK))
+            chosen_TK = F.pad(chosen_TK, (0, 0, 0, missing), value=self.num_experts)  # no expert at all
+        weights_TK = gather_from_sequence_parallel_region(weights_TK, group=self.group)
+        chosen_TK = self._local(gather_from_sequence_parallel_region(chosen_TK, group=self.group))
         if not torch.is_grad_enabled():
             x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)
             return self._uncounted(x_TH, weights_TK, chosen_TK, call)
         choices = self._sorted(chosen_TK, call)
-        count = OnItsWay(choices.count) if call.rows is None else None
+        if call.recomputed and chosen_TK.numel() <= UNCOUNTED_WITH_GRADIENT:
+            x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)
+            return self._compute(x_TH, weights_TK, choices.uncounted())
+        count = HostCopy(choices.count) if call.rows is None else None
         x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)  # meanwhile
         if count is not None:
-            call.rows = count.wait()
+            call.rows = int(count.numbers()[0])
         assert call.rows is not None
         return self._compute(x_TH, weights_TK, choices.counted(call.rows))
 
     def _local(self, chosen_TK: Tensor) -> Tensor:
         """Experts counted from the first of this rank: those of other ranks, and number E, come after its own."""
-        return (chosen_TK - self.first_expert).remainder(self.num_experts + 1)
+        return chosen_TK if self.first_expert == 0 else (chosen_TK - self.first_expert).remainder(self.num_experts + 1)
 
     def _sorted(self, local_TK: Tensor, call: ExpertPass) -> SortedChoices:
         return SortedChoices(local_TK, self.experts.down_proj.shape[0], call.counting)
@@ -218,6 +224,8 @@ class MixtureOfExperts(nn.Module):
     def _compute(self, x_TH: Tensor, weights_TK: Tensor, rows: Rows) -> Tensor:
         """Weighted sum of this rank's experts for each token, [T, H]."""
         weights_R = weights_TK.flatten().index_select(0, rows.choices_R)
+        if rows.absent is not None and weights_R.requires_grad:  # the gradient of undefined rows is undefined
+            weights_R = weights_R.masked_fill(rows.is_undefined, 0.0)
         return sum_rows(self.experts(take_rows(x_TH, rows), weights_R, rows.ends_L), rows)
 
     def _sum_of_alike(self, x_TH: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,15 +36,18 @@ from nemo_diffgemma.transfer import to_device
 FEWEST = 256  # columns of the smallest bucket
 KEPT = 4  # geometries: buffers, and a recording each
 
+if TYPE_CHECKING:
+    from nemo_diffgemma.model.network import Network
+
 Results = tuple[Tensor, ...]
 Compute = Callable[[StepInputs, FixedStream, Cache], Settled]
 Recorder = Callable[[Callable[[], Results]], tuple[Any, Results]]
 
 
 class Columns(NamedTuple):
-    """Columns of the context in the layers of one kind, and whether some row fills less than all."""
+    """Columns for the context in the layers of one kind, and whether some row fills less than all."""
 
-    count: int
+    most: int
     masked: bool
 
 
@@ -103,32 +106,30 @@ class FixedSteps:
     def __init__(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
         self._steps: OrderedDict[Geometry, _FixedStep] = OrderedDict()
-        self._weights: tuple[int, ...] = ()
 
     def clear(self) -> None:
-        """Give all buffers and recordings back."""
+        """Give all buffers and recordings back, for memory or because weights have moved: replays read the old ones."""
         self._steps.clear()
 
-    def run(self, compute: Compute, inputs: StepInputs, cache: Cache, model: torch.nn.Module) -> Settled:
-        """One step of canvases behind the contexts of `cache`; `compute` computes it, with the weights of `model`."""
-        key = geometry(cache, model.model_config)
+    def run(self, compute: Compute, inputs: StepInputs, cache: Cache, network: Network) -> Settled:
+        """One step of canvases behind the contexts of `cache`; `compute` computes it, with the weights of `network`."""
+        key = geometry(cache, network.model_config)
         if key not in self._steps:
             while len(self._steps) >= KEPT:
                 self._steps.popitem(last=False)  # its memory first
-            self._steps[key] = _FixedStep(key, inputs, cache, model)
+            self._steps[key] = _FixedStep(key, cache, network)
         self._steps.move_to_end(key)
         step = self._steps[key]
         if not step.has(cache):
-            self._forget_recordings_of_other_weights(model)
             step.load(cache)
         step.fill(inputs)
         if step.recording is None and step.was_computed and self.recorder is not None:
             self._record(step, compute)
-        results = step.replayed() if step.recording is not None else step.computed(compute)
-        return Settled(*results, cache=cache)
+        canvas, argmax, entropy, accepted, soft = step.results(compute)
+        return Settled(canvas, argmax, entropy, accepted, soft, cache)
 
     def _record(self, step: _FixedStep, compute: Compute) -> None:
-        """Record a step, on all ranks or none: one that computes and others that replay are in step all the same."""
+        """Record a step, on all ranks or none: NCCL wants a collective to be captured everywhere or nowhere."""
         assert self.recorder is not None
         try:
             step.recording = self.recorder(lambda: step.computed(compute))
@@ -137,63 +138,60 @@ class FixedSteps:
         if not all_ranks(step.recording is not None, step.device):
             step.recording = self.recorder = None
 
-    def _forget_recordings_of_other_weights(self, model: torch.nn.Module) -> None:
-        """A recording reads weights where they lay: `model.to(...)` and the like move them."""
-        if self.recorder is None:
-            return
-        weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-        if weights != self._weights:
-            for step in self._steps.values():
-                step.recording = None
-        self._weights = weights
-
 
 class _FixedStep:
     """Buffers of one geometry, and the recording of a step that reads and writes them."""
 
-    recording: tuple[Any, Results] | None = None
-    was_computed = False
-
-    def __init__(self, shape: Geometry, inputs: StepInputs, cache: Cache, model: torch.nn.Module) -> None:
-        config: ModelConfig = model.model_config
-        length, columns = config.canvas_length, dict(shape.columns)
-        self.device, self._first_layers = inputs.canvas.device, _layers_by_kind(config)
-        self._kinds = config.layer_types
+    def __init__(self, shape: Geometry, cache: Cache, network: Network) -> None:
+        config, columns = network.model_config, dict(shape.columns)
+        self.recording: tuple[Any, Results] | None = None
+        self.was_computed = False
+        self.device = cache.layers[0].keys.device
+        self._length, self._kinds = config.canvas_length, config.layer_types
+        self._first_layers = _layers_by_kind(config)
         self._cache: Callable[[], Cache | None] = lambda: None
-        segments = tuple(Segment(row, Kind.CANVAS, 1, length) for row in range(shape.rows))
-        multiple = model.groups.tp.size()
         with torch.inference_mode(False):  # buffers are written in later passes of either mode
-
-            def buffer(*sizes: int, dtype: torch.dtype) -> Tensor:
-                return torch.zeros(sizes, dtype=dtype, device=self.device)
-
-            tokens = shape.rows * length
-            self._positions_T = buffer(tokens + -tokens % multiple, dtype=torch.long)
-            self._masks = {
-                kind: buffer(shape.rows, 1, 1, count + length, dtype=model.dtype) if masked else None
-                for kind, (count, masked) in columns.items()
-            }
+            self._inputs = self._input_buffers(shape.rows, network)
             self._layers = tuple(
-                KeyValue(
-                    *(
-                        buffer(shape.rows, columns[kind].count + length, *x.shape[1:], dtype=x.dtype)
-                        for x in (past.keys, past.values)
-                    ),
-                    kept=(),
-                )
-                for kind, past in zip(config.layer_types, cache.layers, strict=True)
+                self._context_buffers(past, shape.rows, columns[kind].most)
+                for kind, past in zip(self._kinds, cache.layers, strict=True)
             )
-            self._inputs = StepInputs(
-                canvas=buffer(shape.rows, length, dtype=torch.long),
-                uniforms=buffer(shape.rows, length, dtype=torch.float32),
-                replacements=buffer(shape.rows, length, dtype=torch.long),
-                temperature=buffer(shape.rows, dtype=torch.float64),
-                entropy_bound=buffer(dtype=torch.float64),
-                soft=buffer(shape.rows, length, config.hidden_size, dtype=model.dtype),
-            )
-        windows = {None if kind != SLIDING else config.sliding_window: mask for kind, mask in self._masks.items()}
-        self._stream = FixedStream(
-            (Span(0, 1),) * shape.rows, segments, multiple, positions_T=self._positions_T, masks=windows
+            self._stream = self._fixed_stream(shape, network)
+
+    def _buffer(self, *sizes: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(sizes, dtype=dtype, device=self.device)
+
+    def _input_buffers(self, rows: int, network: Network) -> StepInputs:
+        return StepInputs(
+            canvas=self._buffer(rows, self._length, dtype=torch.long),
+            uniforms=self._buffer(rows, self._length, dtype=torch.float32),
+            replacements=self._buffer(rows, self._length, dtype=torch.long),
+            temperature=self._buffer(rows, dtype=torch.float64),
+            entropy_bound=self._buffer(dtype=torch.float64),
+            soft=self._buffer(rows, self._length, network.model_config.hidden_size, dtype=network.dtype),
+        )
+
+    def _context_buffers(self, past: KeyValue, rows: int, columns: int) -> KeyValue:
+        keys, values = (
+            self._buffer(rows, columns + self._length, *x.shape[1:], dtype=x.dtype) for x in (past.keys, past.values)
+        )
+        return KeyValue(keys, values, kept=())
+
+    def _fixed_stream(self, shape: Geometry, network: Network) -> FixedStream:
+        """Canvases whose positions, and the columns that they see, are written by `load`."""
+        multiple, tokens = network.groups.tp.size(), shape.rows * self._length
+        self._positions_T = self._buffer(tokens + -tokens % multiple, dtype=torch.long)
+        self._masks = {
+            kind: self._buffer(shape.rows, 1, 1, most + self._length, dtype=network.dtype) if masked else None
+            for kind, (most, masked) in shape.columns
+        }
+        window = network.model_config.sliding_window
+        return FixedStream(
+            (Span(0, 1),) * shape.rows,
+            tuple(Segment(row, Kind.CANVAS, 1, self._length) for row in range(shape.rows)),
+            multiple,
+            positions_T=self._positions_T,
+            masks={window if kind == SLIDING else None: mask for kind, mask in self._masks.items()},
         )
 
     def has(self, cache: Cache) -> bool:
@@ -203,23 +201,22 @@ class _FixedStep:
     def load(self, cache: Cache) -> None:
         """Copy the contexts into the buffers, without waiting for the device."""
         ends = [span.end for span in cache.sequences]
-        rows = [_rows(cache.layers[layer].kept) for layer in self._first_layers.values()]
-        numbers = to_device(torch.tensor([ends, *(part for pair in rows for part in pair)]), self.device)
-        count, length = self._inputs.canvas.shape
-        tokens = numbers[0][:, None] + torch.arange(length, device=self.device)
-        self._positions_T[: count * length] = tokens.flatten()
+        places = [_places(cache.layers[layer].kept) for layer in self._first_layers.values()]
+        numbers = to_device(torch.tensor([ends, *(part for pair in places for part in pair)]), self.device)
+        tokens = numbers[0][:, None] + torch.arange(self._length, device=self.device)
+        self._positions_T[: tokens.numel()] = tokens.flatten()
         indices = {}
         for kind, offset_B, length_B in zip(self._first_layers, numbers[1::2], numbers[2::2], strict=True):
-            columns = self._layers[self._first_layers[kind]].keys.shape[1] - length
+            columns = self._layers[self._first_layers[kind]].keys.shape[1] - self._length
             column, mask = torch.arange(columns, device=self.device), self._masks[kind]
-            # what no row fills repeats its last key: finite, whatever the mask does with it
+            # columns that a row does not fill repeat its last key: finite, whatever a kernel does with what is masked
             indices[kind] = (offset_B[:, None] + column.minimum(length_B[:, None] - 1)).flatten()
             if mask is not None:
                 mask[:, 0, 0, :columns] = torch.where(column < length_B[:, None], 0.0, -torch.inf)
         for kind, past, own in zip(self._kinds, cache.layers, self._layers, strict=True):
-            for given, kept in ((past.keys, own.keys), (past.values, own.values)):
-                columns = kept.shape[1] - length
-                kept[:, :columns] = given.index_select(0, indices[kind]).view(count, columns, *given.shape[1:])
+            for given, buffer in ((past.keys, own.keys), (past.values, own.values)):
+                context = buffer[:, : buffer.shape[1] - self._length]
+                context.copy_(given.index_select(0, indices[kind]).view(context.shape))
         self._cache = weakref.ref(cache)
 
     def fill(self, inputs: StepInputs) -> None:
@@ -236,15 +233,16 @@ class _FixedStep:
         self.was_computed = True
         return tuple(compute(self._inputs, self._stream, Cache(self._stream.sequences, self._layers))[:5])
 
-    def replayed(self) -> Results:
-        """The same from the recording, copied: the next replay fills them anew."""
-        assert self.recording is not None
+    def results(self, compute: Compute) -> Results:
+        """The same from the recording where there is one, copied: the next replay fills them anew."""
+        if self.recording is None:
+            return self.computed(compute)
         graph, results = self.recording
         graph.replay()
         return tuple(result.clone() for result in results)
 
 
-def _rows(kept: Sequence[Span]) -> tuple[list[int], list[int]]:
+def _places(kept: Sequence[Span]) -> tuple[list[int], list[int]]:
     """Where the kept positions of each sequence begin among the keys of a layer, and how many these are."""
     lengths = [span.length for span in kept]
     return list(itertools.accumulate(lengths[:-1], initial=0)), lengths

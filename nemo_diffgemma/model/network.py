@@ -10,6 +10,7 @@ Shapes: B rows, S prompt columns, M canvases of C tokens, T tokens of the stream
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,11 +126,12 @@ class Network(MegatronModule):
         positions = stream.positions(x.device)
         rotary = {kind: cosine_and_sine(positions, f, self.dtype) for kind, f in self._frequencies.items()}
         level = self.recompute if torch.is_grad_enabled() else "none"
-        kept, tokens, counting = [], self._most_tokens(x, replicas_alike), Counting(x.device)
+        kept = []
+        shared = ExpertPass(replicas_alike, self._most_tokens(x, replicas_alike), level == "full", Counting(x.device))
         for index, layer in enumerate(self.layers):
             past = cache.layers[index] if cache is not None and cache.layers else None
-            kind, experts = self.model_config.layer_kind(index), ExpertPass(replicas_alike, tokens, counting)
-            args = (x, is_canvas, rotary[kind], stream, past, experts)
+            tables, experts = rotary[self.model_config.layer_kind(index)], replace(shared)
+            args = (x, is_canvas, tables, stream, past, experts)
             x, context = recompute(layer, *args) if level == "full" else layer(*args, selective=level == "selective")
             kept.append(context)
         return x, kept

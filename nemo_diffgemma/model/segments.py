@@ -69,10 +69,11 @@ def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int,
             f"attention_mask has shape {list(attention_mask.shape)} but input_ids has {list(input_ids.shape)}; give "
             "one mask entry for each token"
         )
-    mask = attention_mask.bool().cpu()
-    padding = (~mask).sum(1)
+    mask = attention_mask.cpu()
+    padding = (mask == 0).sum(1)
     columns = torch.arange(mask.shape[1])
-    if not torch.equal(mask, columns >= padding[:, None]) or bool((padding == mask.shape[1]).any()):
+    # the mask's own values are compared: a 2, or the 0 and -inf of an additive mask, is no mask of ours
+    if not torch.equal(mask, (columns >= padding[:, None]).to(mask.dtype)) or bool((padding == mask.shape[1]).any()):
         raise UserError(
             "attention_mask must be zeros at the left of a row and then ones, at least one of them; pad prompts on "
             "the left (tokenizer.padding_side='left')"

@@ -126,6 +126,11 @@ def agreed(flags: Tensor) -> Tensor:
     return _reduced(flags, dist.ReduceOp.MIN)
 
 
+def reported(flags: Tensor) -> Tensor:
+    """Which of some flags of the device hold on some rank, on that device: no host waits for them."""
+    return _reduced(flags, dist.ReduceOp.MAX)
+
+
 def _vote(flag: bool, device: torch.device, operation: Any) -> bool:
     return flag if world_size() == 1 else bool(_reduced(torch.tensor(flag, device=device), operation))
 

@@ -20,7 +20,7 @@ from nemo_diffgemma.parallel.layout import ParallelLayout
 from tests.reference import tiny_config
 
 PREFIX = "model.decoder.layers.0."
-ROUTINGS = ("uniform", "skewed", "fill", "rows apart")
+ROUTINGS = ("uniform", "skewed", "fill", "halves")
 ROWS = (1, 2, 5)
 
 # capacity 6 of 16 columns, two rounds of 8 experts; contraction axes of one block of INT4
@@ -82,7 +82,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def inputs(routing: str, rows: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Rows whose tokens choose at random, all alike, mostly alike, or alike in a row and unlike the other rows."""
+    """Tokens that choose at random, all alike, mostly alike, or alike in every half of a row."""
     generator = torch.Generator().manual_seed(rows)
     shape = (rows, CONFIG.canvas_length, CONFIG.hidden_size)
     x, normed = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
@@ -90,8 +90,8 @@ def inputs(routing: str, rows: int, dtype: torch.dtype = torch.float32) -> dict[
         x = x[:1, :1].expand(shape)
     elif routing == "fill":
         x[:, 5:] = x[:1, :1] + 0.01 * x[:, 5:]
-    elif routing == "rows apart":
-        x = x[:, :1].expand(shape)
+    elif routing == "halves":
+        x = x[:, ::8].repeat_interleave(8, 1)
     return {"x": x.to(dtype).contiguous(), "normed": normed.to(dtype)}
 
 

@@ -14,7 +14,7 @@ from export.graph.experts import Choice, capacity, experts_of_a_round, is_less_w
 from export.graph.model import Weights
 from export.quantization.calibration import SimulatedWeights
 from export.quantization.qdq import quantize_graph
-from export.quantization.schemes import SCHEMES, is_quantized, quantize_weight
+from export.quantization.schemes import is_quantized, quantize_weight
 from tests.export import layer
 from tests.export.quantized import inlined
 
@@ -143,12 +143,14 @@ def test_the_routings_are_what_they_are_called() -> None:
         for routing in layer.ROUTINGS
     }
     single = int((layer.loads(layer.weights(), layer.inputs("uniform", 1)["x"]) > most).sum())
-    assert single == 0 and overloaded["skewed"] == 2 and overloaded["fill"] >= 2 and overloaded["rows apart"] > 8
+    assert single == 0 and overloaded["skewed"] == 2 and overloaded["fill"] >= 2 and overloaded["halves"] > 8
 
 
 @pytest.mark.parametrize("scheme", [None, "fp8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_every_precision_of_onnx_runtime_is_that_of_the_traced_functions(dtype: torch.dtype, scheme: str | None) -> None:
+def test_every_precision_of_onnx_runtime_is_that_of_the_traced_functions(
+    dtype: torch.dtype, scheme: str | None
+) -> None:
     if dtype == torch.float32 and scheme is None:
         pytest.skip("above")
     tensors = {name: tensor.to(dtype) for name, tensor in layer.weights().items()}

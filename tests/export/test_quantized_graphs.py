@@ -133,7 +133,7 @@ def test_nvfp4_nodes_dequantise_as_the_simulation() -> None:
     nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0].startswith(NAME)]
     nodes = [node for node in nodes if ".input" not in node.input[0]]
     inputs = [value for value in model.graph.input if value.name in packed]
-    output = helper.make_tensor_value_info(wanted, TensorProto.FLOAT, [64, 256])
+    output = helper.make_tensor_value_info(wanted, TensorProto.FLOAT, list(quantized.weights()[NAME].shape))
     cut = helper.make_model(helper.make_graph(nodes, "weight", inputs, [output]), opset_imports=model.opset_import)
     constants = quantized.inlined(cut, packed).graph.initializer
     feed = {tensor.name: numpy_helper.to_array(tensor) for tensor in constants}
@@ -199,9 +199,10 @@ def test_tensorrt_rtx_builds_quantised_graphs(scheme: str, graph: str) -> None:
     config.set_compute_capability(trt.ComputeCapability.SM120, 0)
     assert builder.build_serialized_network(network, config) is not None
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
-    each = {"fp8": (2, 1, 0), "int4": (1, 0, 0), "nvfp4": (4, 0, 1)}[scheme]  # layers for one matrix
+    each = {"fp8": (2, 1, 0), "int4": (1, 0, 0), "nvfp4": (4, 0, 1)}[scheme]  # layers for one product of a matrix
     layers = trt.LayerType.DEQUANTIZE, trt.LayerType.QUANTIZE, trt.LayerType.DYNAMIC_QUANTIZE
-    assert [kinds.count(kind) for kind in layers] == [count * matrices for count in each]
+    # each matrix stands in two products: for all experts, and in the loop over overloaded ones
+    assert [kinds.count(kind) for kind in layers] == [2 * count * matrices for count in each]
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("fp8", 8), ("int4", 4 + 16 / 64), ("nvfp4", 4 + 8 / 16)])

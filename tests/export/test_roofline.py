@@ -6,17 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.graph.cost import Cost, RooflineError, count
+from export.graph.experts import capacity
 from export.graph.loop import to_loop
 from export.graph.weights import engine_weights
 from export.quantization.qdq import quantize_graph
 from export.quantization.schemes import SCHEMES, is_quantized
 from export.roofline import UnsupportedType, lower_bound, table
-from nemo_diffgemma import ParallelLayout
+from nemo_diffgemma import ModelConfig, ParallelLayout
 from nemo_diffgemma.gpus import Gpu, Links
-from tests.export import kit
+from nemo_diffgemma.repository import CONF
+from tests.export import kit, layer
 from tests.export.quantized import CONFIG
 
 SIZES = dict(batch=3, chunk=5, context_columns=16, window_columns=7, steps=6)
@@ -78,28 +81,66 @@ def test_an_axis_without_size_is_refused() -> None:
         count(tiny(), {"rows": 3})
 
 
-def products_of_a_step(size: str, rows: int, context: int, window: int) -> int:
+def products_of_a_step(config: ModelConfig, rows: int, context: int, window: int, rows_of_an_expert: int) -> int:
     """Multiplications with addition of one denoising step, from the sizes of the model alone."""
-    config = kit.config(size)
     tokens, hidden = rows * config.canvas_length, config.hidden_size
     dense = 3 * tokens * hidden * config.intermediate_size
     total = dense  # self-conditioning
-    for layer in range(config.num_hidden_layers):
-        is_global = config.layer_kind(layer) == "full_attention"
-        width, groups = config.heads(layer)
+    for index in range(config.num_hidden_layers):
+        is_global = config.layer_kind(index) == "full_attention"
+        width, groups = config.heads(index)
         queries = config.num_attention_heads * width
         projected = 2 * queries + (1 if is_global else 2) * groups * width  # q and o, k, v
         keys = (context if is_global else window) + config.canvas_length
         total += tokens * hidden * projected + 2 * tokens * keys * queries
-        total += dense + tokens * hidden * config.num_experts * (1 + 3 * config.moe_intermediate_size)
+        total += dense + tokens * hidden * config.num_experts
+        total += rows_of_an_expert * config.num_experts * 3 * config.moe_intermediate_size * hidden
     return total + 2 * tokens * hidden * config.vocab_size  # logits and soft embedding
+
+
+def products_of_a_round(config: ModelConfig, rows: int) -> int:
+    """Of eight experts over all tokens, in every layer."""
+    tokens = rows * config.canvas_length
+    return config.num_hidden_layers * 8 * tokens * 3 * config.moe_intermediate_size * config.hidden_size
 
 
 @pytest.mark.parametrize(("rows", "context", "window"), [(1, 16, 7), (3, 40, 7), (2, 3, 3)])
 def test_flops_of_a_step_are_those_of_the_formula(rows: int, context: int, window: int) -> None:
-    sizes = dict(batch=rows, context_columns=context, window_columns=window)
+    sizes, config = dict(batch=rows, context_columns=context, window_columns=window), kit.config("short")
+    room = rows * capacity(config.canvas_length, config.top_k_experts, config.num_experts)
     cost = count(kit.graph("step"), sizes)
-    assert cost.flops_by_dtype == {"float32": 2 * products_of_a_step("short", rows, context, window)}
+    assert cost.flops_by_dtype == {"float32": 2 * products_of_a_step(config, rows, context, window, room)}
+    assert cost.round_flops_by_dtype == {"float32": 2 * products_of_a_round(config, rows)}
+    dense, tokens = count(kit.graph("step", experts="dense"), sizes), rows * config.canvas_length
+    assert dense.flops_by_dtype == {"float32": 2 * products_of_a_step(config, rows, context, window, tokens)}
+    assert not dense.round_flops_by_dtype and dense.bytes == pytest.approx(cost.bytes, abs=2000)
+
+
+def test_flops_of_the_released_model_are_within_what_was_promised() -> None:
+    """By the same formula: 13.5e12 where every expert computes every token."""
+    config = ModelConfig(**yaml.safe_load((CONF / "model/diffusiongemma_26b_a4b.yaml").read_text())["architecture"])
+    room = capacity(config.canvas_length, config.top_k_experts, config.num_experts)
+    dense = 2 * products_of_a_step(config, 1, 1024, 1023, config.canvas_length)
+    base = 2 * products_of_a_step(config, 1, 1024, 1023, room)
+    assert base <= 4.5e12 and dense == pytest.approx(13.5e12, rel=0.01)
+    assert 2 * products_of_a_round(config, 1) == pytest.approx(0.73e12, rel=0.01)
+
+
+def test_a_round_reads_the_weights_of_its_experts() -> None:
+    """Eight of sixteen, packed or not."""
+    matrices = 3 * layer.CONFIG.moe_intermediate_size * layer.CONFIG.hidden_size
+    for scheme, bytes_each in ((None, 4.0), ("int4", 0.5 + 4 / 64), ("fp8", 1.0), ("nvfp4", 0.5 + 1 / 16)):
+        model = layer.graph()
+        if scheme is not None:
+            model = quantize_graph(model, scheme, {name: 3.0 for name in layer.weights()})
+        cost = count(model, {"batch": 2})
+        assert cost.round_bytes == pytest.approx(8 * matrices * bytes_each, abs=100), scheme
+        twice = cost.with_rounds(2)
+        assert twice.bytes == cost.bytes + 2 * cost.round_bytes
+        done = sum(twice.flops_by_dtype.values()) - sum(cost.flops_by_dtype.values())
+        assert (
+            done == 2 * sum(cost.round_flops_by_dtype.values()) == 2 * 2 * 8 * 2 * layer.CONFIG.canvas_length * matrices
+        )
 
 
 def test_bytes_of_a_step_are_inputs_and_outputs_once() -> None:
@@ -125,6 +166,8 @@ def test_bytes_of_a_step_are_inputs_and_outputs_once() -> None:
 def test_loop_is_its_steps_and_reads_weights_in_each(steps: int | None) -> None:
     step, loop = count(kit.graph("step"), SIZES), count(to_loop(kit.graph("step"), steps), SIZES)
     assert loop.flops_by_dtype == {dtype: 6 * flops for dtype, flops in step.flops_by_dtype.items()}
+    assert loop.divided(6).round_flops_by_dtype == step.round_flops_by_dtype
+    assert loop.divided(6).round_bytes == step.round_bytes
     carried = (
         2 * 3 * kit.config("short").canvas_length * (8 + 8 + 4 * kit.config("short").hidden_size)
     )  # stays on the chip
@@ -142,9 +185,11 @@ def test_quantised_experts_are_read_narrow_and_multiplied_in_their_type(scheme: 
     if scheme == "int4":  # weights only: products stay bfloat16
         assert cost.flops_by_dtype == whole.flops_by_dtype
     else:
-        multiplied = 2 * 3 * CONFIG.canvas_length * experts
+        room = capacity(CONFIG.canvas_length, CONFIG.top_k_experts, CONFIG.num_experts)
+        multiplied = 2 * 3 * room * experts
         rest = whole.flops_by_dtype["bfloat16"] - multiplied
         assert cost.flops_by_dtype == {scheme: multiplied, "bfloat16": rest}
+        assert cost.round_flops_by_dtype == {scheme: 2 * products_of_a_round(CONFIG, 3)}
     bytes_each = {"fp8": 1.0, "int4": 0.5 + 2 / 64, "nvfp4": 0.5 + 1 / 16}[scheme]  # with the scales of blocks
     assert whole.bytes - cost.bytes == pytest.approx((2 - bytes_each) * experts, abs=100)
 

@@ -104,6 +104,17 @@ def test_chunks_of_rows_make_no_difference(scheme: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_matrices_of_several_experts_are_packed_as_their_rows(scheme: str) -> None:
+    """The sparse form has [E, N, K]; one scale for all of FP8, and no block spans two experts."""
+    matrices = torch.randn(3, 10, 128, generator=torch.Generator().manual_seed(2))
+    whole, rows = (quantize_weight(NAME, m, scheme, 1.0) for m in (matrices, matrices.flatten(0, 1)))
+    assert all(torch.equal(_bytes(whole[key]), _bytes(rows[key])) for key in whole)
+    for key, spec in packed_inputs(NAME, matrices.shape, scheme, torch.float32).items():
+        assert tuple(whole[key].shape) == spec.stored and (not spec.shape or spec.shape[:2] == (3, 10)), key
+    assert torch.equal(dequantize(NAME, whole, scheme).flatten(0, 1), dequantize(NAME, rows, scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_bytes_mean_the_same_to_onnx(scheme: str) -> None:
     matrix = torch.randn(6, 128, generator=torch.Generator().manual_seed(3))
     packed = quantize_weight(NAME, matrix, scheme, 1.0)
@@ -186,7 +197,7 @@ def test_exclusions_of_hf_quant_config_are_all_that_is_not_quantised(scheme: str
     assert found["quant_algo"] == {"fp8": "FP8", "int4": "W4A16_AWQ", "nvfp4": "NVFP4"}[scheme]
     assert found.get("group_size") == BLOCK.get(scheme)
     for name, weight in engine_weights(CONFIG, WHOLE).items():
-        if len(weight.shape) == 2:
+        if len(weight.shape) >= 2:
             excluded = any(fnmatch.fnmatch(name, pattern + "*") for pattern in found["exclude_modules"])
             assert excluded != is_quantized(name), name
 

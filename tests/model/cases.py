@@ -12,6 +12,22 @@ from nemo_diffgemma.model.vocabulary import VocabularyShard
 from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
 
 
+def dense(hidden_NH: Tensor, table_VH: Tensor, softcap: float, temperature: float = 1.0) -> Tensor:
+    """Tempered logits in float64."""
+    return softcap * torch.tanh(hidden_NH.double() @ table_VH.double().T / softcap) / temperature
+
+
+def problem(seed: int, positions: int, ids: int, hidden: int, scale: float = 1.0, **arguments: Any) -> dict[str, Any]:
+    """Random arguments of `statistics`; hidden times table has standard deviation `scale` before the softcap."""
+    generator = torch.Generator().manual_seed(seed)
+    return dict(
+        hidden_NH=torch.randn(positions, hidden, generator=generator) * scale * hidden**-0.5,
+        table_VH=torch.randn(ids, hidden, generator=generator),
+        uniforms_N=torch.rand(positions, generator=generator),
+        **{"softcap": 30.0, **arguments},
+    )
+
+
 def cut(table_VH: Tensor, tensor: int) -> tuple[Tensor, VocabularyShard]:
     """This rank's rows of a table padded to a multiple of 128; padding is NaN, so whoever reads it is found out."""
     initialize(ParallelLayout(tensor=tensor))
@@ -96,8 +112,10 @@ def accumulated(
     total, hidden_gradient = loss.linear_cross_entropy_gradient(hidden_NH, table, labels_N, weights_N, shard, softcap)
     soft_NH = loss.soft_embedding(hidden_NH, table, shard, softcap)
     soft_NH.backward(gradient_NH)
-    ids_N = (labels_N - shard.first_id).clamp(0, shard.size - 1)
-    table_gradient.look_up(ids_N, table).backward(gradient_NH)
+    local_N = labels_N - shard.first_id
+    mine_N1 = ((local_N >= 0) & (local_N < len(table)))[:, None]
+    rows_NH = table_gradient.look_up(local_N.clamp(0, len(table) - 1), table)
+    torch.where(mine_N1, rows_NH, 0.0).backward(gradient_NH)
     gradient = table.main_grad - 1 if main else table.grad  # type: ignore[attr-defined]
     assert main == (table.grad is None)
     return dict(loss=total, hidden=hidden_gradient, table=gradient)

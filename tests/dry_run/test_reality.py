@@ -1,0 +1,81 @@
+"""A dry run against a real one: memory of weights, gradients, optimizer state and activations of a small network."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from nemo_diffgemma.cli.child_process import call_in_child
+from nemo_diffgemma.dry_run.case import released
+from nemo_diffgemma.dry_run.driver import environment
+from nemo_diffgemma.dry_run.ledger import Ledger, Numbers
+from nemo_diffgemma.dry_run.memory import Memory
+from nemo_diffgemma.dry_run.play import measure
+from nemo_diffgemma.dry_run.whole import measure_all
+from nemo_diffgemma.gpus import load_gpu
+from nemo_diffgemma.schema import ModelGroup
+from tests.dry_run import figures
+
+# as many key as query heads: CUDA kernels want repeated ones in float32, which a CPU does not
+SMALL = dict(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=4,
+    layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=64,
+    num_global_key_value_heads=8,
+    global_head_dim=64,
+    num_experts=16,
+    top_k_experts=4,
+    moe_intermediate_size=256,
+    sliding_window=2048,
+    canvas_length=256,
+    initializer_range=0.02,
+)
+PARTS = ("weights", "gradients", "optimizer", "activations")
+
+
+class RealMemory(TorchDispatchMode):
+    """Tracks the storages of tensors that are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger()
+        self.memory = Memory(self.ledger)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if isinstance(x, Tensor):
+                self.memory.track(x)
+        return out
+
+
+def real(case: Any) -> Numbers:
+    """What a training step of a case holds when it really runs, on the CPU."""
+    from nemo_diffgemma.parallel import initialize
+
+    initialize(case.layout)
+    with RealMemory() as watch:
+        return measure(watch, case, fill=lambda network: network.init_weights(0))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_memory_is_that_of_a_real_run(recompute: str) -> None:
+    case = released(figures.SINGLE, recompute=recompute, prompts=(300,), responses=(1024,))
+    case = dataclasses.replace(case, model=ModelGroup(architecture=SMALL, recompute=recompute))
+    found, _ = call_in_child(real, case)
+    expected = call_in_child(measure_all, {"small": case}, environment=environment(load_gpu("h100")))[0][
+        "small"
+    ].numbers
+    for part in PARTS:
+        held = [numbers["before_gb", "backward", part] for numbers in (expected, found)]
+        assert held[0] == pytest.approx(held[1], rel=0.05), part
