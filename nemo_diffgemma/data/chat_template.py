@@ -52,8 +52,8 @@ class ChatTemplate:
         """Raises `RowError` where the template refuses the conversation, drops a text or shows no answer."""
         last = conversation.answers[-1]
         conversation = replace(conversation, messages=conversation.messages[: last + 1])
-        conversation = self._as_read(conversation)
-        encoded = self._by_marks(conversation) if self.has_marks else self._by_prefixes(conversation)
+        rendering = self._as_read(conversation)
+        encoded = self._by_marks(rendering) if self.has_marks else self._by_prefixes(rendering)
         if not encoded.answers:
             raise RowError("no supervised token", "no answer can be told from the rest")
         end = encoded.answers[-1][1]
@@ -61,7 +61,7 @@ class ChatTemplate:
 
     # -- rendering -----------------------------------------------------------------------------------------------
 
-    def _render(self, conversation: Conversation, messages: int | None = None, generate: bool = False) -> str:
+    def render(self, conversation: Conversation, messages: int | None = None, generate: bool = False) -> str:
         """Text of the first `messages` (None: all)."""
         more = {"enable_thinking": True} if conversation.has_reasoning else {}
         try:
@@ -75,38 +75,39 @@ class ChatTemplate:
         except Exception as error:  # a template is a program, and raises what it likes
             raise RowError("refused by the template", f"{type(error).__name__}: {error}") from None
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         try:
             return self.tokenizer(text, add_special_tokens=False).input_ids
         except Exception as error:  # the tokenizers library raises nothing more special
             raise RowError("unknown characters", " ".join(str(error).split())) from None
 
-    def _as_read(self, conversation: Conversation) -> Conversation:
+    def _as_read(self, conversation: Conversation) -> Rendering:
         """With contents as the template reads them: as text, or as parts. Raises where it reads neither."""
         parts = [
             message | {"content": [{"type": "text", "text": message["content"]}]} for message in conversation.messages
         ]
         problem = RowError("dropped by the template", "a message's text is not in what it renders")
         for index, form in enumerate((conversation, replace(conversation, messages=parts))):
+            rendering = Rendering(self, form)
             try:
-                rendered = _without_spaces(self._render(form))
+                rendered = _without_spaces(rendering.text())
             except RowError as error:
                 problem = error if index == 0 else problem
                 continue
             given = [message["content"] for message in conversation.messages if message["role"] != "assistant"]
             prints_parts = index == 1 and "{'type':" in rendered  # as Python writes them
             if not prints_parts and all(_without_spaces(text) in rendered for text in given):
-                return form
+                return rendering
         raise problem
 
     # -- with generation marks -----------------------------------------------------------------------------------
 
-    def _by_marks(self, conversation: Conversation) -> Encoded:
+    def _by_marks(self, rendering: Rendering) -> Encoded:
         """Tokens that begin inside of a mark.
 
         The mask that transformers makes leaves out the last bytes of a character that the vocabulary spells in bytes.
         """
-        text, marks = self._marked(conversation)
+        text, marks = self._marked(rendering.conversation)
         try:
             made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         except Exception as error:
@@ -118,8 +119,8 @@ class ChatTemplate:
             if 0 < start < end:
                 answers.append((start, self._with_end(tokens, end)))
         encoded = Encoded(tokens, answers)
-        prompt = self._ids(self._render(conversation, -1, generate=True))
-        return self._opened_as_generated(encoded, prompt) if answers else encoded
+        last = rendering.conversation.answers[-1]
+        return self._opened_as_generated(encoded, rendering.ids(last, generate=True)) if answers else encoded
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The rendered text, and which of its characters are inside of generation marks."""
@@ -141,14 +142,14 @@ class ChatTemplate:
 
     # -- by prefixes ---------------------------------------------------------------------------------------------
 
-    def _by_prefixes(self, conversation: Conversation) -> Encoded:
-        text = self._render(conversation)
-        tokens, (*earlier, last) = self._ids(text), conversation.answers
+    def _by_prefixes(self, rendering: Rendering) -> Encoded:
+        tokens, (*earlier, last) = rendering.ids(), rendering.conversation.answers
         answers, note = [], ""
         for index in earlier:
-            is_greeting = all(message["role"] != "user" for message in conversation.messages[:index])
+            before = rendering.conversation.messages[:index]
+            is_greeting = all(message["role"] != "user" for message in before)
             try:
-                span = self._span(conversation, index, tokens)
+                span = self._span(rendering, index)
             except RowError:
                 if not is_greeting:
                     raise
@@ -156,41 +157,38 @@ class ChatTemplate:
             if span is not None:
                 answers.append(span)
             elif not is_greeting:
-                merges = text.startswith(self._render(conversation, index + 1).rstrip())
+                merges = rendering.text().startswith(rendering.text(index + 1).rstrip())
                 note, answers = MERGED if merges else REWRITTEN, []
                 break
-        span = self._span(conversation, last, tokens)
-        prompt_text = self._render(conversation, last, generate=True)
-        prompt = self._ids(prompt_text)
+        span = self._span(rendering, last)
+        prompt_text, prompt = rendering.text(last, generate=True), rendering.ids(last, generate=True)
         if span is not None:
             encoded = self._opened_as_generated(Encoded(tokens, [*answers, span]), prompt)
-        elif text.startswith(prompt_text):  # tokens grow together over the boundary, which generation does not see
-            whole = prompt + self._ids(text[len(prompt_text) :])
+        elif rendering.text().startswith(prompt_text):  # tokens reach over the boundary, which generation does not see
+            whole = prompt + self.ids(rendering.text()[len(prompt_text) :])
             same = [answer for answer in answers if whole[: answer[1]] == tokens[: answer[1]]]
             encoded = Encoded(whole, [*same, (len(prompt), self._end(whole, len(prompt)))])
         else:
             raise RowError("no supervised token", "the last answer cannot be told from what comes before it")
         return replace(encoded, note=note or encoded.note)
 
-    def _span(self, conversation: Conversation, index: int, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """Where the answer that is message `index` lies in `tokens`; None where it cannot be said."""
-        text = self._render(conversation, index + 1)
-        through = self._ids(text)
-        start = self._start(conversation, index, text, through)
+    def _span(self, rendering: Rendering, index: int) -> tuple[int, int] | None:
+        """Where the answer that is message `index` lies among all tokens; None where it cannot be said."""
+        through, tokens = rendering.ids(index + 1), rendering.ids()
+        start = self._start(rendering, index)
         if not start:
             return None
         end = self._end(through, start)
-        return (start, self._with_end(tokens, end)) if end > start and list(tokens[:end]) == through[:end] else None
+        return (start, self._with_end(tokens, end)) if end > start and tokens[:end] == through[:end] else None
 
-    def _start(self, conversation: Conversation, index: int, text: str, through: list[int]) -> int | None:
-        """How many tokens of `through`, a conversation that ends with message `index`, are before its answer."""
-        prompt = None
+    def _start(self, rendering: Rendering, index: int) -> int | None:
+        """How many tokens of the conversation that ends with message `index` are before that answer."""
+        through, prompt = rendering.ids(index + 1), None
         if index > 0:
-            prompt_text = self._render(conversation, index, generate=True)
-            prompt = self._ids(prompt_text)
-            if text.startswith(prompt_text):
+            prompt = rendering.ids(index, generate=True)
+            if rendering.text(index + 1).startswith(rendering.text(index, generate=True)):
                 return len(prompt) if through[: len(prompt)] == prompt else None
-        header = self._header(conversation, index)
+        header = self._header(rendering.conversation, index)
         if header is None or through[: len(header)] != header:
             return None
         return len(header) if prompt is None or prompt[: len(header)] == header else None
@@ -204,7 +202,7 @@ class ChatTemplate:
                 content = [{"type": "text", "text": letter}]
             messages = [*conversation.messages[:index], {"role": "assistant", "content": content}]
             try:
-                begins.append(self._ids(self._render(replace(conversation, messages=messages))))
+                begins.append(self.ids(self.render(replace(conversation, messages=messages))))
             except RowError:
                 return None
         common = _common(*begins)
@@ -234,6 +232,29 @@ class ChatTemplate:
             return encoded
         tokens = [*prompt, *encoded.tokens[start:]]
         return Encoded(tokens, [*earlier, (len(prompt), end + len(opening))], OPENED if earlier else "")
+
+
+class Rendering:
+    """A conversation through a template: each text and its tokens are made once."""
+
+    def __init__(self, template: ChatTemplate, conversation: Conversation) -> None:
+        self.template, self.conversation = template, conversation
+        self._texts: dict[tuple[int, bool], str] = {}
+        self._ids: dict[tuple[int, bool], list[int]] = {}
+
+    def text(self, messages: int | None = None, generate: bool = False) -> str:
+        """Of the first `messages` (None: all), with what `generate` puts behind them."""
+        key = (len(self.conversation.messages) if messages is None else messages, generate)
+        if key not in self._texts:
+            self._texts[key] = self.template.render(self.conversation, *key)
+        return self._texts[key]
+
+    def ids(self, messages: int | None = None, generate: bool = False) -> list[int]:
+        """Its tokens."""
+        key = (len(self.conversation.messages) if messages is None else messages, generate)
+        if key not in self._ids:
+            self._ids[key] = self.template.ids(self.text(*key))
+        return self._ids[key]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
