@@ -47,8 +47,9 @@ def test_in_a_layout(pool, folder, tmp_path, one_by_one, layout):
 
 
 def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, folder, tmp_path, one_by_one):
-    pool(2).run(JOB, folder=str(folder), directory=str(tmp_path), steps=2)
-    lines = runs.run(str(folder), str(tmp_path), steps=4, data__tokens_per_micro_batch=400, trainer__validate_every=4)
+    pool(2).run(JOB, folder=str(folder), directory=str(tmp_path), steps=2, every=2)
+    changed = dict(data__tokens_per_micro_batch=400, trainer__validate_every=4)
+    lines = runs.run(str(folder), str(tmp_path), steps=4, every=2, **changed)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert_same(lines, one_by_one)
     report = json.loads((tmp_path / "data.json").read_text())
