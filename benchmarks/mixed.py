@@ -53,7 +53,8 @@ def training_step(model: DiffusionGemma, chosen: tuple[int, ...]) -> Callable[[]
     lengths = [CONTEXTS[index] + RESPONSES[index] * CANVAS for index in chosen]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, model.model_config.vocab_size, (sum(lengths),), generator=generator)
-    rows = Rows(tokens, prompts, lengths, chosen)
+    answers = [((prompt, length),) for prompt, length in zip(prompts, lengths, strict=True)]
+    rows = Rows(tokens, answers, lengths, chosen, fill_id=1)
     canvases = method.choose_canvases(rows, CANVAS, 0, seed=0)
     corrupted = method.corrupt(rows, canvases, CANVAS, model.model_config.vocab_size, seed=0)
     config, totals = method.ObjectiveConfig(canvases_per_example=0), method.count(rows, canvases, CANVAS)

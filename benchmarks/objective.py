@@ -56,7 +56,7 @@ def step(model: DiffusionGemma, prompt: int, canvases: int, scored: int) -> None
     """Forward and backward of one row."""
     length = prompt + canvases * CANVAS
     tokens = torch.randint(3, model.model_config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
-    rows = Rows(tokens, [prompt], [length], [0])
+    rows = Rows(tokens, [((prompt, length),)], [length], [0], fill_id=1)
     config = method.ObjectiveConfig(canvases_per_example=scored)
     canvases = method.choose_canvases(rows, CANVAS, scored, seed=0)
     corrupted = method.corrupt(rows, canvases, CANVAS, model.model_config.vocab_size, seed=0)

@@ -77,13 +77,16 @@ def training_step(model: Any, tokens: Any, prompt: int, scored: int) -> Callable
     from nemo_diffgemma.diffusion import objective as method
 
     rows, columns = tokens.shape
-    keys = ([prompt] * rows, [columns] * rows, list(range(rows)))
+    keys = ([columns] * rows, list(range(rows)))
     try:
         from nemo_diffgemma.diffusion.rows import Rows
 
-        batch = Rows(tokens.flatten(), *keys)
+        if "answers" in Rows.__dataclass_fields__:
+            batch = Rows(tokens.flatten(), [((prompt, columns),)] * rows, *keys, fill_id=1)
+        else:  # trees before answers were spans
+            batch = Rows(tokens.flatten(), [prompt] * rows, *keys)  # type: ignore[call-arg,arg-type]
     except ImportError:  # trees before 26 Nov 2026 have rectangles
-        batch = method.Rows(tokens, *keys)  # type: ignore[call-arg]
+        batch = method.Rows(tokens, [prompt] * rows, *keys)  # type: ignore[call-arg]
     sizes = getattr(model, "model_config", None) or model.model  # its name in older trees
     length, vocabulary = sizes.canvas_length, sizes.vocab_size
     canvases = method.choose_canvases(batch, length, scored, seed=0)

@@ -56,6 +56,8 @@ def evaluate(config: EvaluateConfig, results: Results) -> dict[str, Any]:
 
     task = task_of(config.data)
     network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
+    task.open(network.assets)
+    task.prepare(network.model_config)
     return measure(network, task, config.levels, config.steps, config.seed, results, config.batch_size)
 
 

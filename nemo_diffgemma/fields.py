@@ -39,6 +39,18 @@ def text_kind(schema: type, key: str) -> TextKind | None:
     return TextKind(may_be_null=kind is not str and not field.metadata.get("literal"))
 
 
+def is_text_list(schema: type, key: str) -> bool:
+    """Whether `key` (with dots) holds a list of texts."""
+    *groups, name = key.split(".")
+    kind: Any = schema
+    for group in groups:
+        kind = group_of(get_type_hints(kind).get(group))
+        if kind is None:
+            return False
+        kind = _with_key(kind, name)
+    return get_type_hints(kind).get(name) == list[str]
+
+
 def _with_key(kind: Any, name: str) -> Any:
     """The group of data itself, or that of the first kind of data that has a key of this name."""
     from nemo_diffgemma.data.tasks import KINDS, DataGroup, task_class

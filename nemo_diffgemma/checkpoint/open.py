@@ -37,6 +37,16 @@ def format_of(path: str | Path) -> str:
     )
 
 
+def assets_of(path: str | Path) -> Path:
+    """The directory of what a checkpoint has beside its tensors; a `.nemo` is unpacked. Collective, raises as above."""
+    with all_or_none():
+        format = format_of(path)
+    place = user_path(path)
+    if format == "nemo":
+        return nemo_archive.unpacked_weights(place)
+    return place / sharded.ASSETS if format == "sharded" else place
+
+
 def dtype_of(name: str, key: str = "dtype") -> torch.dtype:
     """What `key=name` asks for. Raises `ConfigurationError`."""
     if name not in DTYPES:

@@ -4,8 +4,10 @@
 
 Hydra's grammar gives `=`, commas, brackets, quotes, backslashes and `${` a meaning. It never sees the values of text
 keys (in the schema `str`, `str | None`, and what is in a `dict[str, str]`): it composes with placeholders, which
-`Texts.restore` replaces. The word null means null where a key may be it, but not in a prompt. With --multirun a value
-that holds a comma, or that looks like `choice(...)`, is Hydra's grammar: a sweep. Values of other keys always are.
+`Texts.restore` replaces. The word null means null where a key may be it, but not in a prompt. In a list of texts, which
+may be without brackets (data.train=[a=1.jsonl,b.jsonl]), commas part the texts; one with quotes in it is Hydra's
+grammar. With --multirun a value that holds a comma, or that looks like `choice(...)`, is Hydra's grammar: a sweep.
+Values of other keys always are.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_diffgemma.fields import text_kind
+from nemo_diffgemma.fields import is_text_list, text_kind
 
 _PLACEHOLDER = "NEMO_DIFFGEMMA_TEXT_{}_"
 _PLACEHOLDERS = re.compile(_PLACEHOLDER.format(r"(\d+)"))
@@ -36,13 +38,27 @@ class Texts:
         if override is None:
             return argument
         adds, key, text = override.groups()
+        if is_text_list(schema, key):
+            return f"{adds}{key}={self._list(text)}"
         kind = text_kind(schema, key)
         is_null = kind is not None and kind.may_be_null and text == "null"
         is_sweep = self.sweeps and re.search(r",|^(choice|range|interval|glob|shuffle|sort|tag)\(", text)
         if kind is None or is_null or is_sweep:
             return argument
+        return f"{adds}{key}={self._placeholder(text)}"
+
+    def _placeholder(self, text: str) -> str:
         self.values.append(text)
-        return f"{adds}{key}={_PLACEHOLDER.format(len(self.values) - 1)}"
+        return _PLACEHOLDER.format(len(self.values) - 1)
+
+    def _list(self, text: str) -> str:
+        """A list of texts with a placeholder for each; as it is where Hydra must read it."""
+        bracketed = text.startswith("[") and text.endswith("]")
+        is_sweep = self.sweeps and re.search(r"^(choice|range|interval|glob|shuffle|sort|tag)\(|\],", text)
+        parts = text[1:-1].split(",") if bracketed else [text]
+        if re.search(r"[\"'\n]", text) or is_sweep or text == "null" or not text.strip("[] "):
+            return text
+        return f"[{','.join(self._placeholder(part.strip()) for part in parts)}]"
 
     def restore(self, value: Any) -> Any:
         """`value` (of dicts, lists and scalars) with the texts where their placeholders are."""

@@ -1,6 +1,7 @@
 """Training data: what an example is, how examples become batches, and the Sudoku task."""
 
-from nemo_diffgemma.data.example import Batches, Example, collate
+from nemo_diffgemma.data.example import Batches, Example, collate, collate_packed
+from nemo_diffgemma.data.packing import PackedBatches
 from nemo_diffgemma.data.sudoku import (
     SudokuDataset,
     SudokuTask,
@@ -22,11 +23,13 @@ __all__ = [
     "VOCABULARY",
     "Batches",
     "Example",
+    "PackedBatches",
     "SudokuDataset",
     "SudokuTask",
     "all_grids",
     "build_tokenizer",
     "collate",
+    "collate_packed",
     "decode_response",
     "encode_puzzle",
     "format_grid",

@@ -2,44 +2,44 @@
 
 dataset[index] -> Example;   Batches -> indices of a step;   collate -> Rows
 
-to_rows = partial(collate, canvas_length=16, eos_token_id=1)
+to_rows = partial(collate, canvas_length=16, fill_id=1)
 DataLoader(dataset, batch_sampler=Batches(64, replica, replicas), collate_fn=to_rows)
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from nemo_diffgemma.diffusion.rows import Rows
+from nemo_diffgemma.diffusion.rows import Rows, check_answers
 from nemo_diffgemma.errors import UserError
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its clean response, as token ids, before batching.
+    """A row before batching: clean token ids, and which of them are answers: (start, end) each, in order.
 
     `sample` is the index in the data stream: noise is keyed by it, so it must not depend on the layout.
-    Raises `UserError` where prompt or response is empty.
+    Raises `UserError` where an answer is empty, has no context before it or lies outside of the tokens.
     """
 
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
+    tokens: tuple[int, ...]
+    answers: tuple[tuple[int, int], ...]
     sample: int
 
     def __post_init__(self) -> None:
-        if not self.prompt or not self.response:
-            raise UserError(
-                f"example {self.sample} has {len(self.prompt)} prompt and {len(self.response)} response tokens; "
-                "both need at least 1: a prompt may be just <bos>, and an empty response is left out of the data"
-            )
+        try:
+            check_answers(self.answers, len(self.tokens))
+        except UserError as error:
+            raise UserError(f"example {self.sample}: {error}") from None
 
 
-def collate(examples: Sequence[Example], canvas_length: int, eos_token_id: int) -> Rows:
+def collate(examples: Sequence[Example], canvas_length: int, fill_id: int, fills_rows: bool = False) -> Rows:
     """The rows of `examples`, in their order; nothing is cut or padded.
 
-    A row is its prompt, its response, and <eos> up to a whole number of canvases. This fill is as real as the response
-    (attended, corrupted, supervised): that is how a model learns to end.
+    Where `fills_rows`, an answer that ends its row goes on with `fill_id` up to a whole number of canvases, as in the
+    published recipe for a prompt and its response: the encoder's loss has the fill, too.
 
     Raises `UserError` for no examples or a canvas shorter than 1.
     """
@@ -48,14 +48,24 @@ def collate(examples: Sequence[Example], canvas_length: int, eos_token_id: int) 
     if canvas_length < 1:
         raise UserError(f"canvas_length={canvas_length}; expected at least 1, as in the model's config.json")
     tokens: list[int] = []
-    lengths = []
+    lengths, answers = [], []
     for example in examples:
-        fill = -len(example.response) % canvas_length
-        row = [*example.prompt, *example.response, *[eos_token_id] * fill]
-        lengths.append(len(row))
-        tokens += row
-    prompts = [len(example.prompt) for example in examples]
-    return Rows(torch.tensor(tokens), prompts, lengths, [example.sample for example in examples])
+        length, spans = len(example.tokens), list(example.answers)
+        tokens += example.tokens
+        start, end = spans[-1]
+        if fills_rows and end == length:
+            fill = -(end - start) % canvas_length
+            tokens += [fill_id] * fill
+            length, spans[-1] = length + fill, (start, end + fill)
+        lengths.append(length)
+        answers.append(spans)
+    return Rows(torch.tensor(tokens), answers, lengths, [example.sample for example in examples], fill_id)
+
+
+def collate_packed(passes: Sequence[Sequence[Example]], **settings: Any) -> Rows:
+    """The rows of the examples of several passes; settings as those of `collate`."""
+    rows = collate([example for examples in passes for example in examples], **settings)
+    return replace(rows, passes=[len(examples) for examples in passes])
 
 
 class Batches:

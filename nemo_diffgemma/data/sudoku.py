@@ -4,7 +4,7 @@ A grid is its cells row by row, 0 where empty. There are 288 full 4x4 grids; a t
 whose only solution is one of those, so a model that only remembers its training grids solves none of them.
 
     task = SudokuTask(seed=0)
-    SudokuDataset(task)[7]                  # prompt <bos>....2..1...4....<sep>, response 4123234132141432
+    SudokuDataset(task)[7]                  # <bos>....2..1...4....<sep>4123234132141432
     puzzles = [puzzle for puzzle, _ in task.test_set]
     solve_rate(puzzles, responses_NC)
 
@@ -244,7 +244,7 @@ class SudokuTask:
 class SudokuDataset:
     """The endless stream of training examples of a task: `dataset[index]`, a pure function of (task, index).
 
-    A random training grid with a random number of clues at random positions: prompt of 18 ids, response of 16.
+    A random training grid with a random number of clues at random positions: prompt of 18 ids, answer of 16.
     No length; every index from 0 is valid, below raises IndexError.
     """
 
@@ -261,4 +261,4 @@ class SudokuDataset:
         prompt = [BOS_ID, *[_EMPTY_ID] * 16, SEP_ID]
         for cell in _shuffled(random, range(16))[: _between(random, *self.task.clues)]:
             prompt[1 + cell] = response[cell]
-        return Example(tuple(prompt), response, sample=index)
+        return Example((*prompt, *response), ((len(prompt), len(prompt) + len(response)),), sample=index)

@@ -74,15 +74,17 @@ class Sudoku(Task):
 
     def held_out_examples(self, wanted: int | None = None) -> list[Example]:
         digits = [VOCABULARY.index(str(digit)) for digit in range(10)]
-        return [
-            Example(tuple(encode_puzzle(puzzle)), tuple(digits[digit] for digit in solution), sample)
-            for sample, (puzzle, solution) in enumerate(self._solved()[:wanted])
-        ]
+        examples = []
+        for sample, (puzzle, solution) in enumerate(self._solved()[:wanted]):
+            prompt, answer = encode_puzzle(puzzle), [digits[digit] for digit in solution]
+            tokens = (*prompt, *answer)
+            examples.append(Example(tokens, ((len(prompt), len(tokens)),), sample))
+        return examples
 
     def tokenizer(self) -> Any:
         return build_tokenizer()
 
-    def check(self, model: ModelConfig) -> None:
+    def prepare(self, model: ModelConfig) -> None:
         if model.vocab_size < len(VOCABULARY):
             raise ConfigurationError(
                 f"data.kind=sudoku has {len(VOCABULARY)} token ids, but the network has vocab_size={model.vocab_size}; "

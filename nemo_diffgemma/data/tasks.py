@@ -1,7 +1,7 @@
 """Tasks: one `Task` for each kind of data, chosen once by `data.kind`.
 
     task = task_of(config.data)
-    task.check(network.model_config)
+    task.open(network.assets);  task.prepare(network.model_config)
     task.training_examples(seed)[7];  task.held_out_examples(400)       # what is trained on, and what never is
     task.measures(network, budgets=[4, 16], seed=0)                     # what is measured beside the canvas loss
 
@@ -15,9 +15,11 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.data.bad_rows import BadRow, summary
 from nemo_diffgemma.data.example import Example
 from nemo_diffgemma.errors import ConfigurationError
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 KINDS = {  # data.kind -> the class, imported when it is asked for
     "sudoku": "nemo_diffgemma.data.sudoku_task:Sudoku",
+    "chat": "nemo_diffgemma.data.chat_task:Chat",
+    "text": "nemo_diffgemma.data.text_task:PlainText",
 }
 
 
@@ -36,6 +40,7 @@ class DataGroup:
     kind: str = "sudoku"
     global_batch_size: int = 64
     micro_batch_size: int = 0  # examples of one forward pass of one replica; 0: its whole share
+    tokens_per_micro_batch: int = 0  # instead: tokens of one pass, of rows and the canvases scored of them
 
 
 class Measures(NamedTuple):
@@ -47,6 +52,20 @@ class Measures(NamedTuple):
     rows: list[list[Any]] = []
 
 
+class DataReport(NamedTuple):
+    """What is in the files of a run."""
+
+    examples: dict[str, int]  # by what they are for: train, validation
+    bad_rows: list[BadRow]
+    notes: dict[str, int]  # what should be known of rows that are used, and of how many
+    fingerprint: str  # of what is trained on
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} examples for {name}" for name, count in self.examples.items() if count)
+        notes = [f"in {count} rows {note}" for note, count in self.notes.items()]
+        return "; ".join(part for part in (counts, summary(self.bad_rows), *notes) if part)
+
+
 class Task(ABC):
     """A kind of data: its examples, how they read as text, and what to measure. Made from its group of keys.
 
@@ -54,8 +73,9 @@ class Task(ABC):
     """
 
     keys: ClassVar[type[DataGroup]]  # the dataclass of this kind's keys
-    eos_token_id: ClassVar[int]  # sampler settings of a network trained from scratch
-    pad_token_id: ClassVar[int]
+    eos_token_id: int | list[int]  # sampler settings of a network trained from scratch
+    pad_token_id: int
+    fills_rows: ClassVar[bool] = True  # an answer that ends its row is filled up to whole canvases in the context, too
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -72,12 +92,38 @@ class Task(ABC):
         """The endless stream of a seed."""
         return TrainingExamples(self, seed)
 
+    def size(self, seed: int, index: int, canvas_length: int) -> tuple[int, int]:
+        """Tokens and canvases of a training example, for packing; a task that knows them without making it says so."""
+        example = self.training_example(seed, index)
+        canvases = sum(-(-(end - start) // canvas_length) for start, end in example.answers)
+        start, end = example.answers[-1]
+        fill = -(end - start) % canvas_length if self.fills_rows and end == len(example.tokens) else 0
+        return len(example.tokens) + fill, canvases
+
+    def largest(self, canvases: int) -> int | None:
+        """Tokens of the largest training example with so many of its canvases (0: all); None where nobody knows."""
+        return None
+
     def tokenizer(self) -> Any:
         """A Hugging Face tokenizer for a network trained from scratch; None: it takes token ids only."""
         return None
 
-    def check(self, model: ModelConfig) -> None:  # noqa: B027  a task may have nothing to check
-        """Raise `ConfigurationError` where a network cannot read these data."""
+    def open(self, assets: Path | None) -> None:  # noqa: B027  a task may have ids of its own
+        """Take the tokenizer in `assets`, or for a network from scratch (None) one's own. Collective, and done once."""
+
+    def architecture(self) -> dict[str, Any]:
+        """Fields of `ModelConfig` that the tokenizer of a network from scratch decides."""
+        return {}
+
+    def prepare(self, model: ModelConfig) -> None:  # noqa: B027  a task may have nothing to read
+        """Read the data for a network; again for the same one it is nothing. Collective, after `open`.
+
+        Raises `ConfigurationError` where there are no such data, or the network cannot read them.
+        """
+
+    def report(self) -> DataReport | None:
+        """What was found in files, after `prepare`; None for data that come from none."""
+        return None
 
     def measures(self, network: DiffusionGemma, budgets: Sequence[int], seed: int, batch_size: int = 400) -> Measures:
         """What `launch/evaluate.py` reports beside the canvas loss, by budget of denoising steps. Collective."""
@@ -89,12 +135,14 @@ class Task(ABC):
 
 
 class TrainingExamples:
-    """The stream of one seed, as torch's DataLoader reads it: by index, without end."""
+    """The stream of one seed, as torch's DataLoader reads it: by index, or by a list of them, without end."""
 
     def __init__(self, task: Task, seed: int) -> None:
         self.task, self.seed = task, seed
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, list):
+            return [self.task.training_example(self.seed, one) for one in index]
         return self.task.training_example(self.seed, index)
 
 
@@ -122,5 +170,5 @@ def default_data() -> DataGroup:
 
 
 def fill_id(model: ModelConfig) -> int:
-    """The id that fills the last canvas of a response."""
+    """The id that fills the last canvas of an answer."""
     return model.eos_token_id if isinstance(model.eos_token_id, int) else model.eos_token_id[0]

@@ -1,13 +1,13 @@
 """The training objective: corrupt canvases of clean rows, denoise them in one pass, score every position.
 
-Google's published fine-tuning recipe (which NeMo AutoModel and TRL follow): a response is cut into canvases counted
+Google's published fine-tuning recipe (which NeMo AutoModel and TRL follow): an answer is cut into canvases counted
 from its start; a canvas at noise level t has each token replaced, with probability t, by one uniform over the
 vocabulary; the loss is the plain cross-entropy of all its positions, whatever t is, plus an autoregressive loss of
 the encoder. A canvas sees the clean context strictly before it. Self-conditioning: a gradient-free pass without
 signal, whose prediction is shown to the scored pass for half of the examples.
 
-Ours: any set of canvases of a row is scored at once, each at a noise level of its own; everything random is keyed by
-(seed, sample, canvas), so neither batch nor layout changes it.
+Ours: a row may have many answers; any set of its canvases is scored at once, each at a noise level of its own;
+everything random is keyed by (seed, sample, canvas), so neither batch nor layout changes it.
 
 `objective` is one graph for autograd. Training runs `Scored` instead, whose backward goes through the canvases first
 and then, with what they ask of the context's keys and values, through the context: gradients of the weights, which both
@@ -38,7 +38,7 @@ from nemo_diffgemma.diffusion.noise import (
     to_ids,
     to_uniforms,
 )
-from nemo_diffgemma.diffusion.rows import Rows
+from nemo_diffgemma.diffusion.rows import Rows, check_answers
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.transfer import to_device
 
@@ -101,11 +101,12 @@ class TrainableNetwork(Protocol):
 
 @dataclass(frozen=True)
 class Canvas:
-    """A canvas of a row and the position where it starts; `index` counts canvases of the response."""
+    """A canvas of a row and the position where it starts; `index` counts the canvases of the row."""
 
     row: int
     start: int
     index: int
+    size: int  # tokens of its answer in it; the rest is fill
 
 
 class Corrupted(NamedTuple):
@@ -145,19 +146,17 @@ class Loss(NamedTuple):
 
 def choose_canvases(rows: Rows, canvas_length: int, wanted: int, seed: int) -> list[Canvas]:
     """`wanted` canvases of each row (0: all), uniformly without replacement, keyed by (seed, sample)."""
-    canvases = []
-    for row, (prompt, length, sample) in enumerate(zip(rows.prompt_lengths, rows.lengths, rows.samples, strict=True)):
-        count, rest = divmod(length - prompt, canvas_length)
-        if rest or count < 1 or prompt < 1:
-            raise UserError(
-                f"row {row} has a prompt of {prompt} and a response of {length - prompt} tokens; expected at least one "
-                f"prompt token and whole canvases of {canvas_length} (fill the last one with EOS)"
-            )
-        chosen = range(count)
-        if wanted and wanted < count:
-            ranks = keyed_bits(seed, sample, CHOICE, torch.arange(count)).argsort()
-            chosen = sorted(ranks[:wanted].tolist())  # type: ignore[assignment]
-        canvases += [Canvas(row, prompt + index * canvas_length, index) for index in chosen]
+    canvases: list[Canvas] = []
+    for row, (answers, length, sample) in enumerate(zip(rows.answers, rows.lengths, rows.samples, strict=True)):
+        check_answers(answers, length)
+        starts = [(start, end) for first, end in answers for start in range(first, end, canvas_length)]
+        chosen: Sequence[int] = range(len(starts))
+        if wanted and wanted < len(starts):
+            ranks = keyed_bits(seed, sample, CHOICE, torch.arange(len(starts))).argsort()
+            chosen = sorted(ranks[:wanted].tolist())
+        for index in chosen:
+            start, end = starts[index]
+            canvases.append(Canvas(row, start, index, min(canvas_length, end - start)))
     return canvases
 
 
@@ -176,8 +175,8 @@ def corrupt(
     t is uniform in [noise_floor, 1) for each canvas, or `level` for all. The new id may be the old one.
     """
     offsets, inside = rows.offsets, torch.arange(canvas_length)
-    numbers = [(rows.samples[c.row], c.index, offsets[c.row] + c.start) for c in canvases]
-    samples_M1, index_M1, starts_M1 = torch.tensor(numbers)[:, :, None].unbind(1)
+    numbers = [(rows.samples[c.row], c.index, offsets[c.row] + c.start, c.size) for c in canvases]
+    samples_M1, index_M1, starts_M1, sizes_M1 = torch.tensor(numbers)[:, :, None].unbind(1)
 
     def bits(purpose: int, position: Tensor | int) -> Tensor:
         return keyed_bits(seed, samples_M1, purpose, index_M1, position)
@@ -188,8 +187,11 @@ def corrupt(
         levels_M1 = torch.full(samples_M1.shape, level)
     replaced_MC = to_uniforms(bits(CORRUPTED, inside)) < levels_M1
     new_MC = torch.where(replaced_MC, to_ids(bits(CORRUPTION, inside), vocab_size), -1)
-    places_MC, new_MC = to_device(torch.stack([starts_M1 + inside, new_MC]), rows.tokens_T.device)
+    places_MC = torch.where(inside < sizes_M1, starts_M1 + inside, -1)  # -1: fill
+    places_MC, new_MC = to_device(torch.stack([places_MC, new_MC]), rows.tokens_T.device)
     clean_MC = rows.tokens_T[places_MC]
+    if any(canvas.size < canvas_length for canvas in canvases):
+        clean_MC = clean_MC.masked_fill(places_MC < 0, rows.fill_id)
     return Corrupted(torch.where(new_MC < 0, clean_MC, new_MC), clean_MC, levels_M1[:, 0])
 
 
@@ -338,7 +340,7 @@ def _canvas_weights(
 
 
 def _next_tokens(rows: Rows, config: ObjectiveConfig, totals: Counts) -> tuple[Tensor, Tensor, Tensor]:
-    """Every pair inside a row (prompt, response and EOS fill): position of the first, id of the second, weight, [N]."""
+    """Every pair of tokens inside a row: position of the first, id of the second, weight, [N]."""
     lengths_B = torch.tensor(rows.lengths)
     has_next_T = torch.ones(int(lengths_B.sum()), dtype=torch.bool).index_fill(0, lengths_B.cumsum(0) - 1, False)
     device = rows.tokens_T.device

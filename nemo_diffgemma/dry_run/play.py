@@ -148,8 +148,11 @@ def _batch(case: Case) -> Any:
     from nemo_diffgemma.data import Example, collate
 
     rows = list(zip(case.prompts, case.responses, strict=True)) * case.micro_batches
-    examples = [Example((2,) * prompt, (2,) * response, index) for index, (prompt, response) in enumerate(rows)]
-    return collate(examples, case.config.canvas_length, 1)
+    examples = [
+        Example((2,) * (prompt + response), ((prompt, prompt + response),), index)
+        for index, (prompt, response) in enumerate(rows)
+    ]
+    return collate(examples, case.config.canvas_length, 1, fills_rows=True)
 
 
 def _split_static(watch: Watch, model: Any) -> None:

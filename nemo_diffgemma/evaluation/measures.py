@@ -24,14 +24,17 @@ from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.schema import LEVELS as LEVELS
 
+_TOKENS = 1 << 15  # of one pass
+
 
 def held_out_rows(task: Task, model: ModelConfig, wanted: int | None = None) -> Rows:
-    """The first `wanted` held-out examples (None: all), filled with EOS to whole canvases.
+    """The first `wanted` held-out examples (None: all).
 
     Raises `ConfigurationError` where the network cannot read this data.
     """
-    task.check(model)
-    return collate(task.held_out_examples(wanted), model.canvas_length, fill_id(model)).to(device())
+    task.prepare(model)
+    examples = task.held_out_examples(wanted)
+    return collate(examples, model.canvas_length, fill_id(model), task.fills_rows).to(device())
 
 
 @torch.no_grad()
@@ -47,21 +50,30 @@ def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], 
 
 
 def _canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], seed: int) -> dict[float, float]:
-    canvases = choose_canvases(rows, network.model_config.canvas_length, 0, seed)
-    cache = network.encode_clean(rows.tokens_T, rows.lengths).cache
-    places = [(canvas.row, canvas.start) for canvas in canvases]
-    losses = {}
-    for level in levels:
-        corrupted = corrupt(
-            rows,
-            canvases,
-            network.model_config.canvas_length,
-            network.model_config.vocab_size,
-            seed,
-            level=float(level),
-        )
-        hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
-        labels = corrupted.clean_MC.flatten()
-        weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
-        losses[float(level)] = float(network.cross_entropy(hidden, labels, weights)[0])
+    length, vocabulary = network.model_config.canvas_length, network.model_config.vocab_size
+    parts = [(part, choose_canvases(part, length, 0, seed)) for part in rows.split(_passes(rows, length))]
+    total = length * sum(len(canvases) for _, canvases in parts)
+    losses = {float(level): 0.0 for level in levels}
+    for part, canvases in parts:
+        cache = network.encode_clean(part.tokens_T, part.lengths).cache
+        places = [(canvas.row, canvas.start) for canvas in canvases]
+        for level in losses:
+            corrupted = corrupt(part, canvases, length, vocabulary, seed, level=level)
+            hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
+            labels = corrupted.clean_MC.flatten()
+            weights = torch.full(labels.shape, 1.0 / total, device=labels.device)
+            losses[level] += float(network.cross_entropy(hidden, labels, weights)[0])
     return losses
+
+
+def _passes(rows: Rows, canvas_length: int) -> list[int]:
+    """Rows of each pass: as many as have no more than `_TOKENS` tokens with their canvases, at least one."""
+    counts, tokens = [0], 0
+    for length, answers in zip(rows.lengths, rows.answers, strict=True):
+        size = length + sum(-(-(end - start) // canvas_length) * canvas_length for start, end in answers)
+        if counts[-1] and tokens + size > _TOKENS:
+            counts.append(0)
+            tokens = 0
+        counts[-1] += 1
+        tokens += size
+    return counts

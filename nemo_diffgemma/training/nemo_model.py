@@ -33,7 +33,8 @@ from nemo_diffgemma import non_finite
 from nemo_diffgemma.checkpoint import nemo_archive
 from nemo_diffgemma.checkpoint.open import DTYPES
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.data import Batches, collate
+from nemo_diffgemma.data import Batches, PackedBatches, collate, collate_packed
+from nemo_diffgemma.data.packing import Size
 from nemo_diffgemma.data.tasks import DataGroup, Task, default_data, fill_id, task_of
 from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.diffusion.objective import Counts, Scored, choose_canvases, corrupt, count, objective
@@ -146,27 +147,50 @@ class DiffusionGemmaModel(ModelPT):
         """What the network learns. Raises `ConfigurationError`."""
         return task_of(self.settings.data)
 
+    def _ready(self, data: DataGroup | None) -> Task:
+        """The task of `data` (None: of the run), which has read what it needs. Collective."""
+        assert self.network is not None
+        task = self.task if data is None else task_of(data)
+        task.open(self.network.assets)
+        task.prepare(self.network.model_config)
+        return task
+
     def setup_training_data(self, train_data_config: DataGroup | None = None) -> None:
         """Endless stream of this replica's batches from the next step on; process groups must exist."""
         data, groups = train_data_config or self.settings.data, process_groups()
         done = 0 if self._trainer is None else self.trainer.global_step
-        batches = Batches(data.global_batch_size, groups.dp_cp.rank(), groups.dp_cp.size(), first_step=done)
-        task = self.task if train_data_config is None else task_of(data)
-        self._train_dl = self._loader(task.training_examples(self.settings.seed), batches)
+        share = (data.global_batch_size, groups.dp_cp.rank(), groups.dp_cp.size())
+        task = self._ready(train_data_config)
+        batches: Any = Batches(*share, first_step=done)
+        if budget := data.tokens_per_micro_batch:
+            batches = PackedBatches(*share, budget, partial(self._size, task), first_step=done)
+        self._train_dl = self._loader(task, task.training_examples(self.settings.seed), batches)
+
+    def _size(self, task: Task, index: int) -> Size:
+        """What a training example takes of a pass."""
+        assert self.network is not None
+        length, wanted = self.network.model_config.canvas_length, self.settings.network.objective.canvases_per_example
+        tokens, canvases = task.size(self.settings.seed, index, length)
+        return Size(tokens, length * (min(canvases, wanted) if wanted else canvases))
 
     def setup_validation_data(self, val_data_config: DataGroup | None = None) -> None:
         """Held-out examples, whole on every replica."""
         data = val_data_config or self.settings.data
-        task = self.task if val_data_config is None else task_of(data)
+        task = self._ready(val_data_config)
         rows = task.held_out_examples(self.settings.trainer.validation_examples)
         size = min(len(rows), data.micro_batch_size or data.global_batch_size)
         indices = [list(range(len(rows))[start : start + size]) for start in range(0, len(rows), size)]
-        self._validation_dl = self._loader(rows, indices)
+        self._validation_dl = self._loader(task, rows, indices)
 
-    def _loader(self, examples: Any, batches: Iterable[list[int]]) -> DataLoader:
+    def _loader(self, task: Task, examples: Any, batches: Iterable[list[Any]]) -> DataLoader:
         assert self.network is not None
         model = self.network.model_config
-        to_rows = partial(collate, canvas_length=model.canvas_length, eos_token_id=fill_id(model))
+        to_rows = partial(
+            collate_packed if isinstance(batches, PackedBatches) else collate,
+            canvas_length=model.canvas_length,
+            fill_id=fill_id(model),
+            fills_rows=task.fills_rows,
+        )
         return DataLoader(examples, batch_sampler=batches, collate_fn=to_rows)
 
     def train_dataloader(self) -> DataLoader:
@@ -343,15 +367,19 @@ def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
 def empty_network(group: ModelGroup, assets: Path | None = None) -> DiffusionGemma:
     """The network without weights, of `group.architecture` or of the config.json in `assets`."""
     _check(group)
+    network = DiffusionGemma(model_config(group, assets), DTYPES[group.dtype])
+    network.assets, network.recompute = assets, group.recompute
+    return network
+
+
+def model_config(group: ModelGroup, assets: Path | None) -> ModelConfig:
+    """The sizes of that network. Raises `ConfigurationError` or `ConfigError`."""
     try:
-        model = ModelConfig(**group.architecture) if assets is None else ModelConfig.from_pretrained(assets)
+        return ModelConfig(**group.architecture) if assets is None else ModelConfig.from_pretrained(assets)
     except TypeError as error:
         raise ConfigurationError(
             f"model.architecture has a key that no network has ({error}); see the fields of ModelConfig"
         ) from None
-    network = DiffusionGemma(model, DTYPES[group.dtype])
-    network.assets, network.recompute = assets, group.recompute
-    return network
 
 
 def _check(group: ModelGroup) -> None:
@@ -370,7 +398,9 @@ def _failure(name: str, value: float, step: int, where: str | None) -> TrainingE
 
 
 def micro_batches(batch: Rows, size: int) -> list[Rows]:
-    """The rows of a batch, `size` at a time (0: all)."""
+    """The rows of a batch as they were packed, else `size` at a time (0: all)."""
+    if batch.passes:
+        return batch.split(batch.passes)
     size = size or len(batch)
     if len(batch) % size:
         raise ConfigurationError(

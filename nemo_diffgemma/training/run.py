@@ -24,16 +24,25 @@ from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 
 from nemo_diffgemma.checkpoint import sharded
+from nemo_diffgemma.checkpoint.open import assets_of
 from nemo_diffgemma.data import Batches
-from nemo_diffgemma.data.tasks import task_of
+from nemo_diffgemma.data.bad_rows import BAD_ROWS
+from nemo_diffgemma.data.packing import too_small
+from nemo_diffgemma.data.tasks import Task, task_of
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.parallel.agreement import on_rank_zero
+from nemo_diffgemma.parallel.agreement import all_or_none, on_rank_zero
 from nemo_diffgemma.parallel.groups import initialize, process_groups
 from nemo_diffgemma.parallel.threads import threads_of_process
 from nemo_diffgemma.schema import ConfigurationError, ExpManagerGroup, TrainConfig
 from nemo_diffgemma.training import callbacks, optimizer, run_directory, saving
 from nemo_diffgemma.training.monitoring import PREEMPTED, Heartbeat, Preemption, Watchdog
-from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings, TrainingError, empty_network
+from nemo_diffgemma.training.nemo_model import (
+    DiffusionGemmaModel,
+    ModelSettings,
+    TrainingError,
+    empty_network,
+    model_config,
+)
 from nemo_diffgemma.training.run_directory import LOGS, lock_of
 from nemo_diffgemma.training.run_lock import RunLock
 from nemo_diffgemma.training.saving import Saver
@@ -101,12 +110,12 @@ def _train(
     resumed = run_directory.enter(config, run_dir, lock)
     heartbeat.start(resumed, 0 if resumed is None else run_directory.step_of(resumed))
     model = DiffusionGemmaModel(ModelSettings.of(config))
+    _prepare_data(config, model.task, run_dir, resumed)
     if resumed is None:
         model.configure_model()
     else:  # Lightning fills it, and the optimizer, from the checkpoint
         model.network = empty_network(config.model, resumed / sharded.ASSETS)
     assert model.network is not None
-    model.task.check(model.network.model_config)
     run_directory.write_assets(model.network, model.task, run_dir)
     saver = Saver(then=lambda: saving.remove_others(run_dir, config.trainer))
     wanted = [*_callbacks(config, run_dir), preemption, heartbeat, watchdog]
@@ -119,7 +128,28 @@ def _train(
         last = _fit(trainer, model, run_dir)
     finally:
         saver.close()
+    if (report := model.task.report()) is not None and report.bad_rows:
+        nemo_logging.warning(f"data: {report} ({run_dir / BAD_ROWS})")
     return TrainResult(run_dir, last, trainer.global_step, _last_loss(model, run_dir), preemption.preempted)
+
+
+def _prepare_data(config: TrainConfig, task: Task, run_dir: Path, resumed: Path | None) -> None:
+    """Read the data before a network takes its time. Collective; raises `ConfigurationError` on every rank."""
+    assets = None if resumed is None else resumed / sharded.ASSETS
+    if resumed is None and config.model.checkpoint is not None:
+        assets = assets_of(config.model.checkpoint)
+    task.open(assets)
+    if assets is None:
+        config.model.architecture |= task.architecture()
+    with all_or_none():
+        model = model_config(config.model, assets)
+    task.prepare(model)
+    largest = task.largest(config.model.objective.canvases_per_example)
+    if largest is not None and 0 < config.data.tokens_per_micro_batch < largest:
+        raise ConfigurationError(too_small(config.data.tokens_per_micro_batch, largest))
+    if config.trainer.validate_every:
+        task.held_out_examples(1)
+    run_directory.keep_data_report(task.report(), run_dir, resumed)
 
 
 def _fit(trainer: Trainer, model: DiffusionGemmaModel, run_dir: Path) -> Path:
@@ -168,6 +198,11 @@ def _check(config: TrainConfig) -> None:
         raise ConfigurationError(
             f"data.micro_batch_size={micro} does not divide the {share} examples that each of {replicas} replicas has "
             f"of data.global_batch_size={config.data.global_batch_size}; use a divisor, or 0 for all at once"
+        )
+    if config.data.tokens_per_micro_batch < 0 or (micro and config.data.tokens_per_micro_batch):
+        raise ConfigurationError(
+            f"data.tokens_per_micro_batch={config.data.tokens_per_micro_batch} with data.micro_batch_size={micro}; use "
+            "one of them, and 0 for the other"
         )
     task_of(config.data)
 

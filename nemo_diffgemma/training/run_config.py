@@ -24,7 +24,7 @@ from nemo_diffgemma.training.callbacks import append_line, truncate_after
 
 CONFIG, CHANGES = "config.yaml", "changes.jsonl"
 _FIXED = ("model.checkpoint", "model.architecture", "seed", "data")
-_FREE_OF_FIXED = ("data.micro_batch_size",)
+_FREE_OF_FIXED = ("data.micro_batch_size", "data.tokens_per_micro_batch")
 _NO_PART = ("exp_manager", "cluster", "dry_run", "trainer.progress", "trainer.threads", "parallel.replicas")
 
 
@@ -82,6 +82,12 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     values = json.loads(json.dumps(dataclasses.asdict(config)))  # no tuples
     if config.model.checkpoint is not None:
         values["model"]["checkpoint"] = str(user_path(config.model.checkpoint).resolve())
+    for name in ("train", "validation", "tokenizer"):  # of data from files
+        given = values["data"].get(name)
+        if isinstance(given, list):
+            values["data"][name] = [str(user_path(entry).absolute()) for entry in given]
+        elif given is not None:
+            values["data"][name] = str(user_path(given).absolute())
     return values
 
 

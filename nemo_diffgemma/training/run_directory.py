@@ -4,6 +4,7 @@ lock                     held while a run works here: run_lock.py
 config.yaml              the configuration of the start, and changes.jsonl of later ones: run_config.py
 checkpoints/step-N       complete ones only; those of older versions have no `-unfinished` marker beside them
 assets/                  what every checkpoint has beside its weights: configuration, tokenizer, sampler defaults
+data.json                what the run learns from, and bad_rows.jsonl of the rows that are left out
 metrics.jsonl, validation.jsonl, status.json, logs/
 """
 
@@ -13,6 +14,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +25,8 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.assets import GENERATION
-from nemo_diffgemma.data.tasks import Task
+from nemo_diffgemma.data import bad_rows
+from nemo_diffgemma.data.tasks import DataReport, Task
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.errors import ConfigurationError, UserError
@@ -32,7 +35,7 @@ from nemo_diffgemma.schema import TrainConfig
 from nemo_diffgemma.training import run_config
 from nemo_diffgemma.training.run_lock import LOCK, RunLock
 
-CHECKPOINTS, ASSETS, LOGS = "checkpoints", "assets", "logs"
+CHECKPOINTS, ASSETS, LOGS, DATA = "checkpoints", "assets", "logs", "data.json"
 _UNFINISHED = "-unfinished"  # NeMo's marker
 
 
@@ -136,6 +139,35 @@ def _put_aside(checkpoint: Path, why: str) -> None:
     checkpoint.rename(aside)
 
 
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def keep_data_report(report: DataReport | None, run_dir: Path, resumed: Path | None) -> None:
+    """Keep what was found in files. Collective; rank 0 writes.
+
+    Raises `ConfigurationError` on every rank where a resumed run would go on with other data.
+    """
+
+    def keep() -> None:
+        if report is None:
+            return
+        file = run_dir / DATA
+        before = json.loads(file.read_text())["fingerprint"] if resumed is not None and file.is_file() else None
+        if before not in (None, report.fingerprint):
+            raise ConfigurationError(
+                f"the files of data.train hold other examples than those that the run in {run_dir} has begun with; "
+                "restore them, or begin a new run with another exp_manager.version"
+            )
+        bad_rows.write(report.bad_rows, run_dir / bad_rows.BAD_ROWS)
+        counts = Counter(row.reason for row in report.bad_rows)
+        values = {"examples": report.examples, "bad_rows": counts, "notes": report.notes}
+        file.write_text(json.dumps({**values, "fingerprint": report.fingerprint}, indent=2) + "\n")
+        place = f" ({run_dir / bad_rows.BAD_ROWS})" if report.bad_rows else ""
+        nemo_logging.warning(f"data: {report}{place}")
+
+    on_rank_zero(keep)
+
+
 # -- assets ------------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +186,8 @@ def write_assets(network: DiffusionGemma, task: Task, run_dir: Path) -> None:
             tokenizer = task.tokenizer()
             if tokenizer is not None:
                 tokenizer.save_pretrained(assets)
-            sampler = SamplerConfig(eos_token_id=task.eos_token_id, pad_token_id=task.pad_token_id)
+            ends = task.eos_token_id if isinstance(task.eos_token_id, int) else tuple(task.eos_token_id)
+            sampler = SamplerConfig(eos_token_id=ends, pad_token_id=task.pad_token_id)
             (assets / GENERATION).write_text(json.dumps(sampler.to_huggingface(), indent=2) + "\n")
         sharded.write_assets(network, assets)  # config.json last: it says that the others are there
 

@@ -22,8 +22,9 @@ from export.run import RunConfig
 from export.show import ShowConfig
 from nemo_diffgemma.cli import configuration, prompt
 from nemo_diffgemma.cli.arguments import Texts
-from nemo_diffgemma.fields import text_kind
+from nemo_diffgemma.fields import is_text_list, text_kind
 from nemo_diffgemma.schema import ConfigurationError, TrainConfig, keys_of, validate
+from tests.cli.test_configuration import kind_with
 from tests.launch import verbs
 
 COMMANDS: dict[str, tuple[type, list[str]]] = {
@@ -117,11 +118,40 @@ def test_text_of_every_key_is_hidden_from_hydra_and_comes_back(command, key, tex
 )
 def test_what_was_typed_is_what_other_processes_read(tmp_path_factory, text, other, key):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        config = validate(nested(key, "PLACE"), TrainConfig, lambda values: _replaced(values, text))
+        values = nested(key, "PLACE")
+        values = {group: part | kind_with(key) for group, part in values.items()} if "." in key else values
+        config = validate(values, TrainConfig, lambda values: _replaced(values, text))
         config.cluster.environment["NAME"] = other
         again = frozen_again(config, tmp_path_factory.mktemp("frozen"), monkeypatch)
         assert value(again, key) == text and again.cluster.environment["NAME"] == other
         assert dataclasses.asdict(again) == dataclasses.asdict(config)
+
+
+LISTS = [key for key in keys_of(TrainConfig) if is_text_list(TrainConfig, key)]
+plain = texts.filter(lambda text: text.strip() and not set(text) & set("\"'\n,") and text != "null")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(LISTS), st.lists(plain, min_size=1, max_size=3))
+def test_texts_of_a_list_are_hidden_from_hydra_and_come_back(key, typed):
+    """Commas part them; a single one needs no brackets. With quotes it is Hydra's own list."""
+    wanted = [text.strip() for text in typed]
+    argument = f"[{','.join(typed)}]"
+    if not argument.strip("[] "):
+        return
+    hidden = Texts(TrainConfig, [f"{key}={argument}", f"+{key}=['a,b']"])
+    assert hidden.arguments[1] == f"+{key}=['a,b']"
+    name, _, given_to_hydra = hidden.arguments[0].partition("=")
+    parts = given_to_hydra.removeprefix("[").removesuffix("]").split(",")
+    assert name == key and all(part.isidentifier() for part in parts) and hidden.restore(parts) == wanted
+
+
+def test_a_list_of_files_arrives_through_hydra():
+    for argument in ("data.train=[runs/step=1.jsonl, b.jsonl]", "data.train=['runs/step=1.jsonl','b.jsonl']"):
+        config = composed("config", "data=chat", argument)[0]
+        assert config.data.train == ["runs/step=1.jsonl", "b.jsonl"]
+    assert composed("config", "data=chat", "data.train=a=b.jsonl")[0].data.train == ["a=b.jsonl"]
+    assert composed("config", "data=chat", "data.train=[]")[0].data.train == []
 
 
 def _replaced(values: Any, text: str) -> Any:

@@ -17,6 +17,7 @@ from export.build import BuildConfig
 from nemo_diffgemma.cli import configuration, run_directory
 from nemo_diffgemma.cli.torchrun import processes_of
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.data.tasks import KINDS, task_class
 from nemo_diffgemma.gpus import load_gpu
 from nemo_diffgemma.parallel.threads import threads_of_process
 from nemo_diffgemma.schema import ConfigurationError, TrainConfig, keys_of, unknown_key, validate
@@ -30,6 +31,15 @@ ENTRY_POINTS: list[tuple[str, type, list[str]]] = [
     ("convert", verbs.load("convert").ConvertConfig, ["source=x", "target=y"]),
     ("verify", verbs.load("verify").VerifyConfig, ["checkpoint=x"]),
 ]
+
+
+def kind_with(key: str) -> dict[str, str]:
+    """The first kind of data that has this key of `data`, as values of that group; of other groups nothing."""
+    group, _, name = key.partition(".")
+    kinds = (kind for kind in KINDS if name in task_class(kind).keys.__dataclass_fields__)
+    return {"kind": next(kinds)} if group == "data" else {}
+
+
 KEYS = [key for key in keys_of(TrainConfig) if key.count(".") == 1]
 
 
@@ -85,7 +95,7 @@ def test_a_misspelt_key_is_told_with_the_right_one(key):
     group, _, name = key.rpartition(".")
     wrong = f"{group}.{name[:-2]}{name[-1]}" if len(name) > 3 else f"{group}.{name}{name[-1]}"
     with pytest.raises(ConfigurationError, match=f"unknown key {wrong}; did you mean {key}\\?"):
-        validate({group: {wrong.rpartition(".")[2]: 1}}, TrainConfig)
+        validate({group: {wrong.rpartition(".")[2]: 1} | kind_with(key)}, TrainConfig)
 
 
 @settings(deadline=None)

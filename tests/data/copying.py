@@ -18,7 +18,7 @@ class Copy(Task):
 
     def training_example(self, seed, index):
         letters = tuple(Random(f"{seed} {index}").choices(range(5, 15), k=self.data.length))
-        return Example(letters, letters, sample=index)
+        return Example(letters * 2, ((len(letters), 2 * len(letters)),), sample=index)
 
     def held_out_examples(self, wanted=None):
         return [self.training_example(-1, index) for index in range(wanted or 8)]

@@ -10,27 +10,42 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from nemo_diffgemma.data import Batches, Example, SudokuDataset, SudokuTask, collate
+from nemo_diffgemma.errors import UserError
 
 EOS = 1
-ids = st.lists(st.integers(2, 63), min_size=1, max_size=20).map(tuple)
-examples = st.lists(st.builds(Example, ids, ids, st.integers(0, 2**40)), min_size=1, max_size=5)
 
 
-@given(examples, st.integers(1, 9))
-def test_row_is_prompt_response_and_eos_to_a_whole_canvas(examples, canvas_length):
-    rows = collate(examples, canvas_length, EOS)
-    assert rows.tokens_T.dtype == torch.int64
+@st.composite
+def conversation(draw) -> Example:
+    """Tokens with some answers in them."""
+    spans, position = [], 0
+    for _ in range(draw(st.integers(1, 3))):
+        start = position + draw(st.integers(0 if position else 1, 5))
+        position = start + draw(st.integers(1, 12))
+        spans.append((start, position))
+    tokens = draw(st.lists(st.integers(2, 63), min_size=position, max_size=position + 3).map(tuple))
+    return Example(tokens, tuple(spans), draw(st.integers(0, 2**40)))
+
+
+examples = st.lists(conversation(), min_size=1, max_size=5)
+
+
+@given(examples, st.integers(1, 9), st.booleans())
+def test_row_is_its_tokens_and_the_recipes_fill_where_asked_for(examples, canvas_length, fills):
+    rows = collate(examples, canvas_length, EOS, fills)
+    assert rows.tokens_T.dtype == torch.int64 and rows.fill_id == EOS
     for row, example in enumerate(examples):
-        prompt, length = rows.prompt_lengths[row], rows.lengths[row]
-        tokens = rows.tokens_T[rows.offsets[row] :][:length].tolist()
-        canvases, rest = divmod(length - prompt, canvas_length)
-        end = prompt + len(example.response)
-        assert rest == 0
-        assert (canvases - 1) * canvas_length < len(example.response) <= canvases * canvas_length
-        assert tuple(tokens[:prompt]) == example.prompt
-        assert tuple(tokens[prompt:end]) == example.response
-        assert tokens[end:] == [EOS] * (length - end)
+        length, answers = rows.lengths[row], list(rows.answers[row])
+        tokens = tuple(rows.tokens_T[rows.offsets[row] :][:length].tolist())
+        known = len(example.tokens)
+        assert tokens == example.tokens + (EOS,) * (length - known)
         assert rows.samples[row] == example.sample
+        assert answers[:-1] == list(example.answers[:-1])
+        start, end = answers[-1]
+        if fills and example.answers[-1][1] == known:
+            assert end == length and (end - start) % canvas_length == 0 and length - known < canvas_length
+        else:
+            assert length == known and (start, end) == example.answers[-1]
     assert len(rows) == len(examples) and rows.tokens_T.shape == (sum(rows.lengths),)
 
 
@@ -41,37 +56,39 @@ def test_rows_may_be_split_and_cut(examples, canvas_length, size):
     parts = rows.split(size)
     assert [len(part) for part in parts[:-1]] == [size] * (len(parts) - 1) and sum(map(len, parts)) == len(rows)
     assert torch.equal(torch.cat([part.tokens_T for part in parts]), rows.tokens_T)
-    for name in ("prompt_lengths", "lengths", "samples"):
+    for name in ("answers", "lengths", "samples"):
         assert list(chain(*(getattr(part, name) for part in parts))) == list(getattr(rows, name))
-    prompts = rows.prefixes(rows.prompt_lengths).split(rows.prompt_lengths)
-    assert [tuple(prompt.tolist()) for prompt in prompts] == [example.prompt for example in examples]
+    assert all(part.fill_id == EOS for part in parts)
+    cuts = [example.answers[0][0] for example in examples]
+    prefixes = [tuple(prefix.tolist()) for prefix in rows.prefixes(cuts).split(cuts)]
+    assert prefixes == [example.tokens[:cut] for example, cut in zip(examples, cuts, strict=True)]
 
 
 def test_response_of_whole_canvases_gets_no_eos():
-    assert collate([Example((2,), (5,) * 8, 0)], 4, EOS).tokens_T.tolist() == [2] + [5] * 8
+    assert collate([Example((2, *[5] * 8), ((1, 9),), 0)], 4, EOS, True).tokens_T.tolist() == [2] + [5] * 8
 
 
 def test_only_tokens_move_to_a_device():
     """As Lightning moves a batch: what is read on the host stays there."""
     from lightning.fabric.utilities.apply_func import move_data_to_device
 
-    rows = collate([Example((2,), (5,), 0), Example((2, 3), (5, 6), 1)], 2, EOS)
+    rows = collate([Example((2, 5), ((1, 2),), 0), Example((2, 3, 5, 6), ((2, 4),), 1)], 2, EOS, True)
     moved = move_data_to_device(rows, "meta")
     assert moved.tokens_T.device.type == "meta"
-    assert (moved.prompt_lengths, moved.lengths, moved.samples) == ([1, 2], [3, 4], [0, 1])
+    assert (moved.answers, moved.lengths, moved.samples) == ([[(1, 3)], [(2, 4)]], [3, 4], [0, 1])
 
 
-@pytest.mark.parametrize("prompt, response", [((), (5,)), ((2,), ())])
-def test_empty_prompt_or_response_is_refused(prompt, response):
-    with pytest.raises(ValueError, match="both need at least 1"):
-        Example(prompt, response, 0)
+@pytest.mark.parametrize("answers", [(), ((0, 1),), ((1, 1),), ((1, 3),)])
+def test_an_example_without_a_context_or_an_answer_is_refused(answers):
+    with pytest.raises(UserError, match="example 7: .* expected at least one"):
+        Example((2, 5), answers, 7)
 
 
 def test_collate_refuses_what_has_no_canvas():
     with pytest.raises(ValueError, match="expected at least 1"):
         collate([], 16, EOS)
     with pytest.raises(ValueError, match="canvas_length=0"):
-        collate([Example((2,), (5,), 0)], 0, EOS)
+        collate([Example((2, 5), ((1, 2),), 0)], 0, EOS)
 
 
 @given(replicas=st.integers(1, 6), size=st.integers(1, 5), steps=st.integers(1, 6))
@@ -117,7 +134,7 @@ def test_impossible_batches_say_what_to_type(arguments, message):
 
 def test_a_loader_reads_the_same_stream_whatever_the_number_of_replicas():
     dataset = SudokuDataset(SudokuTask())
-    to_rows = partial(collate, canvas_length=16, eos_token_id=EOS)
+    to_rows = partial(collate, canvas_length=16, fill_id=EOS)
 
     def stream(replicas):
         samplers = [Batches(8, replica, replicas, first_step=3, steps=5) for replica in range(replicas)]

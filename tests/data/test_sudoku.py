@@ -108,10 +108,10 @@ def test_puzzles_of_no_known_size_or_digit_are_refused():
 @given(st.integers(0, 2**48))
 def test_every_training_response_solves_its_prompt_with_a_training_grid(index):
     example = STREAM[index]
-    clues, solution = [VOCABULARY[id] for id in example.prompt], decode_response(example.response)
+    clues, solution = [VOCABULARY[id] for id in example.tokens[:18]], decode_response(example.tokens[18:])
     puzzle = cells_of("".join(clues[1:-1]))
     assert example.sample == index
-    assert list(example.prompt) == encode_puzzle(puzzle)
+    assert list(example.tokens[:18]) == encode_puzzle(puzzle) and example.answers == ((18, 34),)
     assert is_solution(puzzle, solution)
     assert tuple(solution) in TASK.train_grids
     assert 0 <= 16 - puzzle.count(0) <= 12
@@ -136,9 +136,9 @@ def test_a_test_puzzle_has_one_solution_and_it_is_held_out():
 
 def test_grids_clue_counts_and_positions_are_uniform():
     examples = [STREAM[index] for index in range(13_000)]
-    responses = Counter(example.response for example in examples)
-    counts = Counter(18 - 2 - example.prompt.count(VOCABULARY.index(".")) for example in examples)
-    cells = [sum(example.prompt[1 + cell] != VOCABULARY.index(".") for example in examples) for cell in range(16)]
+    responses = Counter(example.tokens[18:] for example in examples)
+    counts = Counter(18 - 2 - example.tokens[:18].count(VOCABULARY.index(".")) for example in examples)
+    cells = [sum(example.tokens[1 + cell] != VOCABULARY.index(".") for example in examples) for cell in range(16)]
     assert len(responses) == 260 and all(abs(n - 50) < 5 * 50**0.5 for n in responses.values())
     assert set(counts) == set(range(13)) and all(abs(n - 1000) < 5 * 1000**0.5 for n in counts.values())
     assert all(abs(n - 13_000 * 6 / 16) < 5 * (13_000 * 6 / 16 * 10 / 16) ** 0.5 for n in cells)
@@ -148,12 +148,12 @@ def test_an_example_depends_on_task_and_index_alone():
     other = SudokuDataset(SudokuTask(seed=0))
     order = [5, 0, 10**12, 5]
     assert [other[index] for index in order] == [STREAM[index] for index in order]
-    assert len({SudokuDataset(SudokuTask(seed=seed))[0].response for seed in range(-8, 8)}) > 8
+    assert len({SudokuDataset(SudokuTask(seed=seed))[0].tokens[18:] for seed in range(-8, 8)}) > 8
 
 
 def test_the_data_of_seed_0_never_change():
     # PYTHONHASHSEED differs from one session to the next, so a digest that holds does not depend on it.
-    stream = [(example.prompt, example.response) for example in map(STREAM.__getitem__, range(100))]
+    stream = [(example.tokens[:18], example.tokens[18:]) for example in map(STREAM.__getitem__, range(100))]
     assert sha256(repr(TASK.test_set).encode()).hexdigest()[:16] == "2fb079fdf2cebbd1"
     assert sha256(repr(stream).encode()).hexdigest()[:16] == "6bce3d8a5290e09e"
 

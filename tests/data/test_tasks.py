@@ -89,7 +89,7 @@ def test_keys_belong_to_their_kind():
         validate({"data": {"kind": "copy", "held_out": 3}}, TrainConfig)
     with pytest.raises(ConfigurationError, match="unknown key data.lenght; did you mean data.length"):
         validate({"data": {"kind": "copy", "lenght": 3}}, TrainConfig)
-    with pytest.raises(ConfigurationError, match="data.kind='chess'; use one of sudoku, copy"):
+    with pytest.raises(ConfigurationError, match="data.kind='chess'; use one of sudoku, chat, text, copy"):
         validate({"data": {"kind": "chess"}}, TrainConfig)
     assert validate({"data": {"held_out": 3}}, TrainConfig).data == SudokuData(held_out=3)
     with pytest.raises(ConfigurationError, match="keys of SudokuData"):

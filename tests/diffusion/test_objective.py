@@ -22,6 +22,7 @@ from nemo_diffgemma.diffusion.objective import (
     self_conditioned,
 )
 from nemo_diffgemma.diffusion.rows import Rows
+from nemo_diffgemma.errors import UserError
 
 EOS = 1
 
@@ -29,7 +30,28 @@ EOS = 1
 def rows_of(prompts: list[int], canvases: list[int], length: int = 4, vocabulary: int = 61, seed: int = 0) -> Rows:
     lengths = [prompt + n * length for prompt, n in zip(prompts, canvases, strict=True)]
     tokens = torch.randint(vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    return Rows(tokens, prompts, lengths, list(range(100, 100 + len(prompts))))
+    return Rows(tokens, single_turns(prompts, lengths), lengths, list(range(100, 100 + len(prompts))), EOS)
+
+
+def single_turns(prompts: list[int], lengths: list[int]) -> list:
+    """Answers that go from the end of a prompt to the end of the row."""
+    return [((prompt, length),) for prompt, length in zip(prompts, lengths, strict=True)]
+
+
+@st.composite
+def conversations(draw) -> Rows:
+    """Rows with answers anywhere: some next to each other, some that end the row, some shorter than a canvas."""
+    answers, lengths = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        spans, position = [], 0
+        for _ in range(draw(st.integers(1, 4))):
+            start = position + draw(st.integers(0 if position else 1, 5))
+            position = start + draw(st.integers(1, 11))
+            spans.append((start, position))
+        answers.append(spans)
+        lengths.append(position + draw(st.integers(0, 3)))
+    tokens = 2 + torch.arange(sum(lengths))  # every token is another, and none is the fill
+    return Rows(tokens, answers, lengths, draw(st.permutations(range(len(lengths)))), EOS)
 
 
 class Recorder:
@@ -66,19 +88,51 @@ def scored(rows: Rows, config: ObjectiveConfig, level: float | None = None, tota
 
 def responses(rows: Rows) -> torch.Tensor:
     ids = rows.tokens_T.split(list(rows.lengths))
-    return torch.cat([row[prompt:] for row, prompt in zip(ids, rows.prompt_lengths, strict=True)])
+    return torch.cat([row[start:end] for row, spans in zip(ids, rows.answers, strict=True) for start, end in spans])
 
 
 # -- which canvases --------------------------------------------------------------------------------------------------
 
 
-def test_canvases_are_counted_from_the_start_of_the_response():
-    assert choose_canvases(rows_of([3, 5], [2, 1]), 4, 0, seed=0) == [Canvas(0, 3, 0), Canvas(0, 7, 1), Canvas(1, 5, 0)]
+def test_canvases_are_counted_from_the_start_of_the_answer():
+    canvases = [Canvas(0, 3, 0, 4), Canvas(0, 7, 1, 4), Canvas(1, 5, 0, 4)]
+    assert choose_canvases(rows_of([3, 5], [2, 1]), 4, 0, seed=0) == canvases
+
+
+@settings(max_examples=50)
+@given(rows=conversations(), length=st.integers(1, 6), wanted=st.integers(0, 3))
+def test_each_answer_has_its_own_canvases_and_fill_behind_its_end(rows, length, wanted):
+    """Targets and context are two things: a canvas ends with fill where the row goes on with the next turn."""
+    every = choose_canvases(rows, length, 0, seed=0)
+    expected = []
+    for row, (tokens, spans) in enumerate(zip(rows.tokens_T.split(rows.lengths), rows.answers, strict=True)):
+        starts = [(start, end) for first, end in spans for start in range(first, end, length)]
+        for index, (start, end) in enumerate(starts):
+            target = [tokens[p].item() if p < end else EOS for p in range(start, start + length)]
+            expected.append((row, start, index, target))
+    clean = corrupt(rows, every, length, 61, 0).clean_MC.tolist()
+    assert [(c.row, c.start, c.index, t) for c, t in zip(every, clean, strict=True)] == expected
+    some = choose_canvases(rows, length, wanted, seed=0)
+    assert [c for c in every if c in some] == some
+    by_row = [sum(c.row == row for c in every) for row in range(len(rows))]
+    assert len(some) == sum(min(count, wanted or count) for count in by_row)
+
+
+@settings(max_examples=30)
+@given(rows=conversations(), size=st.integers(1, 4))
+def test_rows_of_many_answers_may_be_split(rows, size):
+    whole = choose_canvases(rows, 4, 2, 7)
+    ids = corrupt(rows, whole, 4, 61, 7)
+    parts = []
+    for part in rows.split(size):
+        parts.append(corrupt(part, choose_canvases(part, 4, 2, 7), 4, 61, 7))
+    for name in ("noised_MC", "clean_MC", "levels_M"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(ids, name))
 
 
 def test_canvases_are_chosen_uniformly_and_without_replacement():
     samples = range(4000)
-    rows = Rows(torch.zeros(4000 * 21, dtype=torch.long), [1] * 4000, [21] * 4000, list(samples))
+    rows = Rows(torch.zeros(4000 * 21, dtype=torch.long), [((1, 21),)] * 4000, [21] * 4000, list(samples), EOS)
     chosen = choose_canvases(rows, 4, 2, seed=3)
     assert len(chosen) == 8000 == len({(canvas.row, canvas.start) for canvas in chosen})
     frequency = torch.bincount(torch.tensor([canvas.index for canvas in chosen])) / 4000
@@ -86,11 +140,20 @@ def test_canvases_are_chosen_uniformly_and_without_replacement():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "length"), [(3, 9), (3, 3), (0, 4)], ids=["a part of a canvas", "no response", "no prompt"]
+    ("answers", "message"),
+    [
+        ([], "expected at least one"),
+        ([(3, 3)], "none empty"),
+        ([(0, 4)], "none at position 0"),
+        ([(3, 9)], "none beyond the row"),
+        ([(5, 7), (2, 4)], "in order"),
+        ([(2, 5), (4, 7)], "apart from each other"),
+    ],
+    ids=["none", "empty", "no context", "too long", "order", "overlap"],
 )
-def test_a_row_is_a_prompt_and_whole_canvases(prompt, length):
-    rows = Rows(torch.zeros(length, dtype=torch.long), [prompt], [length], [0])
-    with pytest.raises(ValueError, match="at least one prompt token and whole canvases of 4"):
+def test_a_row_has_answers_behind_a_context(answers, message):
+    rows = Rows(torch.zeros(8, dtype=torch.long), [answers], [8], [0], EOS)
+    with pytest.raises(UserError, match=message):
         choose_canvases(rows, 4, 1, seed=0)
 
 
@@ -123,7 +186,7 @@ def test_a_canvas_is_the_response_and_never_the_prompt():
 
 def test_eos_fill_is_corrupted_like_any_token():
     tokens = torch.full((200 * 42,), EOS)
-    rows = Rows(tokens, [2] * 200, [42] * 200, list(range(200)))
+    rows = Rows(tokens, [((2, 42),)] * 200, [42] * 200, list(range(200)), EOS)
     noised = corrupt(rows, choose_canvases(rows, 4, 0, 0), 4, 61, 0, level=0.5)
     assert abs((noised.noised_MC != EOS).double().mean() - 0.5 * 60 / 61) < 5 * math.sqrt(0.25 / 8000)
 
@@ -142,8 +205,8 @@ def test_noise_levels_are_uniform_from_the_floor_to_one(floor):
 def test_noise_of_a_canvas_depends_on_its_sample_not_on_its_batch(order, seed):
     rows = rows_of([3, 5, 2, 9], [3, 1, 2, 2])
     ids = rows.tokens_T.split(rows.lengths)
-    parts = (rows.prompt_lengths, rows.lengths, rows.samples)
-    some = Rows(torch.cat([ids[i] for i in order]), *([part[i] for i in order] for part in parts))
+    parts = (rows.answers, rows.lengths, rows.samples)
+    some = Rows(torch.cat([ids[i] for i in order]), *([part[i] for i in order] for part in parts), EOS)
     both = []
     for these in (rows, some):
         canvases = choose_canvases(these, 4, 2, seed)
@@ -187,7 +250,7 @@ def test_every_position_of_a_canvas_is_scored_alike_whatever_the_noise(reduction
 def test_next_tokens_are_scored_inside_a_row_only():
     """By hand: prompt pairs are among them, and no pair reaches from one row into the next."""
     tokens = torch.tensor([10, 11, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25, 26, 27])
-    rows = Rows(tokens, [2, 4], [6, 8], [0, 1])
+    rows = Rows(tokens, single_turns([2, 4], [6, 8]), [6, 8], [0, 1], EOS)
     _, recorder, _ = scored(rows, ObjectiveConfig(canvases_per_example=0))
     positions, labels, weights = recorder.scored[1]
     assert labels.tolist() == [11, 12, 13, 14, 15, 21, 22, 23, 24, 25, 26, 27]
@@ -228,8 +291,11 @@ def test_the_first_pass_has_no_gradient_and_is_run_whatever_the_coins():
     assert torch.equal(recorder.signals[1][:, :, 0], shown[:, None].expand(6, 4).float())
 
     never = rows_of([3] * 6, [1] * 6)
+    one = Rows(never.tokens_T, [((3, 7),)], [7], [0], EOS)
     samples = [
-        s for s in range(100) if not self_conditioned(Rows(never.tokens_T, [3], [7], [s]), [Canvas(0, 3, 0)], 0.5, 0)
+        s
+        for s in range(100)
+        if not self_conditioned(dataclasses.replace(one, samples=[s]), [Canvas(0, 3, 0, 4)], 0.5, 0)
     ]
     _, recorder, _ = scored(dataclasses.replace(never, samples=samples[:6]), ObjectiveConfig())
     assert recorder.gradient_free == [True, False] and not recorder.signals[1].any()

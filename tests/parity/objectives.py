@@ -46,12 +46,13 @@ def asked(size: str, name: str) -> dict[str, Any]:
     samples: list[int] = []
     for wanted in coins:
         samples.append(next(s for s in range(64) if s not in samples and fallen[s] == wanted))
-    return dict(rows=Rows(tokens, PROMPTS, lengths, samples), objective=objective, seed=SEED)
+    answers = [((prompt, length),) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    return dict(rows=Rows(tokens, answers, lengths, samples, fill_id=1), objective=objective, seed=SEED)
 
 
 def _coins(samples: Any, probability: float) -> list[bool]:
-    rows = Rows(torch.zeros(len(samples), dtype=torch.long), [1] * len(samples), [1] * len(samples), samples)
-    canvases = [method.Canvas(row, 0, 0) for row in range(len(samples))]
+    rows = Rows(torch.zeros(len(samples), dtype=torch.long), [()] * len(samples), [1] * len(samples), samples, 1)
+    canvases = [method.Canvas(row, 0, 0, 1) for row in range(len(samples))]
     return method.self_conditioned(rows, canvases, probability, SEED).tolist()
 
 
@@ -72,7 +73,7 @@ def by_transformers(reference: Any, size: str, name: str) -> Step:
     loss, _ = reference_objective(
         reference,
         rows.tokens_T.split(rows.lengths),
-        rows.prompt_lengths,
+        PROMPTS,
         rows.lengths,
         noised,
         coins,

@@ -61,15 +61,28 @@ def rows() -> objectives.Rows:
     prompts, canvases = [1, 5, 8, 13, 24], [4, 1, 2, 3, 1]
     lengths = [prompt + 4 * count for prompt, count in zip(prompts, canvases, strict=True)]
     tokens = torch.randint(64, (sum(lengths),), generator=torch.Generator().manual_seed(2))
-    return objectives.Rows(tokens, prompts, lengths, [7, 3, 11, 2, 5])
+    answers = [((prompt, length),) for prompt, length in zip(prompts, lengths, strict=True)]
+    return objectives.Rows(tokens, answers, lengths, [7, 3, 11, 2, 5], fill_id=1)
 
 
-@pytest.mark.parametrize("weight", [0.7, 0.0], ids=["with the encoder's loss", "without"])
-def test_the_objective(pool, single, checkpoint, weight):
+def turns() -> objectives.Rows:
+    """Rows of one to four answers, some next to each other or at the end of the row, some shorter than a canvas."""
+    answers = [[(1, 3), (3, 12), (20, 21)], [(5, 9)], [(2, 12), (14, 17), (19, 28), (30, 31)], [(13, 14)], [(24, 33)]]
+    lengths = [21, 11, 33, 17, 33]
+    tokens = torch.randint(64, (sum(lengths),), generator=torch.Generator().manual_seed(4))
+    return objectives.Rows(tokens, answers, lengths, [7, 3, 11, 2, 5], fill_id=1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "made"),
+    [(0.7, rows), (0.0, rows), (0.7, turns), (0.0, turns)],
+    ids=["with the encoder's loss", "without", "turns with the encoder's loss", "turns without"],
+)
+def test_the_objective(pool, single, checkpoint, weight, made):
     """Of unequal rows at once, in one process and in TP2 x EP2, against one row at a time."""
     arguments = dict(
         path=checkpoint("base", **WEIGHTS),
-        rows=rows(),
+        rows=made(),
         objective=dict(canvases_per_example=0, autoregressive_weight=weight),
     )
     each = Step(*cases.gradients(layout={}, **arguments, micro_batches=5))

@@ -51,7 +51,7 @@ def test_activations_that_overflow_are_named_by_their_layer(model):
 
 
 def test_an_evaluation_that_is_not_finite_is_computed_again_once(model, monkeypatch):
-    rows = Rows(torch.arange(12), [4], [12], [0])
+    rows = Rows(torch.arange(12), [((4, 12),)], [12], [0], fill_id=1)
     calls = []
     plain = model.canvas_hidden
     monkeypatch.setattr(model, "canvas_hidden", lambda *given: calls.append(1) or plain(*given) * torch.nan)

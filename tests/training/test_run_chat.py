@@ -1,0 +1,86 @@
+"""Conversations from files train as any data do: in every layout, packed or not, and after a stop in another layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data import runs
+
+JOB = "tests.data.runs:run"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("conversations")
+    runs.files(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def one_by_one(single, folder, tmp_path_factory) -> list[dict]:
+    """Four steps in one process, an example a pass."""
+    return runs.run(str(folder), str(tmp_path_factory.mktemp("run")), steps=4, data__micro_batch_size=1)
+
+
+def assert_same(lines: list[dict], truth: list[dict], steps: int = 3) -> None:
+    """Later steps are chaotic: a difference in the last bit grows, of gradients first."""
+    for line, true in list(zip(lines, truth, strict=True))[:steps]:
+        assert line["loss"] == pytest.approx(true["loss"], rel=1e-5)
+    for line, true in list(zip(lines, truth, strict=True))[:2]:
+        assert line["grad_norm"] == pytest.approx(true["grad_norm"], rel=2e-5)
+
+
+@pytest.mark.parametrize("budget", [0, 340, 5000])
+def test_the_loss_of_a_packed_batch_is_that_of_its_conversations(single, folder, tmp_path, one_by_one, budget):
+    assert_same(runs.run(str(folder), str(tmp_path), steps=4, data__tokens_per_micro_batch=budget), one_by_one)
+
+
+@pytest.mark.parametrize("layout", [{}, {"expert": 2}, {"tensor": 2}, {"tensor": 2, "expert": 2}], ids=str)
+def test_in_a_layout(pool, folder, tmp_path, one_by_one, layout):
+    """Two replicas, which share experts or not; or one of two processes."""
+    arguments = dict(folder=str(folder), directory=str(tmp_path), steps=4, layout=layout)
+    for lines in pool(2).run(JOB, **arguments, data__tokens_per_micro_batch=340):
+        assert_same(lines, one_by_one)
+
+
+def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, folder, tmp_path, one_by_one):
+    pool(2).run(JOB, folder=str(folder), directory=str(tmp_path), steps=2, every=2)
+    changed = dict(data__tokens_per_micro_batch=400, trainer__validate_every=4)
+    lines = runs.run(str(folder), str(tmp_path), steps=4, every=2, **changed)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert_same(lines, one_by_one)
+    report = json.loads((tmp_path / "data.json").read_text())
+    assert report["examples"] == {"train": 40, "validation": 40} and not (tmp_path / "bad_rows.jsonl").exists()
+    (measured,) = map(json.loads, (tmp_path / "validation.jsonl").read_text().splitlines())
+    assert set(measured["canvas_loss"]) == {"0.1", "0.3", "0.5", "0.7", "0.9"}
+    assets = tmp_path / "checkpoints" / "step-4" / "assets"
+    assert json.loads((assets / "generation_config.json").read_text())["eos_token_id"] == [1, 6]
+    assert (assets / "chat_template.jinja").is_file() and (assets / "tokenizer.json").is_file()
+    # other files under the same names are other data
+    kept = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(kept.partition("\n")[2])
+    try:
+        error = runs.message(str(folder), str(tmp_path), steps=5)
+        assert "hold other examples than those that the run in" in error
+    finally:
+        (folder / "train.jsonl").write_text(kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data__train": ["/nowhere.jsonl"]}, "data.train[0]: /nowhere.jsonl does not exist"),
+        ({"data__validation": [], "trainer__validate_every": 1}, "give data.validation=[FILES]"),
+        ({"data__tokens_per_micro_batch": 20}, "data.tokens_per_micro_batch=20, but the longest example has"),
+        ({"data__tokens_per_micro_batch": 500, "data__micro_batch_size": 2}, "use one of them"),
+        ({"data__max_length": 3}, "has no row to learn from; 40 rows left out: 40 too long"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_bad_input_is_told_on_every_rank_before_a_network_is_made(pool, folder, tmp_path, settings, said):
+    messages = pool(2).run("tests.data.runs:message", folder=str(folder), directory=str(tmp_path), steps=1, **settings)
+    assert all(said in message and "ConfigurationError" in message for message in messages), messages
+    assert not (tmp_path / "assets").exists()
