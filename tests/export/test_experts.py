@@ -165,8 +165,8 @@ def test_every_precision_of_onnx_runtime_is_that_of_the_traced_functions(
         model = inlined(quantize_graph(model, scheme), packed)
         weights = SimulatedWeights({**kept, **packed}, scheme)
     session = OnnxSession([model], [kept])
-    # of the norm. A float16 whose last bit (2^-10) differs is rounded to another FP8 number, an eighth away, in one of 64
-    # cases: sqrt(1/64) / 8 in front of each of two products. In float32, where none differs, FP8 is held to 1e-6.
+    # of the norm. A float16 whose last bit (2^-10) differs is rounded to another FP8 number, an eighth away, in one of
+    # 64 cases: sqrt(1/64) / 8 in front of each of two products. In float32, where none differs, FP8 is held to 1e-6.
     tolerance = 1e-6 if dtype == torch.float32 else 1e-3 if scheme != "fp8" else 2.2e-2
     for routing in layer.ROUTINGS:
         for rows in layer.ROWS:
