@@ -125,7 +125,7 @@ def _train(
         trainer = _trainer(config.trainer.max_steps, wanted, MegatronStrategy(saver))
         exp_manager(trainer, _exp_manager(config, run_dir, resumed))
         model.set_trainer(trainer)
-        last = _fit(trainer, model, run_dir)
+        last = _fit(trainer, model, saver, run_dir)
     finally:
         saver.close()
     if (report := model.task.report()) is not None and report.bad_rows:
@@ -152,9 +152,8 @@ def _prepare_data(config: TrainConfig, task: Task, run_dir: Path, resumed: Path 
     run_directory.keep_data_report(task.report(), run_dir, resumed)
 
 
-def _fit(trainer: Trainer, model: DiffusionGemmaModel, run_dir: Path) -> Path:
+def _fit(trainer: Trainer, model: DiffusionGemmaModel, saver: Saver, run_dir: Path) -> Path:
     """Train -> the last checkpoint."""
-    saver = trainer.strategy.saver
     try:
         trainer.fit(model)  # from the checkpoint that exp_manager has set
         saver.wait()

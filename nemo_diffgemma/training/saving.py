@@ -37,7 +37,8 @@ class Saver:
     def __init__(self, then: Callable[[], None]) -> None:
         self.last: Path | None = None
         self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # of the threads: steps have others
-        self._then, self._thread = then, None  # type: ignore[var-annotated]
+        self._then = then
+        self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, save: SaveInProgress) -> None:

@@ -123,7 +123,7 @@ class MegatronStrategy(Strategy):
                 f"{directory} holds weights only, so no run can be resumed from it; start a new one with "
                 f"model.checkpoint={directory}"
             )
-        ours = {"state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}}
+        ours: dict[str, Any] = {"state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}}
         return {**common, **ours, "directory": directory}
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
