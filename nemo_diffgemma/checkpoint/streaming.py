@@ -77,7 +77,7 @@ class Source:
     def verify(self) -> None:
         """Read what is to be checked before anything is written. Collective; raises `CheckpointError`."""
         if self.assets.name == sharded.ASSETS and sharded.is_sharded(self.assets.parent):
-            sharded.verify(self.assets.parent, weights_only=True)
+            sharded.verify(self.assets.parent, kinds=[sharded.WEIGHTS])
         with all_or_none():
             for name in sorted(self.copies)[_rank() :: world_size()]:
                 _check_copy(name, self.copies[name], self.tensors[str(tied_to(name))])

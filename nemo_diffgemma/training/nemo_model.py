@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from nemo.core import ModelPT
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nemo_diffgemma import non_finite
-from nemo_diffgemma.checkpoint import nemo_archive
+from nemo_diffgemma.checkpoint import nemo_archive, sharded
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches, PackedBatches, collate, collate_packed
 from nemo_diffgemma.data.packing import Size
@@ -308,6 +309,13 @@ class DiffusionGemmaModel(ModelPT):
         self.configure_model()
         assert self.network is not None
         return self.network.generate(*args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def saved_tensors(self) -> dict[str, ShardedTensor]:
+        """What a run saves besides optimizer state, by keys `<kind>.<name>`; resuming fills the same."""
+        assert self.network is not None
+        return sharded.sharded_state_dict(self.network)
 
     # -- archives ------------------------------------------------------------------------------------------------
 

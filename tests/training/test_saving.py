@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from nemo_diffgemma.checkpoint import manifest, sharded
 from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.schema import TrainerGroup
 from nemo_diffgemma.training import saving
 from nemo_diffgemma.training.run_directory import complete_checkpoints, step_of
@@ -117,6 +118,39 @@ def test_damaged_ones_are_put_aside_however_often(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         *("step-2", "step-2.damaged", "step-2.damaged-2", "step-2.damaged-3"),
     ]
+
+
+# -- what more is saved ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_keeps_beside_its_weights_is_saved_and_resumed_in_any_layout(pool, single, tmp_path):
+    """In files of its own, which who wants the weights does not read; frozen parameters have no optimizer state."""
+    job, settings = "tests.training.cases:kept_beside", dict(frozen="experts", every=2)
+    straight = cases.kept_beside(str(tmp_path / "a"), steps=4, **settings)
+    run = {"directory": str(tmp_path / "b"), **settings}
+    first = pool(2).run(job, steps=2, layout={"tensor": 2, "expert": 2}, **run)[0]
+    resumed = pool(2).run(job, steps=4, layout={"expert": 2}, **run)[0]
+    assert first["keys"] == resumed["keys"] == straight["keys"]
+    trained = {name.removeprefix("optimizer.exp_avg.") for name in straight["keys"] if "exp_avg." in name}
+    assert trained and not any("experts" in name for name in trained)
+    assert resumed["losses"] == pytest.approx(straight["losses"], abs=1e-5)
+    for name, values in straight["sums"].items():
+        assert np.allclose(resumed["sums"][name], values, atol=1e-3), name
+        assert "experts" not in name or np.allclose(
+            values, 4 * cases.weights_of(str(tmp_path / "a" / "checkpoints" / "step-2"), {})[name]
+        )
+    checkpoint = tmp_path / "b" / "checkpoints" / "step-4"
+    assert {file.name for file in checkpoint.glob("*.distcp")} == {
+        f"{kind}_{rank}.distcp" for kind in ("weights", "training", "sum") for rank in (0, 1)
+    }
+    (checkpoint / "sum_1.distcp").write_bytes(bytes((checkpoint / "sum_1.distcp").stat().st_size))
+    assert cases.weights_of(str(checkpoint), {}).keys() == straight["sums"].keys()
+    with pytest.raises(CheckpointError, match="is damaged: sum_1.distcp"):
+        sharded.verify(checkpoint)
+    # without what was kept it goes on, with something that was not kept it is refused
+    cases.run(str(tmp_path / "c"), steps=1)
+    with pytest.raises(CheckpointError, match="lacks .* of .* tensors of this run, first sum.embed_tokens.weight"):
+        cases.kept_beside(str(tmp_path / "c"), frozen="none", steps=2)
 
 
 # -- which are kept ----------------------------------------------------------------------------------------------------
