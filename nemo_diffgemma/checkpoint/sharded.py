@@ -17,9 +17,11 @@ the tensors, and that only after checking that it names no other class.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,13 @@ def verify(directory: Path, kinds: Collection[str] | None = None) -> None:
 
     Collective: the ranks share the files. Raises `CheckpointError` on every rank, or OSError where the disk fails.
     """
+    sealed = False
     with all_or_none():
         check_complete(directory)
-        _check_sizes(directory, read_metadata(directory))
-    manifest.verify(directory, lambda name: kinds is None or _kind_of_file(name) in (*kinds, None))
+        metadata = read_metadata(directory)
+        _check_sizes(directory, metadata)
+        sealed = any(part.relative_path.startswith(f"{WEIGHTS}_") for part in metadata.storage_data.values())
+    manifest.verify(directory, lambda name: kinds is None or _kind_of_file(name) in (*kinds, None), required=sealed)
 
 
 def _kind_of_file(name: str) -> str | None:
@@ -89,6 +94,30 @@ def check_complete(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} is not a complete sharded checkpoint: it lacks {', '.join(missing)}; copy it again"
         )
+
+
+@contextlib.contextmanager
+def in_use(directory: Path) -> Iterator[None]:
+    """A run that keeps only some of its checkpoints (training/saving.py) leaves this one until the block ends."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # not there: who reads it says so; or a file system without locks
+            stream = stack.enter_context((directory / ".metadata").open("rb"))
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+@contextlib.contextmanager
+def unused(directory: Path) -> Iterator[bool]:
+    """Whether nobody reads it, nor begins to until the block ends: the opposite of `in_use`. Raises OSError."""
+    with (directory / ".metadata").open("r+b") as stream:  # NFS locks what is open for writing
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
 
 
 # -- describing ------------------------------------------------------------------------------------------------------
@@ -135,8 +164,9 @@ def load_sharded(network: Network, directory: str | Path) -> None:
     Raises `CheckpointError` on every rank, before any weight is set unless a weight is NaN or infinite, or a file of
     the right size is damaged inside and there is no manifest to tell.
     """
-    verify(Path(directory), kinds=[WEIGHTS])
-    fill(network, directory)
+    with in_use(Path(directory)):
+        verify(Path(directory), kinds=[WEIGHTS])
+        fill(network, directory)
 
 
 def fill(network: Network, directory: str | Path) -> None:
