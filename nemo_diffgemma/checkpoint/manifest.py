@@ -83,14 +83,14 @@ def _checksum(digests: Mapping[str, Digest]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(listed, sort_keys=True).encode())
 
 
-def verify(directory: Path, wanted: Callable[[str], bool], required: bool = False) -> None:
-    """Compare the `wanted` files of a checkpoint with its manifest, which may be missing unless `required`.
+def verify(directory: Path, wanted: Callable[[str], bool]) -> None:
+    """Compare the `wanted` files of a checkpoint with its manifest, if there is one.
 
     Collective: ranks that see the same directory share its files; on a disk of each machine each has its own.
     Raises `CheckpointError` on every rank where one is damaged or missing, and OSError where one cannot be read.
     """
     with all_or_none():
-        digests = _read(directory, required)
+        digests = _read(directory)
     mine, sharers = _share(directory)
     with all_or_none():
         names = sorted(filter(wanted, digests))
@@ -114,13 +114,9 @@ def _share(directory: Path) -> tuple[int, int]:
     return alike.index(_rank()), len(alike)
 
 
-def _read(directory: Path, required: bool) -> dict[str, Digest]:
+def _read(directory: Path) -> dict[str, Digest]:
     file = directory / MANIFEST
     if not file.is_file():
-        if required:
-            raise CheckpointError(
-                f"{directory} lacks {MANIFEST}, which tells whether its files are whole; copy it again"
-            )
         return {}
     manifest = read_object(file, CheckpointError)
     digests = manifest.get(_HASH)

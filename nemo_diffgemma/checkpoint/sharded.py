@@ -74,13 +74,17 @@ def verify(directory: Path, kinds: Collection[str] | None = None) -> None:
 
     Collective: the ranks share the files. Raises `CheckpointError` on every rank, or OSError where the disk fails.
     """
-    sealed = False
     with all_or_none():
         check_complete(directory)
+    manifest.verify(directory, lambda name: kinds is None or _kind_of_file(name) in (*kinds, None))
+    with all_or_none():
         metadata = read_metadata(directory)
         _check_sizes(directory, metadata)
-        sealed = any(part.relative_path.startswith(f"{WEIGHTS}_") for part in metadata.storage_data.values())
-    manifest.verify(directory, lambda name: kinds is None or _kind_of_file(name) in (*kinds, None), required=sealed)
+        is_older = not any(part.relative_path.startswith(f"{WEIGHTS}_") for part in metadata.storage_data.values())
+        if not is_older and not (directory / manifest.MANIFEST).is_file():
+            raise CheckpointError(
+                f"{directory} lacks {manifest.MANIFEST}, which tells whether its files are whole; copy it again"
+            )
 
 
 def _kind_of_file(name: str) -> str | None:

@@ -316,23 +316,35 @@ def _share(like: Any, seed: int) -> Any:
 
 
 def messages_of_a_writer_that_fails(directory: str, rank: int, step: int) -> str:
-    """What a run says on this rank whose disk is full on one rank when the files of `step` are written."""
+    """What a run says on this rank whose disk is full on one rank when the files of `step` are written.
+
+    The step after the next one begins when that has happened.
+    """
     import errno
     from unittest import mock
 
     import torch.distributed as dist
 
     from nemo_diffgemma.checkpoint import sharded_writer
+    from nemo_diffgemma.training import callbacks
 
-    write = sharded_writer._Plan.write
+    write, written = sharded_writer._Plan.write, callbacks.MetricsFile.on_train_batch_end
+
+    def late(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == step + 1:
+            trainer.strategy.saver._thread.join()
+        written(self, trainer, *rest)
 
     def full(self: Any) -> Any:
         if dist.get_rank() == rank and f"step-{step}." in str(self.writer.path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self)
 
-    with mock.patch.object(sharded_writer._Plan, "write", full):
-        return message(directory, steps=8, every=2)
+    with (
+        mock.patch.object(sharded_writer._Plan, "write", full),
+        mock.patch.object(callbacks.MetricsFile, "on_train_batch_end", late),
+    ):
+        return message(directory, steps=10, every=3)
 
 
 def kept_beside(directory: str, frozen: str, **settings: Any) -> dict[str, Any]:

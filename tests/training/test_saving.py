@@ -57,15 +57,15 @@ def test_steps_go_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypat
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_befalls_the_writer_of_one_rank_is_told_on_all_and_leaves_nothing(pool, tmp_path, rank):
-    """At the next save; a full disk is no refusal, and another start goes on from the checkpoint before."""
-    job = {"directory": str(tmp_path), "rank": rank, "step": 4}
+    """At the next step; a full disk is no refusal, and another start goes on from the checkpoint before."""
+    job = {"directory": str(tmp_path), "rank": rank, "step": 6}
     told = pool(2).run("tests.training.cases:messages_of_a_writer_that_fails", **job)
     assert all(line.startswith("TrainingError: ") and "No space left on device" in line for line in told), told
     assert all("\n" not in line for line in told)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6  # saving 6 told it
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 8  # it had failed before 8, and 9 is not made
     losses = [
-        pool(2).run("tests.training.cases:losses", directory=str(directory), steps=8, every=2)[0]
+        pool(2).run("tests.training.cases:losses", directory=str(directory), steps=10, every=3)[0]
         for directory in (tmp_path, tmp_path / "straight")
     ]
     assert losses[0] == losses[1]
@@ -185,8 +185,8 @@ def test_those_are_kept_that_were_asked_for(tmp_path_factory, steps, values, kee
     saving.remove_others(run_dir, TrainerGroup(keep_last=last, keep_best=best, keep_every=every, keep_by=by))
     kept = {step_of(checkpoint) for checkpoint in complete_checkpoints(run_dir)}
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {f"step-{step}" for step in kept}
-    if not any(keep):
-        assert kept == steps
+    if not any(keep) or (best and not steps & measured.keys()):
+        assert kept == steps  # also where the best cannot be told
         return
     assert set(sorted(steps)[-max(last, 1) :]) <= kept
     if every:
@@ -200,6 +200,48 @@ def test_those_are_kept_that_were_asked_for(tmp_path_factory, steps, values, kee
     for step in of_best:  # nobody that is gone is better
         gone = [measured[one] for one in steps - kept if one in measured]
         assert all(better(measured[step], value) == measured[step] for value in gone)
+
+
+def test_a_checkpoint_that_somebody_reads_is_left_until_the_next_time(tmp_path):
+    make(tmp_path, {1, 2, 3}, {})
+    with sharded.in_use(tmp_path / "checkpoints" / "step-1"):
+        saving.remove_others(tmp_path, TrainerGroup(keep_last=1))
+        assert [step_of(one) for one in complete_checkpoints(tmp_path)] == [3, 1]
+    saving.remove_others(tmp_path, TrainerGroup(keep_last=1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+
+
+def test_who_loads_a_checkpoint_holds_it(tmp_path, monkeypatch):
+    """Of a network and of a conversion, while they read."""
+    from nemo_diffgemma.checkpoint import streaming
+    from nemo_diffgemma.checkpoint.stored import StoredTensor
+
+    cases.run(str(tmp_path / "run"), steps=2, every=1)
+    seen, rows, load = [], StoredTensor.rows, sharded.dist_checkpointing.load
+    first = tmp_path / "run" / "checkpoints" / "step-1"
+
+    def watched(read: Any) -> Any:
+        def reading(*arguments: Any, **keys: Any) -> Any:
+            with sharded.unused(first) as is_unused:
+                seen.append(is_unused)
+            saving.remove_others(tmp_path / "run", TrainerGroup(keep_last=1))
+            return read(*arguments, **keys)
+
+        return reading
+
+    monkeypatch.setattr(sharded.dist_checkpointing, "load", watched(load))
+    cases.weights_of(str(first), {})
+    monkeypatch.setattr(StoredTensor, "rows", watched(rows))
+    streaming.convert(first, tmp_path / "out", "huggingface")
+    assert len(seen) > 3 and not any(seen)
+    saving.remove_others(tmp_path / "run", TrainerGroup(keep_last=1))
+    assert not first.exists()
+
+
+def test_values_that_are_no_numbers_and_torn_lines_choose_nothing(tmp_path):
+    file = tmp_path / "validation.jsonl"
+    file.write_text('{"step": 1, "rate": NaN}\n{"step": 2, "rate": 0.5}\n{"step": 3, "rate": [1]}\n{"step": 4, "ra')
+    assert saving.measures(file, "rate") == {2: 0.5}
 
 
 def test_a_run_keeps_its_last_its_best_and_every_nth(tmp_path):
