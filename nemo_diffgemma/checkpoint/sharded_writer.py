@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from nemo_diffgemma.checkpoint import huggingface, sharded
 from nemo_diffgemma.checkpoint.manifest import Digest, HashedFile, seal
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
+from nemo_diffgemma.lora.peft_files import collected
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.parallel.agreement import from_rank_zero, gather
@@ -92,8 +93,10 @@ class SaveInProgress:
             self._partial = stack.enter_context(huggingface.new_directory(self.directory, group))
             self._shared = from_rank_zero(self._partial)
             assert self._shared is not None
-            state = sharded.sharded_state_dict(network) if tensors is None else tensors
-            self._plan = self._planned({**state, **(common or {})})
+            self._adapter = None if network.lora is None else collected(network)
+            if tensors is None:
+                tensors = sharded.sharded_state_dict(network) if network.lora is None else {}
+            self._plan = self._planned({**tensors, **(common or {})})
             self._copied = torch.cuda.Event() if torch.cuda.is_available() else None
             if self._copied is not None:
                 self._copied.record()
@@ -114,6 +117,8 @@ class SaveInProgress:
             with huggingface.writing(self._shared, self._group):
                 if self._partial is not None:  # first: what is wrong with them is said before much is written
                     _write_beside(self._network, self._partial)
+                    if self._adapter is not None:
+                        self._adapter.write(self._partial)
                 written = self._plan.write()
             parts = gather({name: digest for name, (_, digest) in written.items()}, self._group)
             results = gather([result for part, _ in written.values() for result in part], self._group)

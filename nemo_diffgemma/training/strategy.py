@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress, copies
+from nemo_diffgemma.lora.opening import resume
 from nemo_diffgemma.parallel.agreement import all_ranks, any_rank, from_rank_zero
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.training import optimizer_state
@@ -128,8 +129,10 @@ class MegatronStrategy(Strategy):
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         model: Any = self.lightning_module
-        directory = checkpoint["directory"]
-        sharded.restore(model.saved_tensors(), directory)  # the run has verified it: run_directory.enter
+        directory = checkpoint["directory"]  # the run has verified it: run_directory.enter
+        if model.network.lora is not None:
+            resume(model.network, directory)
+        sharded.restore(model.saved_tensors(), directory)
         model.network.file_dtypes = sharded.file_dtypes(directory)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
