@@ -109,6 +109,11 @@ def check(config: TrainerGroup) -> None:
         )
 
 
+def is_best_when_small(measure: str) -> bool:
+    """Losses, bits and errors; what else is measured is best when large."""
+    return any(word in measure for word in _BEST_WHEN_SMALL)
+
+
 def remove_others(run_dir: Path, config: TrainerGroup) -> None:
     """Remove the checkpoints that `config` does not keep and nobody reads. Rank 0 only.
 
@@ -129,7 +134,7 @@ def remove_others(run_dir: Path, config: TrainerGroup) -> None:
                 "kept; give one of its measures"
             )
             return
-        sign = 1 if any(word in config.keep_by for word in _BEST_WHEN_SMALL) else -1
+        sign = 1 if is_best_when_small(config.keep_by) else -1
         keep |= set(sorted(measured, key=lambda one: sign * values[step_of(one)])[: config.keep_best])
     for checkpoint in there:
         if checkpoint not in keep:

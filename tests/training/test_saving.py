@@ -63,7 +63,7 @@ def test_what_befalls_the_writer_of_one_rank_is_told_on_all_and_leaves_nothing(p
     assert all(line.startswith("TrainingError: ") and "No space left on device" in line for line in told), told
     assert all("\n" not in line for line in told)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 8  # it had failed before 8, and 9 is not made
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) in (7, 8), "not at the save after it, of step 9"
     losses = [
         pool(2).run("tests.training.cases:losses", directory=str(directory), steps=10, every=3)[0]
         for directory in (tmp_path, tmp_path / "straight")
