@@ -36,27 +36,43 @@ Digest = tuple[int, str]  # bytes, checksum
 
 
 class HashedFile(io.RawIOBase):
-    """A new file that is hashed as it is written, and on the disk when it is closed."""
+    """A new file that is hashed as it is written, and on the disk when it is closed.
+
+    What a disk says is raised again when it is closed: `torch.save` makes something else of it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("wb")
         self._hash, self._size = xxhash.xxh3_128(), 0
+        self._failure: OSError | None = None
 
     def write(self, data: Any) -> int:
+        if self._failure is not None:
+            raise self._failure
         view = memoryview(data).cast("B")
         self._hash.update(view)
         self._size += len(view)
-        return self._file.write(view)
+        try:
+            return self._file.write(view)
+        except OSError as failure:
+            self._failure = failure
+            raise
 
     def tell(self) -> int:
         return self._size
 
     def close(self) -> None:
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             with self._file:
                 self._file.flush()
                 os.fsync(self._file.fileno())
+        except OSError as failure:
+            self._failure = self._failure or failure
         super().close()
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def digest(self) -> Digest:

@@ -13,6 +13,7 @@ leave the interpreter's lock; a forked process would be none that may have touch
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -96,7 +97,7 @@ class SaveInProgress:
             self._adapter = None if network.lora is None else collected(network)
             if tensors is None:
                 tensors = sharded.sharded_state_dict(network) if network.lora is None else {}
-            self._plan = self._planned({**tensors, **(common or {})})
+            self._plan = self._planned({**tensors, **copy.deepcopy(dict(common or {}))})
             self._copied = torch.cuda.Event() if torch.cuda.is_available() else None
             if self._copied is not None:
                 self._copied.record()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -254,6 +255,22 @@ def contents_of(directory: Path) -> dict[str, bytes]:
     """But of what names the moment of its writing, and the list of checksums of that."""
     files = {str(file.relative_to(directory)): file for file in directory.rglob("*") if file.is_file()}
     return {name: file.read_bytes() for name, file in files.items() if name not in (".metadata", "manifest.json")}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_disk_that_is_full_in_the_middle_of_a_file_is_told(single, source, tmp_path, format):
+    """The kernel's own error, through whatever library writes; the same conversion goes on when there is room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot convert: .*File too large; what is done stays in") as told:
+            streaming.convert(source, tmp_path / name_of(format), format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(told.value) and not (tmp_path / name_of(format)).exists()
+    streaming.convert(source, tmp_path / name_of(format), format)
+    streaming.convert(tmp_path / name_of(format), tmp_path / "back", "huggingface")
+    assert_same(tmp_path / "back", source)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
+import resource
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_diffgemma.checkpoint import manifest, sharded
+from nemo_diffgemma.checkpoint import huggingface, manifest, sharded, sharded_writer
 from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.schema import TrainerGroup
@@ -69,6 +74,49 @@ def test_what_befalls_the_writer_of_one_rank_is_told_on_all_and_leaves_nothing(p
         for directory in (tmp_path, tmp_path / "straight")
     ]
     assert losses[0] == losses[1]
+
+
+@contextlib.contextmanager
+def no_room(bytes: int = 20_000) -> Iterator[None]:
+    """The kernel refuses the rest of every file that gets longer: an error in the middle of one, as of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def failing(place: Any, name: str, error: int) -> Any:
+    return mock.patch.object(place, name, side_effect=OSError(error, os.strerror(error)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (no_room, "File too large"),
+        (lambda: failing(os, "fsync", errno.EIO), "Input/output error"),
+        (lambda: failing(huggingface, "follow_umask", errno.EPERM), "Operation not permitted"),
+        (lambda: failing(Path, "rename", errno.ESTALE), "Stale file handle"),
+        (lambda: failing(sharded_writer, "save_config", errno.EDQUOT), "Disk quota exceeded"),
+        (lambda: failing(sharded, "write_assets", errno.EACCES), "Permission denied"),
+    ],
+    ids=["no room", "fsync", "chmod", "rename", "metadata", "assets"],
+)
+def test_wherever_a_save_fails_the_last_complete_one_stays(tmp_path, monkeypatch, fault, said):
+    write = SaveInProgress.write
+
+    def fails(self: SaveInProgress) -> None:
+        with fault() if self.directory.name == "step-2" else contextlib.nullcontext():
+            write(self)
+
+    monkeypatch.setattr(SaveInProgress, "write", fails)
+    message = cases.message(str(tmp_path), steps=2, every=1)
+    assert message.startswith("TrainingError: ") and said in message and "\n" not in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+    monkeypatch.setattr(SaveInProgress, "write", write)
+    assert [line["step"] for line in cases.run(str(tmp_path), steps=2)] == [1, 2]
+    sharded.verify(tmp_path / "checkpoints" / "step-2")
 
 
 def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(tmp_path, monkeypatch):
