@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.levels import spread
 from nemo_diffgemma.diffusion.noise import (
     CHOICE,
     COIN,
@@ -51,6 +52,7 @@ class ObjectiveConfig:
     autoregressive_weight: float = 1.0
     self_conditioning_probability: float = 0.5  # of an example; 0 leaves the first pass out
     noise_floor: float = 1e-3  # noise levels are uniform in [noise_floor, 1)
+    spread_levels: bool = False  # evenly over the batch of a step; else each canvas draws its own
     reduction: str = "example"  # mean over examples of means over tokens; "token": mean over all tokens
 
     def __post_init__(self) -> None:
@@ -168,11 +170,13 @@ def corrupt(
     seed: int,
     *,
     noise_floor: float = 1e-3,
+    spread_over: int = 0,
     level: float | None = None,
 ) -> Corrupted:
     """Uniform corruption: each token of a canvas is replaced with probability t by an id uniform over the vocabulary.
 
-    t is uniform in [noise_floor, 1) for each canvas, or `level` for all. The new id may be the old one.
+    t is uniform in [noise_floor, 1) for each canvas, or `level` for all. The new id may be the old one. With
+    `spread_over`, the examples of a step, levels are spread evenly over these.
     """
     offsets, inside = rows.offsets, torch.arange(canvas_length)
     numbers = [(rows.samples[c.row], c.index, offsets[c.row] + c.start, c.size) for c in canvases]
@@ -182,7 +186,10 @@ def corrupt(
         return keyed_bits(seed, samples_M1, purpose, index_M1, position)
 
     if level is None:
-        levels_M1 = noise_floor + (1.0 - noise_floor) * to_uniforms(bits(LEVEL, 0))
+        uniforms_M1 = to_uniforms(bits(LEVEL, 0))
+        if spread_over:
+            uniforms_M1 = spread(uniforms_M1, samples_M1, _ranks(canvases)[:, None], spread_over, seed)
+        levels_M1 = noise_floor + (1.0 - noise_floor) * uniforms_M1
     else:
         levels_M1 = torch.full(samples_M1.shape, level)
     replaced_MC = to_uniforms(bits(CORRUPTED, inside)) < levels_M1
@@ -193,6 +200,12 @@ def corrupt(
     if any(canvas.size < canvas_length for canvas in canvases):
         clean_MC = clean_MC.masked_fill(places_MC < 0, rows.fill_id)
     return Corrupted(torch.where(new_MC < 0, clean_MC, new_MC), clean_MC, levels_M1[:, 0])
+
+
+def _ranks(canvases: Sequence[Canvas]) -> Tensor:
+    """Which of its row's chosen canvases each is, [M], counted from 0; those of a row stand together."""
+    firsts: dict[int, int] = {}
+    return torch.tensor([place - firsts.setdefault(canvas.row, place) for place, canvas in enumerate(canvases)])
 
 
 def count(rows: Rows, canvases: Sequence[Canvas], canvas_length: int) -> Counts:

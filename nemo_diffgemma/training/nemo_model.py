@@ -274,7 +274,13 @@ class DiffusionGemmaModel(ModelPT):
         shares = torch.zeros(3, dtype=torch.float64, device=device())
         for index, (rows, canvases) in enumerate(parts):
             corrupted = corrupt(
-                rows, canvases, length, network.model_config.vocab_size, settings.seed, noise_floor=config.noise_floor
+                rows,
+                canvases,
+                length,
+                network.model_config.vocab_size,
+                settings.seed,
+                noise_floor=config.noise_floor,
+                spread_over=settings.data.global_batch_size if config.spread_levels else 0,
             )
             terms = (network, rows, canvases, corrupted, config, settings.seed, totals)
             scored = Scored(*terms) if backward else None
