@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.levels import Shift
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model import loss, vocabulary
 from nemo_diffgemma.model.cache import Cache, KeyValue
@@ -64,6 +65,7 @@ class Network(MegatronModule):
         groups = process_groups()
         self.model_config, self.dtype, self.groups = model, dtype, groups
         self.recompute = "none"
+        self.expert_loads: Tensor | None = None  # [layers, experts]: where passes with gradient count their tokens
         self.embed_tokens = TokenTable(model, config, groups)
         self.layers = nn.ModuleList(Layer(model, i, config, groups) for i in range(model.num_hidden_layers))
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, dtype, device())
@@ -127,14 +129,26 @@ class Network(MegatronModule):
         rotary = {kind: cosine_and_sine(positions, f, self.dtype) for kind, f in self._frequencies.items()}
         level = self.recompute if torch.is_grad_enabled() else "none"
         kept = []
-        shared = ExpertPass(replicas_alike, self._most_tokens(x, replicas_alike), level == "full", Counting(x.device))
+        shared = ExpertPass(
+            replicas_alike,
+            self._most_tokens(x, replicas_alike),
+            level == "full",
+            Counting(x.device),
+            counted=self._without_padding(x.shape[0], stream),
+        )
         for index, layer in enumerate(self.layers):
             past = cache.layers[index] if cache is not None and cache.layers else None
-            tables, experts = rotary[self.model_config.layer_kind(index)], replace(shared)
+            loads = self.expert_loads[index] if self.expert_loads is not None and torch.is_grad_enabled() else None
+            tables, experts = rotary[self.model_config.layer_kind(index)], replace(shared, loads=loads)
             args = (x, is_canvas, tables, stream, past, experts)
             x, context = recompute(layer, *args) if level == "full" else layer(*args, selective=level == "selective")
             kept.append(context)
         return x, kept
+
+    def _without_padding(self, held: int, stream: Stream) -> int:
+        """How many of the tokens that this rank holds are of a sequence; padding is behind the last."""
+        tokens = stream.context_tokens + stream.canvas_tokens
+        return min(held, max(0, tokens - held * self.groups.tp.rank()))
 
     def _most_tokens(self, x: Tensor, replicas_alike: bool) -> int:
         """The most tokens that a rank of the expert group holds. Ranks of a replica hold equal parts of its stream."""
@@ -236,7 +250,9 @@ class Network(MegatronModule):
             hidden_NH, self.embed_tokens.weight, self.embed_tokens.shard, self.model_config.final_logit_softcapping
         )
 
-    def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, shift: Shift | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross-entropies of softcapped logits, and the cross-entropies [N]."""
         return loss.linear_cross_entropy(
             hidden_NH,
@@ -245,9 +261,12 @@ class Network(MegatronModule):
             weights_N,
             self.embed_tokens.shard,
             self.model_config.final_logit_softcapping,
+            shift,
         )
 
-    def cross_entropy_gradient(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> loss.LossGradient:
+    def cross_entropy_gradient(
+        self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, shift: Shift | None = None
+    ) -> loss.LossGradient:
         """Weighted sum of the cross-entropies and its gradient; that of the table is added to the table's."""
         return loss.linear_cross_entropy_gradient(
             hidden_NH,
@@ -256,6 +275,7 @@ class Network(MegatronModule):
             weights_N,
             self.embed_tokens.shard,
             self.model_config.final_logit_softcapping,
+            shift,
         )
 
     # -- input checks --------------------------------------------------------------------------------------------

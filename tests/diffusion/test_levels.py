@@ -41,7 +41,7 @@ def test_each_interval_has_one_example_of_a_step(batch, step, seed, wanted, stre
     """In order around the circle, the levels of a step's n-th canvases are one interval apart, within an interval."""
     samples = [stream * STREAM + step * batch + place for place in range(batch)]
     for of_rank in levels(samples, 3, wanted, batch, seed).T.double():
-        assert 0 <= of_rank.min() and of_rank.max() < 1
+        assert of_rank.min() >= 0 and of_rank.max() < 1
         inside = of_rank.sort().values * batch - torch.arange(batch)
         assert inside.max() - inside.min() < 1 + 1e-3
 
