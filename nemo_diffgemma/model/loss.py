@@ -50,7 +50,9 @@ class _SoftEmbedding(torch.autograd.Function):
         softcap: float,
     ) -> Tensor:
         with reused_scratch():
-            parts = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(_positions(weight))]
+            parts = [
+                statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(positions_at_once(weight))
+            ]
         ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in parts]))
         ctx.sum_vH, ctx.shard, ctx.softcap = sum_vH, shard, softcap
         return torch.cat([part.soft_embedding_NH for part in parts if part.soft_embedding_NH is not None])
@@ -176,14 +178,14 @@ def _losses(
 
     Gradients of their weighted sum are added to what is given for them.
     """
-    rows, step = weight[: shard.size], _positions(weight)
+    rows, step = weight[: shard.size], positions_at_once(weight)
     losses_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
     correct_N = torch.empty_like(losses_N, dtype=torch.bool)
     for start in range(0, hidden_NH.shape[0], step):
         cut = slice(start, start + step)
         z_nv = capped_logits(hidden_NH[cut], rows, softcap, softcap)
         shifted = None if shift is None else _Shifted(z_nv, shift.part(cut), shard)
-        p_nv, losses_N[cut], correct_N[cut] = _probabilities_and_losses(z_nv, labels_N[cut], shard)
+        p_nv, losses_N[cut], correct_N[cut] = probabilities_and_losses(z_nv, labels_N[cut], shard)
         if shifted is not None:
             shifted.undo()
         if hidden_gradient is None and weight_gradient is None:
@@ -211,12 +213,12 @@ class _Shifted:
             self._z_nv.scatter_(1, self._local_n[:, None], self._before_n1)
 
 
-def _positions(weight: Tensor) -> int:
+def positions_at_once(weight: Tensor) -> int:
     """How many positions have their logits made at a time."""
     return max(1, LOSS_BYTES // (4 * max(1, weight.shape[0])))
 
 
-def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
+def probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities [n, v], cross-entropies [n], and where no logit is larger than the label's [n]."""
     maximum_n1 = z_nv.amax(1, keepdim=True) if shard.size else z_nv.new_full((z_nv.shape[0], 1), MASKED_LOGIT)
     if shard.parallel:
@@ -233,6 +235,24 @@ def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyS
         dist.all_reduce(sums_2n, group=shard.group)
     maximum_n, mass_n, label_n = maximum_n1[:, 0], *sums_2n
     return e_nv.div_(mass_n[:, None]), mass_n.log() + maximum_n - label_n, label_n >= maximum_n
+
+
+def shifted_logits(
+    hidden_nH: Tensor, rows: Tensor, softcap: float, shift: Shift | None, shard: VocabularyShard
+) -> Tensor:
+    """Softcapped logits of this rank's ids with the shift in them, [n, v] float32."""
+    z_nv = capped_logits(hidden_nH, rows, softcap, softcap)
+    if shift is not None:
+        _Shifted(z_nv, shift, shard)
+    return z_nv
+
+
+def probability_of(p_nv: Tensor, ids_n: Tensor, shard: VocabularyShard) -> Tensor:
+    """The probabilities of one id a position, [n]; 0 where another rank has the id."""
+    if not shard.size:
+        return torch.zeros_like(ids_n, dtype=torch.float32)
+    local_n, mine_n = _local(ids_n, shard)
+    return torch.where(mine_n, p_nv.gather(1, local_n[:, None])[:, 0], 0.0)
 
 
 def _logit_gradient(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.levels import Shift
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model import loss, vocabulary
+from nemo_diffgemma.model import likelihood, loss, vocabulary
 from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.dispatch import Counting, most_of_all
 from nemo_diffgemma.model.embedding import TokenTable
@@ -277,6 +277,14 @@ class Network(MegatronModule):
             self.model_config.final_logit_softcapping,
             shift,
         )
+
+    def mixture(
+        self, hidden_NH: Tensor, noised_N: Tensor, clean_N: Tensor, factors_N: Tensor, shift: Shift | None
+    ) -> likelihood.Mixture:
+        """What a bound on likelihood needs of the predictions for some positions."""
+        table = self.embed_tokens
+        softcap = self.model_config.final_logit_softcapping
+        return likelihood.mixture(hidden_NH, table.weight, noised_N, clean_N, factors_N, table.shard, softcap, shift)
 
     # -- input checks --------------------------------------------------------------------------------------------
 

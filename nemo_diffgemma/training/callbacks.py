@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from tqdm import tqdm
 
+from nemo_diffgemma.evaluation.likelihood import bits_per_token
 from nemo_diffgemma.evaluation.measures import LEVELS, canvas_losses, held_out_rows
 from nemo_diffgemma.training.step_result import scalars
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
+MEASURED = ("canvas_loss", "bits_per_token")  # by every validation, whatever the data
 
 
 def truncate_after(file: Path, last_step: int) -> None:
@@ -62,7 +64,7 @@ def _log(trainer: Any, values: dict[str, float]) -> None:
 
 
 class Validation(Callback):
-    """Every `every` steps: held-out canvas loss at fixed noise levels, and what the task measures."""
+    """Every `every` steps: held-out canvas loss at fixed noise levels, bits a token, and what the task measures."""
 
     def __init__(self, run_dir: Path, every: int, examples: int) -> None:
         self.file, self.every, self.examples = run_dir / VALIDATION, every, examples
@@ -86,8 +88,10 @@ class Validation(Callback):
         network.eval()
         try:
             rows = held_out_rows(task, network.model_config, self.examples)
-            losses = canvas_losses(network, rows, LEVELS, seed)
-            return {"canvas_loss": losses, **task.validate(network, self.examples, seed)}
+            prediction = module.settings.network.objective.prediction
+            losses = canvas_losses(network, rows, LEVELS, seed, prediction)
+            bits = bits_per_token(network, rows, seed, prediction)
+            return {"canvas_loss": losses, "bits_per_token": bits, **task.validate(network, self.examples, seed)}
         finally:
             network.train()
 

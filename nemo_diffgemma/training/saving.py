@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
 from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.parallel.agreement import is_rank_zero
 from nemo_diffgemma.schema import TrainerGroup
-from nemo_diffgemma.training.callbacks import VALIDATION
+from nemo_diffgemma.training.callbacks import MEASURED, VALIDATION
 from nemo_diffgemma.training.run_directory import checkpoint_of, complete_checkpoints, step_of
 
 _PATIENCE = timedelta(days=1)  # of a rank whose disk is faster
@@ -85,8 +85,17 @@ class Checkpoints(Callback):
 # -- which are kept ----------------------------------------------------------------------------------------------------
 
 
-def check(config: TrainerGroup) -> None:
-    """Raise `ConfigurationError` for settings with which checkpoints cannot be chosen."""
+def check(config: TrainerGroup, measured: Sequence[str] = ()) -> None:
+    """Raise `ConfigurationError` for settings with which checkpoints cannot be chosen.
+
+    `measured` is what the task measures at each validation.
+    """
+    known = (*MEASURED, *measured)
+    if config.keep_best and config.keep_by not in known:
+        raise ConfigurationError(
+            f"trainer.keep_by={config.keep_by!r} is no measure of validation.jsonl with this data; use one of "
+            f"{', '.join(known)}"
+        )
     for key in ("checkpoint_every", "keep_last", "keep_best", "keep_every"):
         if getattr(config, key) < 0:
             raise ConfigurationError(f"trainer.{key}={getattr(config, key)}; expected 0 or more")
@@ -99,6 +108,11 @@ def check(config: TrainerGroup) -> None:
         )
 
 
+def is_best_when_small(measure: str) -> bool:
+    """Losses and bits; what else is measured is best when large."""
+    return "loss" in measure or "bits" in measure
+
+
 def remove_others(run_dir: Path, config: TrainerGroup) -> None:
     """Remove the checkpoints that `config` does not keep. Rank 0 only; what cannot be removed is told and stays."""
     if not (config.keep_last or config.keep_best or config.keep_every):
@@ -109,7 +123,7 @@ def remove_others(run_dir: Path, config: TrainerGroup) -> None:
         keep |= {checkpoint for checkpoint in there if step_of(checkpoint) % config.keep_every == 0}
     if config.keep_best:
         values = measures(run_dir / VALIDATION, config.keep_by)
-        sign = 1 if "loss" in config.keep_by else -1
+        sign = 1 if is_best_when_small(config.keep_by) else -1
         measured = [checkpoint for checkpoint in there if step_of(checkpoint) in values]
         keep |= set(sorted(measured, key=lambda one: sign * values[step_of(one)])[: config.keep_best])
     for checkpoint in there:
