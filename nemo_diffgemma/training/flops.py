@@ -11,6 +11,7 @@ docs/metrics.md has the formula in symbols.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from nemo_diffgemma.config import GLOBAL, ModelConfig
 
@@ -40,6 +41,16 @@ def of_pass(
     first_pass = decoder + head * positions  # without gradient
     signal = (1.0 + weight_gradients) * head * positions + with_gradient * conditioning * positions
     return products + losses + self_conditioning * (first_pass + signal)
+
+
+def trained_share(network: Any) -> float:
+    """Share of the weights that a token meets that is trained; of experts it meets top_k of num_experts."""
+    model, trained, total = network.model_config, 0.0, 0.0
+    for name, parameter in network.named_parameters():
+        met = model.top_k_experts / model.num_experts if ".experts." in name else 1.0
+        total += met * parameter.numel()
+        trained += met * parameter.numel() * parameter.requires_grad
+    return trained / total
 
 
 def _weights_of_token(model: ModelConfig) -> float:

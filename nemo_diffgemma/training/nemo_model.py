@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from nemo.core import ModelPT
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nemo_diffgemma import non_finite
-from nemo_diffgemma.checkpoint import nemo_archive
+from nemo_diffgemma.checkpoint import nemo_archive, sharded
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches, PackedBatches, collate, collate_packed
 from nemo_diffgemma.data.packing import Size
@@ -38,6 +39,8 @@ from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.diffusion.objective import Scored
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.lora.opening import prepare, resume
+from nemo_diffgemma.lora.peft_files import is_adapter
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.schema import (
     DTYPES,
@@ -49,8 +52,8 @@ from nemo_diffgemma.schema import (
     data_group,
     structured,
 )
+from nemo_diffgemma.training import flops, overlap
 from nemo_diffgemma.training import optimizer as optimizers
-from nemo_diffgemma.training import overlap
 from nemo_diffgemma.training.step import StepSums, accumulate
 from nemo_diffgemma.training.step_result import StepResult
 
@@ -242,8 +245,13 @@ class DiffusionGemmaModel(ModelPT):
             self.settings.seed,
             global_batch_size=self.settings.data.global_batch_size,
             micro_batch_size=micro_batch_size,
+            weight_gradients=self._trained_share,
             backward=backward,
         )
+
+    @cached_property
+    def _trained_share(self) -> float:
+        return flops.trained_share(self.network)
 
     def _backward(self, scored: Scored, last: bool) -> None:
         """Gradients of a micro-batch; the last pass of the last one lets them be summed over replicas."""
@@ -266,6 +274,16 @@ class DiffusionGemmaModel(ModelPT):
         self.configure_model()
         assert self.network is not None
         return self.network.generate(*args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def saved_tensors(self) -> dict[str, ShardedTensor]:
+        """What a run saves besides optimizer state, by keys `<kind>.<name>`; resuming fills the same.
+
+        Of a base with adapters nothing: they have a file of their own.
+        """
+        assert self.network is not None
+        return sharded.sharded_state_dict(self.network) if self.network.lora is None else {}
 
     # -- archives ------------------------------------------------------------------------------------------------
 
@@ -315,9 +333,24 @@ def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
         group.check()
         network = DiffusionGemma.from_checkpoint(group.checkpoint, DTYPES[group.dtype])
         network.recompute = group.recompute
+    else:
+        network = empty_network(group)
+        network.init_weights(seed)
+    prepare(network, group, seed)
+    return network
+
+
+def resumed_network(group: ModelGroup, seed: int, checkpoint: Path) -> DiffusionGemma:
+    """The network of a run that goes on from `checkpoint`, which Lightning then fills.
+
+    That of adapters is their base, loaded again. Raises on every rank alike.
+    """
+    if is_adapter(checkpoint):
+        network = build_network(group, seed)
+        resume(network, checkpoint)  # refuses another base here, before anything else is made
         return network
-    network = empty_network(group)
-    network.init_weights(seed)
+    network = empty_network(group, checkpoint / sharded.ASSETS)
+    prepare(network, group, seed)
     return network
 
 

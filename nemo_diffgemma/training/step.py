@@ -34,6 +34,7 @@ from nemo_diffgemma.diffusion.objective import (
 )
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.errors import ConfigurationError
+from nemo_diffgemma.model.adapters import DropoutNoise
 from nemo_diffgemma.parallel.groups import device, process_groups
 from nemo_diffgemma.training import flops
 from nemo_diffgemma.transfer import HostCopy, to_device
@@ -118,6 +119,7 @@ def accumulate(
                 noise_floor=config.noise_floor,
                 spread_over=global_batch_size if config.spread_levels else 0,
             )
+            network.dropout_of = DropoutNoise(seed, tuple(rows.samples))
             terms = (network, rows, canvases, corrupted, config, seed, totals)
             scored = Scored(*terms) if backward else None
             losses += torch.stack([part.double() for part in (scored.loss if scored else objective(*terms))])

@@ -1,4 +1,4 @@
-"""The bound on bits a token: its terms by their definition, tight for the true posterior, and what a network is given."""
+"""The bound on bits a token: its terms by their definition, tight for the true posterior, and of a network."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def test_the_integrand_is_the_sum_over_ids(seed, vocabulary, level):
     noised_N = torch.where(torch.tensor([True, False] * 2), clean_N, (clean_N + 1) % vocabulary)
     levels_N = torch.full((4,), level, dtype=torch.double)
     found_N = of_prediction(p_NV, noised_N, clean_N, levels_N)
-    expected = [
-        by_definition(p_V, int(x), int(y), level) for p_V, x, y in zip(p_NV, noised_N, clean_N, strict=True)
-    ]
+    expected = [by_definition(p_V, int(x), int(y), level) for p_V, x, y in zip(p_NV, noised_N, clean_N, strict=True)]
     torch.testing.assert_close(found_N, torch.tensor(expected, dtype=torch.double), rtol=1e-6, atol=1e-9)
     assert (found_N > -1e-9).all()
 
