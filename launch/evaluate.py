@@ -34,6 +34,7 @@ class EvaluateConfig:
     """Configuration of `launch/evaluate.py`."""
 
     checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint or .nemo
+    weights: str = "trained"  # ema: the average that a run with optim.ema has kept
     data: DataGroup = field(default_factory=default_data)
     levels: list[float] = field(default_factory=lambda: list(LEVELS))  # share of replaced tokens
     steps: list[int] = field(default_factory=lambda: list(BUDGETS))  # budgets of denoising steps
@@ -66,12 +67,17 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig, results: Results) -> dict[str, Any]:
     """Evaluate one checkpoint."""
     from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint import average
     from nemo_diffgemma.checkpoint.open import dtype_of
     from nemo_diffgemma.cli.measures_view import bits, measure, write_samples
     from nemo_diffgemma.evaluation.measures import held_out_rows
 
     task = task_of(config.data)
+    if config.weights not in average.WEIGHTS:
+        raise ConfigurationError(f"weights={config.weights!r}; use one of {', '.join(average.WEIGHTS)}")
     network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
+    if config.weights == "ema":
+        average.fill(network, user_path(config.checkpoint))
     task.open(network.assets)
     task.prepare(network.model_config)
     rows = held_out_rows(task, network.model_config, config.examples)

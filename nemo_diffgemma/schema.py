@@ -69,7 +69,8 @@ class OptimGroup:
     weight_decay: float = 0.0  # on matrices only
     betas: tuple[float, float] = (0.95, 0.99)
     eps: float = 1e-8
-    clip_grad: float = 1.0
+    clip_grad: float = 1.0  # largest norm of the gradient; 0: any
+    ema: float = 0.0  # decay of an average of the weights, kept beside them; 0: none
     distributed: bool = True  # optimizer state cut over replicas
 
 

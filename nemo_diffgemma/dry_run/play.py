@@ -120,7 +120,7 @@ def _train(watch: Watch, network: Any, case: Case, progress: Callable[[str], Non
     progress("building the optimizer")
     with watch.ledger.doing("build", "gradients and optimizer"):
         adapter = model.configure_optimizers()
-        optimizer_state._prime(adapter.megatron)  # the first step is then like any other
+        optimizer_state.prime(adapter.megatron)  # the first step is then like any other
     _split_static(watch, model)
     model.optimizers = lambda: adapter
     for name, (phase, part) in FORWARD_PHASES.items():

@@ -52,7 +52,7 @@ from nemo_diffgemma.schema import (
     data_group,
     structured,
 )
-from nemo_diffgemma.training import flops, overlap
+from nemo_diffgemma.training import average, flops, overlap
 from nemo_diffgemma.training import optimizer as optimizers
 from nemo_diffgemma.training.step import StepSums, accumulate
 from nemo_diffgemma.training.step_result import StepResult
@@ -205,6 +205,8 @@ class DiffusionGemmaModel(ModelPT):
             raise _failure("loss", numbers.loss, step, self._origin_of_loss(batch))
         overlap.finalize_gradients(wrapped)
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
+        if settings.optim.ema:
+            self._adapter.average_decay = average.decay_at(settings.optim.ema, step)
         self.optimizers().step()
         overlap.start_gather(wrapped)
         grad_norm = self._adapter.grad_norm  # waits for it, on a GPU not for the update

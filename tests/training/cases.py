@@ -390,3 +390,52 @@ def kept_beside(directory: str, frozen: str, **settings: Any) -> dict[str, Any]:
     for name, parameter in model.network.named_parameters():
         parameter.data.copy_(model.__dict__["sums"][name])
     return {"sums": _whole(model.network), "keys": sorted(sharded.keys(last)), "losses": [one["loss"] for one in lines]}
+
+
+def averages(directory: str, **settings: Any) -> dict[str, Any]:
+    """Of a run of 4 steps on rank 0: its average of weights, the same from all of its checkpoints, the last weights."""
+    import numpy as np
+
+    from nemo_diffgemma.training.average import decay_at
+
+    decay = settings["optim__ema"]
+    first = initial_weights(settings["layout"])
+    run(directory, steps=4, every=1, **settings)
+    weights = [weights_of(f"{directory}/checkpoints/step-{step}", settings["layout"]) for step in range(1, 5)]
+    expected = {name: value.astype(np.float64) for name, value in first.items()}
+    for step, values in enumerate(weights, start=1):
+        part = decay_at(decay, step)
+        expected = {name: part * value + (1 - part) * values[name] for name, value in expected.items()}
+    return dict(
+        average=average_of(f"{directory}/checkpoints/step-4", settings["layout"]),
+        expected={name: value.astype(np.float32) for name, value in expected.items()},
+        weights=weights[-1],
+    )
+
+
+def resumed_average(directory: str, **settings: Any) -> dict[str, Any]:
+    """The average of a run of 4 steps that stopped after 3 and went on from the checkpoint of step 2."""
+    interrupted(directory, stop_after=3, steps=4, every=2, **settings)
+    run(directory, steps=4, every=2, **settings)
+    return average_of(f"{directory}/checkpoints/step-4", settings["layout"])
+
+
+def initial_weights(layout: dict[str, int]) -> dict[str, Any]:
+    """Whole tensors of a network that no step has changed."""
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+    from nemo_diffgemma.training.nemo_model import build_network
+
+    initialize(ParallelLayout(**layout))
+    return _whole(build_network(config().model, seed=0))
+
+
+def average_of(checkpoint: str, layout: dict[str, int]) -> dict[str, Any]:
+    """Whole tensors of the average that a checkpoint has."""
+    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint import average
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+
+    initialize(ParallelLayout(**layout))
+    network = DiffusionGemma.from_checkpoint(checkpoint)
+    average.fill(network, Path(checkpoint))
+    return _whole(network)
