@@ -439,3 +439,48 @@ def average_of(checkpoint: str, layout: dict[str, int]) -> dict[str, Any]:
     network = DiffusionGemma.from_checkpoint(checkpoint)
     average.fill(network, Path(checkpoint))
     return _whole(network)
+
+
+def first_step() -> dict[str, Any]:
+    """Of the first step of `config()`, without `Scored`: losses and accuracy by level, and what the routers chose."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from nemo_diffgemma.diffusion.levels import BINS
+    from nemo_diffgemma.diffusion.objective import choose_canvases, corrupt, self_conditioned
+    from nemo_diffgemma.evaluation.comparison import chosen_experts
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
+
+    initialize(ParallelLayout())
+    model = DiffusionGemmaModel(ModelSettings.of(config()))
+    model.configure_model()
+    network = model.network
+    assert network is not None
+    model.setup_training_data()
+    rows = next(iter(model._train_dl))
+    canvases = choose_canvases(rows, 16, 1, 0)
+    corrupted = corrupt(rows, canvases, 16, 64, 0)
+    places = [(canvas.row, canvas.start) for canvas in canvases]
+    with torch.no_grad():
+        with chosen_experts(network) as of_context:
+            cache = network.encode_clean(rows.tokens_T, rows.lengths).cache
+        first = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
+        shown = self_conditioned(rows, canvases, 0.5, 0)[:, None, None]
+        soft = network.soft_embedding(first).view(len(canvases), 16, -1) * shown
+        with chosen_experts(network) as of_canvases:
+            hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, soft)
+    z = 30 * torch.tanh(hidden @ network.embed_tokens.weight[:64].T / 30)
+    labels = corrupted.clean_MC.flatten()
+    losses, right = cross_entropy(z, labels, reduction="none").view(-1, 16), (z.argmax(1) == labels).view(-1, 16)
+    by_level: dict[str, list[int]] = {}
+    for canvas, level in enumerate(corrupted.levels_M.tolist()):
+        by_level.setdefault(str(min(BINS, key=lambda middle: abs(middle - level))), []).append(canvas)
+    by_level = {level: by_level[level] for level in sorted(by_level)}
+    chosen = [torch.cat(pair).flatten() for pair in zip(of_context, of_canvases, strict=True)]
+    return dict(
+        loss_by_level={level: float(losses[which].mean()) for level, which in by_level.items()},
+        accuracy_by_level={level: float(right[which].double().mean()) for level, which in by_level.items()},
+        canvas_accuracy=float(right.double().mean()),
+        loads=[torch.bincount(ids, minlength=8).tolist() for ids in chosen],
+    )
