@@ -101,7 +101,7 @@ class TrainerGroup:
         0  # checkpoints; all are kept unless keep_last, keep_best or keep_every says which, then one or more
     )
     keep_best: int = 0  # and so many, by keep_by
-    keep_by: str = "canvas_loss"  # of validation.jsonl: what has `loss` in its name is best when small, else when large
+    keep_by: str = "canvas_loss"  # or bits_per_token, or what the task measures, such as solve_rate
     keep_every: int = 0  # and those whose step is a multiple of it
     hang_minutes: float = 30.0  # without a step (start, validation and saving included) until the run ends itself
     threads: int = 0  # CPU threads of each process; 0: the machine's cores divided by the processes on it
