@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nemo_diffgemma import DiffusionGemma
 from nemo_diffgemma.errors import UserError
@@ -184,5 +185,27 @@ def test_what_is_no_plain_adapter_is_named(adapter_run, tmp_path, key, value, to
     (copy / "manifest.json").unlink()
     config = json.loads((copy / "adapter_config.json").read_text()) | {key: value}
     (copy / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=told):
+        DiffusionGemma.from_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensors: tensors.pop(next(key for key in tensors if "lora_B" in key)), "but no .*lora_B"),
+        (lambda tensors: tensors.update({key: tensors[key] * torch.nan for key in tensors}), "NaN|nan"),
+        (lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}), "lm_head"),
+        (lambda tensors: tensors.update({key: tensors[key][:, :-1].contiguous() for key in tensors}), "another model"),
+    ],
+    ids=["half", "not_finite", "head", "shape"],
+)
+def test_what_the_tensors_lack_is_named(adapter_run, tmp_path, change, told):
+    copy = tmp_path / "copy"
+    shutil.copytree(adapter_run / "checkpoints" / "step-2", copy)
+    (copy / "manifest.json").unlink()
+    file = copy / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
     with pytest.raises(UserError, match=told):
         DiffusionGemma.from_checkpoint(copy)
