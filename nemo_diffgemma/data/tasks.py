@@ -125,6 +125,10 @@ class Task(ABC):
         """What was found in files, after `prepare`; None for data that come from none."""
         return None
 
+    def messages(self, seed: int, sample: int, held_out: bool = False) -> list[tuple[str, str]]:
+        """(role, text) of what an example is made of, for a reader; none where nobody speaks."""
+        return []
+
     def measures(self, network: DiffusionGemma, budgets: Sequence[int], seed: int, batch_size: int = 400) -> Measures:
         """What `launch/evaluate.py` reports beside the canvas loss, by budget of denoising steps. Collective."""
         return Measures({})
