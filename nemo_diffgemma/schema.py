@@ -26,6 +26,7 @@ from nemo_diffgemma.diffusion.objective import ObjectiveConfig
 from nemo_diffgemma.errors import ConfigurationError as ConfigurationError
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.fields import group_of, options_of
+from nemo_diffgemma.lora.config import LoraGroup
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.repository import user_path
 
@@ -43,10 +44,13 @@ class ModelGroup:
     architecture: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     dtype: str = "float32"  # or bfloat16: weights and activations; the optimizer keeps float32
     recompute: str = "none"  # selective, full
+    freeze: list[str] = field(default_factory=list)  # router, embeddings, experts, or patterns over tensor names
+    lora: LoraGroup = field(default_factory=LoraGroup)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def check(self) -> None:
         """Raise `ConfigurationError` for a dtype or a recomputation that there is not."""
+        self.lora.check()
         if self.dtype not in DTYPES:
             raise ConfigurationError(f"model.dtype={self.dtype!r}; use one of {', '.join(DTYPES)}")
         if self.recompute not in RECOMPUTE:

@@ -87,7 +87,8 @@ def sharded_tensor(key: str, data: Tensor, like: Tensor, replica: int | None = N
     """
     shard, groups = shard_of(like), process_groups()
     if shard.expert:
-        number = (0, groups.expt_dp.rank() if replica is None else replica)
+        within = 0 if len(shard.cuts) > 1 else groups.expt_tp.rank()  # of an adapter, one side is whole
+        number = (within, groups.expt_dp.rank() if replica is None else replica)
     else:
         within = 0 if shard.cuts else groups.tp.rank()
         number = (within, groups.dp_cp.rank() if replica is None else replica)
@@ -105,7 +106,7 @@ def sharded_state_dict(network: Network) -> dict[str, ShardedTensor]:
 def write_assets(network: Network, assets: Path) -> None:
     """Write configuration, tokenizer and carried vision tensors beside the text model. Rank 0 only."""
     assets.mkdir(parents=True, exist_ok=True)
-    carried = huggingface.carried_tensors(network)
+    carried = {} if network.lora is not None else huggingface.carried_tensors(network)  # they are the base's
     if carried:
         save_file(carried, assets / "model-vision.safetensors", metadata={"format": "pt"})
     _write_assets(network, assets)

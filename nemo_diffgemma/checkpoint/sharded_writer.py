@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from nemo_diffgemma.checkpoint import huggingface, sharded
 from nemo_diffgemma.checkpoint.manifest import Digest, HashedFile, seal
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
+from nemo_diffgemma.lora.peft_files import collected
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.parallel.agreement import from_rank_zero, gather
@@ -84,7 +85,8 @@ class SaveInProgress:
             self._partial = stack.enter_context(huggingface.new_directory(self.directory, group))
             self._shared = from_rank_zero(self._partial)
             assert self._shared is not None
-            weights = sharded.sharded_state_dict(network)
+            self._adapter = None if network.lora is None else collected(network)
+            weights = {} if network.lora is not None else sharded.sharded_state_dict(network)
             if copies:
                 weights = {key: _copied(tensor) for key, tensor in weights.items()}
             self._plan = self._planned({**weights, **(tensors or {}), **(common or {})})
@@ -108,6 +110,8 @@ class SaveInProgress:
             with huggingface.writing(self._shared, self._group):
                 if self._partial is not None:  # first: what is wrong with them is said before much is written
                     _write_beside(self._network, self._partial)
+                    if self._adapter is not None:
+                        self._adapter.write(self._partial)
                 written = self._plan.write()
             parts = gather({name: digest for name, (_, digest) in written.items()}, self._group)
             results = gather([result for part, _ in written.values() for result in part], self._group)

@@ -59,8 +59,13 @@ def _held(optimizer: MegatronOptimizer) -> dict[Tensor, _Held]:
     return held
 
 
+def _trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of what has a state."""
+    return [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
 def _kinds(network: nn.Module) -> tuple[str, ...]:
-    low = any(parameter.dtype != torch.float32 for parameter in network.parameters())
+    low = any(parameter.dtype != torch.float32 for _, parameter in _trained(network))
     return (*MOMENTS, "main") if low else MOMENTS
 
 
@@ -74,7 +79,7 @@ def state_tensors(network: nn.Module, optimizer: MegatronOptimizer) -> dict[str,
     held, tensors = _held(optimizer), {}
     distributed = any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
     for kind in _kinds(network):
-        for index, (name, parameter) in enumerate(network.named_parameters()):
+        for index, (name, parameter) in enumerate(_trained(network)):
             key = f"{PREFIX}{kind}.{name}"
             mine = held.get(parameter)
             part = None if mine is None else (mine.main if kind == "main" else mine.state[kind])
@@ -128,7 +133,7 @@ def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path
     for kind in _kinds(network):  # one kind at a time: whole parameters are held while it is read
         wanted = dict(_buffers(network, kind))
         sharded.read_tensors(wanted, directory)
-        for name, parameter in network.named_parameters():
+        for name, parameter in _trained(network):
             mine = held.get(parameter)
             if mine is not None:
                 target = mine.main if kind == "main" else mine.state[kind]
@@ -140,7 +145,7 @@ def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path
 def _check_keys(network: nn.Module, directory: Path) -> None:
     keys = sharded.keys(directory)
     for kind in _kinds(network):
-        missing = [name for name, _ in network.named_parameters() if f"{PREFIX}{kind}.{name}" not in keys]
+        missing = [name for name, _ in _trained(network) if f"{PREFIX}{kind}.{name}" not in keys]
         if missing:
             raise CheckpointError(
                 f"{directory} has no optimizer state `{kind}` for {len(missing)} parameters, first {missing[0]}: it "
@@ -150,7 +155,7 @@ def _check_keys(network: nn.Module, directory: Path) -> None:
 
 
 def _buffers(network: nn.Module, kind: str) -> Iterator[tuple[str, ShardedTensor]]:
-    for name, parameter in network.named_parameters():
+    for name, parameter in _trained(network):
         key = f"{PREFIX}{kind}.{name}"
         empty = torch.empty(parameter.shape, dtype=torch.float32)
         empty.shard = shard_of(parameter)  # type: ignore[attr-defined]

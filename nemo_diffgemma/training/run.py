@@ -40,8 +40,8 @@ from nemo_diffgemma.training.nemo_model import (
     DiffusionGemmaModel,
     ModelSettings,
     TrainingError,
-    empty_network,
     model_config,
+    resumed_network,
 )
 from nemo_diffgemma.training.run_directory import LOGS, lock_of
 from nemo_diffgemma.training.run_lock import RunLock
@@ -114,7 +114,7 @@ def _train(
     if resumed is None:
         model.configure_model()
     else:  # Lightning fills it, and the optimizer, from the checkpoint
-        model.network = empty_network(config.model, resumed / sharded.ASSETS)
+        model.network = resumed_network(config.model, config.seed, resumed)
     assert model.network is not None
     run_directory.write_assets(model.network, model.task, run_dir)
     saver = Saver(then=lambda: saving.remove_others(run_dir, config.trainer))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
+from nemo_diffgemma.lora.opening import resume
 from nemo_diffgemma.parallel.agreement import all_ranks, any_rank, from_rank_zero
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.training import optimizer_state
@@ -129,7 +130,11 @@ class MegatronStrategy(Strategy):
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         model: Any = self.lightning_module
         assets = model.network.assets
-        sharded.fill(model.network, checkpoint["directory"])  # the run has verified it: run_directory.enter
+        directory = checkpoint["directory"]  # the run has verified it: run_directory.enter
+        if model.network.lora is not None:
+            resume(model.network, directory)
+        else:
+            sharded.fill(model.network, directory)
         model.network.assets = assets or model.network.assets  # those of the run outlive a removed checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
