@@ -43,6 +43,8 @@ class Chat(FileTask):
                 f"the tokenizer in {self.data.tokenizer or assets} has no chat template, which data=chat needs; give "
                 "data.tokenizer=DIRECTORY with the same vocabulary and a chat_template.jinja"
             )
+        if self.data.tokenizer is not None:  # a checkpoint trained with this template is used with it
+            self.chat_template = self._tokenizer.chat_template
 
     def encoder(self) -> Any:
         assert self._model is not None

@@ -77,6 +77,8 @@ class Task(ABC):
     pad_token_id: int
     fills_rows: ClassVar[bool] = True  # an answer that ends its row is filled up to whole canvases in the context, too
 
+    chat_template: str | None = None  # that came with the data, not with the checkpoint; known after `open`
+
     def __init__(self, data: Any) -> None:
         self.data = data
 

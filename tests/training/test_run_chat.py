@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
 from tests.data import runs
+from tests.distributed.layouts import LAYOUTS
+from tests.parity.objectives import Step, assert_same_step
 
 JOB = "tests.data.runs:run"
 
@@ -44,6 +47,30 @@ def test_in_a_layout(pool, folder, tmp_path, one_by_one, layout):
     arguments = dict(folder=str(folder), directory=str(tmp_path), steps=4, layout=layout)
     for lines in pool(2).run(JOB, **arguments, data__tokens_per_micro_batch=340):
         assert_same(lines, one_by_one)
+
+
+@pytest.fixture(scope="module")
+def step_one_by_one(single, folder, tmp_path_factory):
+    """`step_one_by_one(canvases)` -> loss and gradients of the first step in one process, an example a pass."""
+
+    @functools.cache
+    def get(canvases: int) -> Step:
+        asked = dict(model__objective__canvases_per_example=canvases, data__micro_batch_size=1)
+        return Step(*runs.gradients(str(folder), str(tmp_path_factory.mktemp("run")), **asked))
+
+    return get
+
+
+@pytest.mark.parametrize("canvases", [0, 2])
+@pytest.mark.parametrize("layout", ["tp2", "ep2", "tp2_ep2", "dp2_ep2"])
+def test_every_gradient_of_a_packed_step_is_that_of_its_conversations(
+    pool, folder, tmp_path, step_one_by_one, layout, canvases
+):
+    truth, (world, axes) = step_one_by_one(canvases), LAYOUTS[layout]
+    asked = dict(model__objective__canvases_per_example=canvases, data__tokens_per_micro_batch=340, layout=axes)
+    ranks = pool(world).run("tests.data.runs:gradients", folder=str(folder), directory=str(tmp_path), **asked)
+    assert all(loss == pytest.approx(truth.loss, rel=1e-5) for loss, _ in ranks)
+    assert_same_step(Step(*ranks[0]), truth, 1e-5)
 
 
 def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, folder, tmp_path, one_by_one):
