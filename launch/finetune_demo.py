@@ -41,7 +41,7 @@ class FinetuneDemoConfig:
 
     checkpoint: str | None = None  # of the demo
     out: str = "runs/finetune_demo"  # a folder of its own for each start
-    steps: int = 300
+    steps: int = 400
     held_out: int = 400  # puzzles that are solved before and after
 
     def __post_init__(self) -> None:
