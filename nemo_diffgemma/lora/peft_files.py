@@ -4,8 +4,9 @@
     adapter_model.safetensors    A and B of every module; its header has the fingerprint of the base
 
 transformers has modules of its own for encoder and decoder, which share their weights; PEFT wraps each, so every
-adapter stands there twice, equal where we have trained it. Experts are PEFT's `target_parameters`: A [E*r, in] with the rows of
-one expert behind those of the other, B [out, r*E] with the experts side by side for each rank (peft's ParamWrapper).
+adapter stands there twice, equal where we have trained it. Experts are PEFT's `target_parameters`: A [E*r, in] with the
+rows of one expert behind those of the other, B [out, r*E] with the experts side by side for each rank (peft's
+ParamWrapper).
 Two matrices of one module are nested: down_proj is the outer adapter, gate_up_proj stands under `base_layer`.
 """
 
