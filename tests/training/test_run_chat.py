@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_diffgemma.errors import ConfigurationError
 from tests.data import runs
 from tests.distributed.layouts import LAYOUTS
 from tests.parity.objectives import Step, assert_same_step
@@ -96,6 +97,23 @@ def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, fo
         (folder / "train.jsonl").write_text(kept)
 
 
+def test_rows_that_are_left_out_are_told_at_the_beginning_and_at_the_end(single, folder, tmp_path, caplog):
+    (tmp_path / "more.jsonl").write_text('{"messages": []}\n{\n')
+    files = [f"{folder}/train.jsonl", f"{tmp_path}/more*"]
+    with pytest.raises(ConfigurationError, match=r"data.train\[1\]=.*more\* has no row to learn from; 2 rows left out"):
+        runs.run(str(folder), str(tmp_path / "run"), steps=1, data__train=files)
+    files = [str(tmp_path / "both")]
+    (tmp_path / "both").mkdir()
+    for name, place in (("a.jsonl", folder / "train.jsonl"), ("b.jsonl", tmp_path / "more.jsonl")):
+        (tmp_path / "both" / name).write_text(place.read_text())
+    caplog.clear()
+    runs.run(str(folder), str(tmp_path / "run"), steps=1, data__train=files)
+    told = [record.message for record in caplog.records if record.message.startswith("data: ")]
+    assert len(told) == 2 and all("2 rows left out: 1 unknown format, 1 broken JSON" in text for text in told)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(Path(row["source"]).name, row["line"]) for row in rows] == [("b.jsonl", 1), ("b.jsonl", 2)]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -103,6 +121,7 @@ def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, fo
         ({"data__validation": [], "trainer__validate_every": 1}, "give data.validation=[FILES]"),
         ({"data__tokens_per_micro_batch": 20}, "data.tokens_per_micro_batch=20, but the longest example has"),
         ({"data__tokens_per_micro_batch": 500, "data__micro_batch_size": 2}, "use one of them"),
+        ({"data__tokenizer": "/nowhere"}, "data.tokenizer=/nowhere has no tokenizer.json"),
         ({"data__max_length": 3}, "has no row to learn from; 40 rows left out: 40 too long"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
