@@ -11,8 +11,6 @@ line is JSON: rows, bad_rows, the mean loss of the first and of the last ten ste
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -82,14 +80,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def train_and_kill(folder: Path, layout: list[str], steps: int = STEPS, killed_after: int = KILLED_AFTER) -> None:
     """Start a run and kill all of its processes once it has made so many steps."""
-    process = subprocess.Popen(command(folder, layout, steps), start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(folder, layout, steps), stdout=subprocess.DEVNULL)
     try:
         while len(metrics(folder)) < killed_after:
             if process.poll() is not None:
                 raise SystemExit(f"the run ended with code {process.returncode} before it could be killed")
             time.sleep(0.05)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # its ranks are killed with it
         process.wait()
 
 
