@@ -57,10 +57,14 @@ def empty_context(
 
 
 def product(x: Tensor, weight: Tensor, experts: Tensor | None = None) -> Tensor:
-    """`x @ weight.T` with one matrix [N, K], or with one for each expert, [E, N, K], of some `experts` if given."""
+    """`x @ weight.T` with one matrix [N, K], or with one for each expert, [E, N, K], of some `experts` if given.
+
+    Activations are turned and not weights: beside a loop, TensorRT-RTX 1.7.1 would keep a turned copy of all experts of
+    every layer, 45.7 GB in the released model.
+    """
     if experts is not None:
         weight = weight.index_select(0, experts)
-    return F.linear(x, weight) if weight.dim() == 2 else x @ weight.transpose(1, 2)
+    return F.linear(x, weight) if weight.dim() == 2 else (weight @ x.transpose(-1, -2)).transpose(-1, -2)
 
 
 class Weights:

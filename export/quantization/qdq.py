@@ -70,6 +70,7 @@ def _quantize(graph: GraphProto, matrices: Mapping[str, _Matrix], outer: Mapping
     """
     views, count, made = dict(outer), 0, set[str]()
     nodes: list[NodeProto] = []
+    turned = {node.output[0]: node for node in graph.node if node.op_type == "Transpose"}
     for number, node in enumerate(graph.node):
         for body in bodies(node):
             count += _quantize(body, matrices, views, f"{place}.{number}")
@@ -83,8 +84,8 @@ def _quantize(graph: GraphProto, matrices: Mapping[str, _Matrix], outer: Mapping
         if matrix and node.op_type in _PRODUCTS:
             count += 1
             if matrices[matrix].scheme in QUANTIZE_ACTIVATIONS:
-                nodes += _activation_nodes(node.input[0], matrices[matrix], place)
-                node.input[0] = f"{matrix}{place}.input"
+                left = views.get(node.input[0]) == matrix or node.input[0] == f"{matrix}{place}.dequantized"
+                nodes += _quantized_input(node, int(left), turned, matrices[matrix], place)
         elif matrix:
             views[node.output[0]] = matrix
         nodes.append(node)
@@ -94,6 +95,24 @@ def _quantize(graph: GraphProto, matrices: Mapping[str, _Matrix], outer: Mapping
     return count
 
 
+def _quantized_input(
+    product: NodeProto, index: int, turned: Mapping[str, NodeProto], matrix: _Matrix, place: str
+) -> Iterator[NodeProto]:
+    """Nodes that quantise the activations of a product, its input `index`, along the axis that it sums over.
+
+    Activations [..., K] that are turned before the product are quantised before that: blocks lie along their last axis.
+    """
+    x, result = product.input[index], f"{matrix.name}{place}.input"
+    turn = turned.get(x) if index else None
+    yield from _activation_nodes(turn.input[0] if turn else x, matrix, place)
+    if turn:
+        again = NodeProto()
+        again.CopyFrom(turn)
+        again.input[0], again.output[0], again.name = result, f"{result}_turned", f"{result}_turned"
+        yield again
+    product.input[index] = f"{result}_turned" if turn else result
+
+
 _PRODUCTS = ("MatMul", "Gemm")  # torch writes MatMul after Transpose, or Gemm
 _VIEWS = ("Transpose", "Reshape", "Gather")  # Gather: some of the experts
 
@@ -101,7 +120,7 @@ _VIEWS = ("Transpose", "Reshape", "Gather")  # Gather: some of the experts
 def _matrix_of(node: NodeProto, views: Mapping[str, str]) -> str | None:
     """The matrix that a node multiplies by, or of which it makes a view."""
     if node.op_type in _PRODUCTS:
-        return views.get(node.input[1])
+        return views.get(node.input[1]) or views.get(node.input[0])
     return views.get(node.input[0]) if node.op_type in _VIEWS else None
 
 
