@@ -53,7 +53,7 @@ class BuildConfig:
     steps: int | None = 48  # of the loop; null: each call says how many
     graphs: list[str] | None = None  # null: encode, step and loop; of several ranks encode and step
     weights: str = "inputs"  # inline: inside of the engine
-    experts: str | None = None  # sparse: those chosen; dense: all; null: sparse where that is less
+    experts: str | None = None  # sparse: those chosen; dense: all; null: what suits the model
     quantization: str | None = None  # of the experts: fp8, int4, nvfp4
     calibration: str | None = None  # file with one prompt a line; fp8 and nvfp4 need it
     max_batch_size: int = 8

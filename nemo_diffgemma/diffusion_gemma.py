@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -16,18 +16,25 @@ from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig, accept
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.cache import Cache
+from nemo_diffgemma.model.fixed_step import CudaGraphs, FixedSteps
 from nemo_diffgemma.model.initialisation import initialise
 from nemo_diffgemma.model.network import Network
-from nemo_diffgemma.model.segments import left_padding
+from nemo_diffgemma.model.segments import Stream, left_padding
 from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.non_finite import raise_non_finite
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.repository import user_path
+from nemo_diffgemma.transfer import to_device
 
 
 class DiffusionGemma(Network):
     """The network in the layout that `parallel.initialize` made; every rank calls its methods with equal arguments."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(model, dtype)
+        # whoever assigns `parameter.data` clears them
+        self.fixed_steps = FixedSteps(CudaGraphs()) if device().type == "cuda" else None
 
     @classmethod
     def from_huggingface(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionGemma:
@@ -102,7 +109,7 @@ class DiffusionGemma(Network):
         with reused_scratch():
             return generate(
                 self,
-                input_ids.to(device()),
+                to_device(input_ids, device()),
                 left_padding(input_ids, attention_mask),
                 canvas_length=self.model_config.canvas_length,
                 max_new_tokens=max_new_tokens,
@@ -123,16 +130,29 @@ class DiffusionGemma(Network):
         places = [
             (index, span.end + new) for index, (span, new) in enumerate(zip(cache.sequences, lengths, strict=True))
         ]
-        tokens = torch.cat([*context, inputs.canvas.flatten()])
-        stream = self.stream(cache.sequences, lengths, places)
-        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft)
+        settled = self._settled(inputs, self.stream(cache.sequences, lengths, places), cache)
+        return settled._replace(cache=settled.cache.trimmed(self.model_config) if context else cache)
+
+    @torch.no_grad()
+    def canvas_step(self, inputs: StepInputs, cache: Cache) -> Settled:
+        """One denoising step of canvases alone: on a GPU of fixed shapes, recorded and replayed (model.fixed_step)."""
+        if self.fixed_steps is None:
+            return self.sampling_step(inputs, cache)
+        return self.fixed_steps.run(self._settled, inputs, cache, self)
+
+    def _settled(self, inputs: StepInputs, stream: Stream, cache: Cache) -> Settled:
+        """A step of the tokens of `stream`; its cache is that of the pass."""
+        tokens = torch.cat([*(inputs.context or ()), inputs.canvas.flatten()])
+        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft, replicas_alike=True)
         assert result.canvas_hidden is not None
+        shape, temperature = inputs.canvas.shape, inputs.temperature
+        if isinstance(temperature, Tensor) and temperature.dim():  # one a sequence
+            temperature = temperature[:, None].expand(shape).reshape(-1, 1)
         statistics = self.statistics(
-            result.canvas_hidden, inputs.temperature, inputs.uniforms.flatten(), soft_embedding=not inputs.last
+            result.canvas_hidden, temperature, inputs.uniforms.flatten(), soft_embedding=not inputs.last
         )
         assert statistics.sample_N is not None
-        shape, soft = inputs.canvas.shape, statistics.soft_embedding_NH
-        entropy = statistics.entropy_N.view(shape)
+        soft, entropy = statistics.soft_embedding_NH, statistics.entropy_N.view(shape)
         accepted = accept(entropy, inputs.entropy_bound)
         return Settled(
             canvas=torch.where(accepted, statistics.sample_N.view(shape), inputs.replacements),
@@ -140,12 +160,28 @@ class DiffusionGemma(Network):
             entropy=entropy,
             accepted=accepted,
             soft=None if soft is None else soft.view(*shape, -1),
-            cache=result.cache.trimmed(self.model_config) if context else cache,
+            cache=result.cache,
         )
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; training gets the memory of the recorded steps back."""
+        if mode and self.fixed_steps is not None:
+            self.fixed_steps.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's, for `to` and the like: weights move."""
+        if self.fixed_steps is not None:
+            self.fixed_steps.clear()
+        return super()._apply(*args, **kwargs)
 
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
         """Raise `NonFiniteError` naming the tensor or layer where NaN or infinity begins when `run` runs again."""
-        raise_non_finite(self, run)
+        recorded, self.fixed_steps = self.fixed_steps, None  # no module runs in a replay
+        try:
+            raise_non_finite(self, run)
+        finally:
+            self.fixed_steps = recorded
 
     def init_weights(self, seed: int) -> None:
         """Fill matrices with N(0, initializer_range), everything else with ones: a function of (seed, tensor name)."""

@@ -198,14 +198,16 @@ def _check_room(config: ModelConfig, settings: Settings, builder: str) -> None:
 def suitable_experts(config: ModelConfig, layout: ParallelLayout, quantization: str | None) -> str:
     """The form in which the experts are computed unless another is asked for.
 
-    `sparse`, unless that multiplies as many rows, as with the 8 experts of the Sudoku model, or experts are quantised:
-    for the loop TensorRT-RTX 1.7.1 keeps a 16-bit copy of all of them, of every layer. Raises `LayoutError` for a
-    layout that engines cannot have.
+    `sparse`, unless that multiplies as many rows, as with the 8 experts of the Sudoku model, or the experts are
+    quantised: TensorRT-RTX 1.7.1 then reserves a 16-bit copy of those of every layer, more than a GPU has. Raises
+    `LayoutError` for a layout that engines cannot have.
     """
     check_layout(layout, config)
-    local = config.num_experts // layout.expert
-    less = is_less_work(config.top_k_experts, config.num_experts, local)
-    return "sparse" if less and quantization is None else "dense"
+    if quantization is not None or not is_less_work(
+        config.top_k_experts, config.num_experts, config.num_experts // layout.expert
+    ):
+        return "dense"
+    return "sparse"
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def trajectory(network: DiffusionGemma, input_ids: Tensor, sampler: SamplerConfi
             exact = exact._replace(cache=None, **decided)
         canvas, soft = exact.canvas, exact.soft
         settled.append(exact._replace(cache=None, **{name: getattr(exact, name).cpu() for name in _COMPARED}))
-        experts.append(tuple(map_TE.nonzero()[:, 1].view(len(map_TE), -1).cpu() for map_TE in chosen))
+        experts.append(tuple(chosen_TK.cpu() for chosen_TK in chosen))
     past = tuple((_by_row(layer.keys, rows), _by_row(layer.values, rows)) for layer in cache.layers)
     return Trajectory(input_ids.cpu(), seed, sampler, past, tuple(settled), tuple(experts))
 

@@ -1,13 +1,15 @@
 """Generation with the graphs of a bundle: the same loop, sampler and noise as `DiffusionGemma.generate`.
 
-The context lives in buffers that grow by what `encode` gives; sliding layers keep the last `window - 1` columns. A
-buffer has one column more than there is context at the start, which no token sees: engines have no empty axes.
+The context lies at the right end of buffers; sliding layers keep the last `window - 1` columns. On a GPU the columns
+are rounded up to a bucket, so that calls keep their shapes from canvas to canvas and sessions replay what they have
+recorded. Before there is any context a buffer has one column that no token sees: engines have no empty axes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,11 +34,13 @@ from nemo_diffgemma.diffusion.generate import (
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.model.fixed_step import bucket
 from nemo_diffgemma.model.segments import left_padding
 from nemo_diffgemma.non_finite import DAMAGED, NonFiniteError, first_non_finite, is_finite
-from nemo_diffgemma.parallel.agreement import all_ranks
+from nemo_diffgemma.parallel.agreement import agreed
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.parallel.team import tensors_of_rank_zero
+from nemo_diffgemma.transfer import to_device
 
 # outputs of a step that decide what comes next: rank 0's, as separately built engines may differ in the last bit
 _DECIDING = ("next_canvas", "argmax", "entropy", "accepted", "accepted_count")
@@ -51,15 +55,19 @@ class EngineError(UserError):
 class Context:
     """What the canvases see: `length` columns of left-padded rows, in the buffers of each rank of this process.
 
-    `left_padding` [B] counts the columns before each row's first token; the graphs call this input `first`.
+    `left_padding` counts the columns before each row's first token; the graphs call this input `first`.
     """
 
-    left_padding: Tensor
+    left_padding: tuple[int, ...]
     length: int
     past: tuple[dict[str, Tensor], ...]
 
+    @cached_property
     def inputs(self) -> dict[str, Tensor]:
-        return {"first": self.left_padding, "past_length": torch.tensor(self.length)}
+        """What the graphs are given besides the buffers: sent to the device once a context, not once a step."""
+        device = next(iter(self.past[0].values())).device
+        numbers = {"first": torch.tensor(self.left_padding), "past_length": torch.tensor(self.length)}
+        return {name: to_device(number, device) for name, number in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,9 @@ class Engine:
         self.loop_steps = loop_steps
         self._sessions = sessions
         self.ranks = tuple(ranks)
+        self.columns_for: Callable[[int], int] = bucket if self.device.type == "cuda" else int
         self._alone = len(self.ranks) == layout.world_size  # no other process runs ranks of this engine
-        self._ranks = [{"rank": torch.tensor(rank)} for rank in ranks]
+        self._ranks = [{"rank": torch.tensor(rank, device=self.device)} for rank in ranks]
 
     @property
     def sampler_defaults(self) -> SamplerConfig:
@@ -161,7 +170,7 @@ class Engine:
         """The context with [B, S] more columns."""
         for chunk in ids.split(self.limits.chunk, dim=1):
             fresh = self._sessions["encode"].run(
-                {"input_ids": chunk, **context.inputs()},
+                {"input_ids": chunk, **context.inputs},
                 [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)],
             )
             past = tuple(self._append(old, new, context.length) for old, new in zip(context.past, fresh, strict=True))
@@ -179,7 +188,7 @@ class Engine:
 
     def _denoise(self, graph: str, context: Context, inputs: Tensors) -> dict[str, Tensor]:
         ranked = [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)]
-        outputs = self._sessions[graph].run({**inputs, **context.inputs()}, ranked)[0]
+        outputs = self._sessions[graph].run({**inputs, **context.inputs}, ranked)[0]
         return (
             outputs if self._alone else {**outputs, **tensors_of_rank_zero({name: outputs[name] for name in _DECIDING})}
         )
@@ -188,11 +197,19 @@ class Engine:
         past = {}
         window = max(1, self.model_config.sliding_window - 1)  # of 1 it sees nothing, but engines have no empty axes
         for layer in range(self.model_config.num_hidden_layers):
-            keep = window if self.model_config.layer_kind(layer) == SLIDING else None
+            seen = window if self.model_config.layer_kind(layer) == SLIDING else None
             for name, fresh in zip(past_names(layer), present_names(layer), strict=True):
-                kept = torch.cat([old[name], new[fresh]], dim=2) if length else new[fresh]
-                past[name] = kept if keep is None or kept.shape[2] <= keep else kept[:, :, -keep:].contiguous()
+                past[name] = self._appended(old[name], new[fresh], length, seen)
         return past
+
+    def _appended(self, old_BGPD: Tensor, new_BGSD: Tensor, length: int, seen: int | None) -> Tensor:
+        """`length` columns and the new ones at the right end of a buffer; no more than are `seen` are kept."""
+        joined = torch.cat([old_BGPD, new_BGSD], dim=2) if length else new_BGSD
+        length += new_BGSD.shape[2]
+        kept = length if seen is None else min(length, seen)
+        columns = max(kept, min(self.columns_for(length), self.limits.context, seen or self.limits.context))
+        missing = columns - joined.shape[2]
+        return F.pad(joined, (0, 0, missing, 0)) if missing >= 0 else joined[:, :, -columns:].contiguous()
 
     # -- what generation asks for ------------------------------------------------------------------------------------
 
@@ -204,7 +221,7 @@ class Engine:
             for layer, pair in enumerate(buffers)
             for name, buffer in zip(past_names(layer), pair, strict=True)
         }
-        return Context(torch.tensor(first_positions, device=self.device), 0, tuple(dict(past) for _ in self._ranks))
+        return Context(tuple(first_positions), 0, tuple(dict(past) for _ in self._ranks))
 
     def sampling_step(self, inputs: StepInputs, cache: Context) -> Settled:
         """One denoising step of [B, C] canvases; new context is encoded first."""
@@ -214,8 +231,8 @@ class Engine:
             {
                 "canvas": inputs.canvas,
                 "soft": self.no_signal(inputs.canvas.shape[0]) if inputs.soft is None else inputs.soft,
-                "temperature": torch.tensor(inputs.temperature, dtype=torch.float32),
-                "entropy_bound": torch.tensor(inputs.entropy_bound, dtype=torch.float32),
+                "temperature": torch.as_tensor(inputs.temperature, dtype=torch.float32, device=self.device),
+                "entropy_bound": torch.as_tensor(inputs.entropy_bound, dtype=torch.float32, device=self.device),
                 "uniforms": inputs.uniforms,
                 "replacements": inputs.replacements,
             },
@@ -229,9 +246,13 @@ class Engine:
             cache=cache,
         )
 
-    def agree(self, flag: bool) -> bool:
-        """Whether `flag` holds in every process that runs ranks of this engine."""
-        return flag if self._alone else all_ranks(flag, self.device)
+    def canvas_step(self, inputs: StepInputs, cache: Context) -> Settled:
+        """One denoising step without new context; sessions on GPUs record and replay calls of equal shapes."""
+        return self.sampling_step(inputs, cache)
+
+    def agreed(self, flags: Tensor) -> Tensor:
+        """Which of the flags hold in every process that runs ranks of this engine."""
+        return flags if self._alone else agreed(flags)
 
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
         """Raise `NonFiniteError` naming the tensor of the checkpoint, or the output of a graph, that is not finite."""
@@ -255,34 +276,34 @@ class Engine:
         """Extend the context by every row's new ids, left-padded to equal columns as the graphs take them."""
         if not context:
             return cache
-        padding = cache.left_padding.tolist() if cache.length == 0 else [0] * len(context)
+        padding = cache.left_padding if cache.length == 0 else (0,) * len(context)
         rows = [F.pad(ids, (columns, 0)) for ids, columns in zip(context, padding, strict=True)]
         return self.encode(torch.stack(rows), cache)
 
     def _denoise_canvas(self, inputs: CanvasInputs, cache: Context) -> DenoisedCanvas:
         """All steps of a canvas in one call of `loop`; its randomness is drawn beforehand."""
-        cache, index, sampler, noise = self._extended(cache, inputs.context), inputs.index, inputs.sampler, inputs.noise
-        steps = range(sampler.max_denoising_steps, 0, -1)
-        canvas = noise.initial(index).to(self.device)
+        cache, noise = self._extended(cache, inputs.context), inputs.noise
         outputs = self._denoise(
             "loop",
             cache,
             {
-                "canvas": canvas,
-                "soft": self.no_signal(canvas.shape[0]),
-                "temperatures": torch.tensor([sampler.temperature(n) for n in steps], dtype=torch.float32),
-                "entropy_bound": torch.tensor(sampler.entropy_bound, dtype=torch.float32),
-                "uniforms": torch.stack([noise.uniforms(index, n) for n in steps]).to(self.device),
-                "replacements": torch.stack([noise.replacements(index, n) for n in steps]).to(self.device),
+                "canvas": noise.initial,
+                "soft": self.no_signal(noise.initial.shape[0]),
+                "temperatures": inputs.temperatures_N.float(),
+                "entropy_bound": inputs.entropy_bound.float(),
+                "uniforms": noise.uniforms,
+                "replacements": noise.replacements,
             },
         )
-        live_B = (~inputs.finished_B).long() * len(steps)
+        live_B = (~inputs.finished_B).long() * len(noise.uniforms)
         return DenoisedCanvas(outputs["argmax"], cache, live_B, outputs["entropy"].isfinite().all())
 
     def _check(self, input_ids: Tensor, max_new_tokens: int) -> None:
         config, limits = self.model_config, self.limits
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise EngineError(f"input_ids has shape {list(input_ids.shape)}; expected [rows, at least one token]")
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise EngineError(
+                f"input_ids has shape {list(input_ids.shape)}; expected [rows, tokens], at least one row of one token"
+            )
         if max_new_tokens < 1:
             raise EngineError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
         low, high = int(input_ids.min()), int(input_ids.max())

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nemo_diffgemma.errors import UserError
@@ -35,16 +35,19 @@ class ChildCrash(RuntimeError):
     """A child died, and no user's mistake is to blame: a defect, or too little memory."""
 
 
-def call_in_child[T](function: Callable[..., T], /, *arguments: object) -> tuple[T, int]:
+def call_in_child[T](
+    function: Callable[..., T], /, *arguments: object, environment: Mapping[str, str] | None = None
+) -> tuple[T, int]:
     """`function(*arguments)` in a child, on this process's own GPU -> its result, the child's peak memory in bytes.
 
+    `environment` holds variables of the child's beside those of this process.
     Raises the function's `UserError` or `OSError`; any other end of the child is a `ChildCrash`.
     """
     done = subprocess.run(  # kills the child where it is left by an exception, SystemExit of a signal too
         [sys.executable, "-P", "-m", "nemo_diffgemma.cli.child_process"],
         input=pickle.dumps((function, arguments)),
         stdout=subprocess.PIPE,
-        env={**os.environ, **_one_gpu(), "PYTHONPATH": _search_path()},
+        env={**os.environ, **_one_gpu(), "PYTHONPATH": _search_path(), **(environment or {})},
     )
     if done.returncode:
         raise ChildCrash(f"the process of {function.__name__} ended with code {done.returncode}; see above")

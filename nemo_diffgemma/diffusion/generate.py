@@ -3,7 +3,7 @@
 The final tokens of a canvas enter the context in the same pass that first denoises the next one. Everything random
 comes from a `Noise`, so tokens depend neither on the batch nor on the layout. Semantics of transformers' `generate`.
 
-Shapes: B rows, S prompt columns, C canvas positions, H hidden.
+Shapes: B rows, S prompt columns, C canvas positions, H hidden, N denoising steps.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.diffusion.noise import Noise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig, StableAndConfident, pad_after_eos
+from nemo_diffgemma.diffusion.noise import CanvasNoise, Noise
+from nemo_diffgemma.diffusion.progress import Denoised, Lookout, Progress
+from nemo_diffgemma.diffusion.sampler import SamplerConfig, is_eos, pad_after_eos
+from nemo_diffgemma.transfer import to_device
+
+__all__ = ["CanvasInputs", "Denoised", "DenoisedCanvas", "Denoiser", "Generation", "Settled", "StepInputs", "generate"]
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,16 @@ class StepInputs:
 
     `canvas` [B, C] are the noised ids, `soft` [B, C, H] the self-conditioning signal of the step before (None at the
     first); `context` are ids that each sequence gets before its canvas, none for some or all. `temperature` and
-    `entropy_bound` (nats) are the sampler's; a candidate is read at `uniforms` [B, C], what is not accepted becomes
-    `replacements` [B, C]. After the `last` step nobody needs a signal.
+    `entropy_bound` (nats) are the sampler's, numbers or float64 tensors: [], or a temperature for each sequence, [B]. A
+    candidate is read at `uniforms` [B, C], what is not accepted becomes `replacements` [B, C]. After the `last` step
+    nobody needs a signal.
     """
 
     canvas: Tensor
     uniforms: Tensor
     replacements: Tensor
-    temperature: float
-    entropy_bound: float
+    temperature: float | Tensor
+    entropy_bound: float | Tensor
     soft: Tensor | None = None
     context: Sequence[Tensor] | None = None
     last: bool = False
@@ -60,8 +65,11 @@ class Denoiser(Protocol):
     def sampling_step(self, inputs: StepInputs, cache: Any) -> Settled:
         """Denoise the canvases once after the cached and the new context, and sample."""
 
-    def agree(self, flag: bool) -> bool:
-        """Whether `flag` holds on every rank."""
+    def canvas_step(self, inputs: StepInputs, cache: Any) -> Settled:
+        """The same without new context: what all steps of a canvas but the first are, of equal shapes all of them."""
+
+    def agreed(self, flags: Tensor) -> Tensor:
+        """Which of the flags hold on every rank, on the device: nobody waits for them."""
 
     def raise_non_finite(self, run: Callable[[], Any]) -> NoReturn:
         """Raise an error that names what is not finite first when `run` does again what gave NaN or infinity."""
@@ -71,14 +79,17 @@ class Denoiser(Protocol):
 class CanvasInputs:
     """What the denoising of one canvas of each sequence is given: `index` counts canvases from 0.
 
-    `context` are the ids that each sequence gets before it, `finished_B` the sequences that have met an EOS id.
+    `context` are the ids that each sequence gets before it, `finished_B` the sequences that have met an EOS id;
+    `noise` are the numbers of all its steps, `temperatures_N` [N] and `entropy_bound` [] float64 on the device.
     """
 
     index: int
     context: Sequence[Tensor]
     finished_B: Tensor
     sampler: SamplerConfig
-    noise: Noise
+    noise: CanvasNoise
+    temperatures_N: Tensor
+    entropy_bound: Tensor
 
 
 class DenoisedCanvas(NamedTuple):
@@ -92,17 +103,6 @@ class DenoisedCanvas(NamedTuple):
     cache: Any
     live: Tensor
     finite: Tensor
-
-
-class Denoised(NamedTuple):
-    """One denoising step as an observer sees it, [B, C] each but `done` [B]."""
-
-    canvas: int
-    remaining: int
-    argmax: Tensor
-    accepted: Tensor
-    entropy: Tensor
-    done: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,28 +133,32 @@ def generate(
     what `stepwise` does. NaN and infinity, in weights or activations, end in the error of `Denoiser.raise_non_finite`.
     """
     rows, prompt = input_ids.shape
-    finished_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
-    forwards_B = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
+    device = input_ids.device
+    finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
+    forwards_B = torch.zeros(rows, dtype=torch.long, device=device)
+    scalars = to_device(torch.tensor([*sampler.temperatures, sampler.entropy_bound], dtype=torch.float64), device)
     cache = network.start(left_padding)
     context = [row[columns:] for row, columns in zip(input_ids.unbind(), left_padding, strict=True)]
     sequences = input_ids
     for index in range(-(-max_new_tokens // canvas_length)):
+        drawn = CanvasNoise.of(noise, index, sampler.max_denoising_steps, device)
+        inputs = CanvasInputs(index, context, finished_B, sampler, drawn, scalars[:-1], scalars[-1])
         denoise = denoise_canvas or partial(stepwise, network, observe=observe)
-        again = partial(denoise, CanvasInputs(index, context, finished_B, sampler, noise), cache)
+        again = partial(denoise, inputs, cache)
         final_BC, cache, live_B, finite = again()
         forwards_B += live_B
         finished_before_B = finished_B
         if sampler.eos_ids:
-            has_eos_B = torch.isin(final_BC, torch.tensor(sampler.eos_ids, device=final_BC.device)).any(-1)
-            finished_B = finished_B | has_eos_B
+            finished_B = finished_B | is_eos(final_BC, sampler.eos_ids).any(-1)
             if sampler.pad_token_id is not None:
                 final_BC = pad_after_eos(final_BC, sampler.eos_ids, sampler.pad_token_id)
                 final_BC = final_BC.masked_fill(finished_before_B[:, None], sampler.pad_token_id)
         sequences, context = torch.cat([sequences, final_BC], dim=1), list(final_BC.unbind())
-        all_finished, all_finite = torch.stack([finished_B.all(), finite]).tolist()  # one wait for the host
-        if not network.agree(all_finite):
+        # the one wait of a canvas
+        all_finished, all_finite = network.agreed(torch.stack([finished_B.all(), finite])).tolist()
+        if not all_finite:
             network.raise_non_finite(again)
-        if network.agree(all_finished):
+        if all_finished:
             break
     new = sequences[:, prompt:]
     # a tensor in either case: an int divided by a tensor is rounded twice
@@ -167,33 +171,28 @@ def stepwise(
     network: Denoiser, inputs: CanvasInputs, cache: Any, observe: Callable[[Denoised], None] | None
 ) -> DenoisedCanvas:
     """Denoise one canvas of each sequence, until all are stable or have had all steps."""
-    index, sampler, finished_B = inputs.index, inputs.sampler, inputs.finished_B
-    device = finished_B.device
-    canvas_BC = inputs.noise.initial(index).to(device)
-    done_B, live_B = torch.zeros_like(finished_B), torch.zeros_like(finished_B, dtype=torch.long)
-    stop = StableAndConfident(sampler)
-    best_BC, soft = canvas_BC, None
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    for remaining in range(sampler.max_denoising_steps, 0, -1):
-        live_B += ~(done_B | finished_B)
-        step = StepInputs(
+    steps, noise = inputs.sampler.max_denoising_steps, inputs.noise
+    progress = Progress(inputs.sampler, noise.initial, inputs.finished_B, network.agreed)
+    lookout = Lookout(observe, Lookout.steps_behind(noise.initial.device))
+    canvas_BC, soft = noise.initial, None
+    for step in range(steps):
+        given = StepInputs(
             canvas=canvas_BC,
-            uniforms=inputs.noise.uniforms(index, remaining).to(device),
-            replacements=inputs.noise.replacements(index, remaining).to(device),
-            temperature=sampler.temperature(remaining),
-            entropy_bound=sampler.entropy_bound,
+            uniforms=noise.uniforms[step],
+            replacements=noise.replacements[step],
+            temperature=inputs.temperatures_N[step],
+            entropy_bound=inputs.entropy_bound,
             soft=soft,
-            context=inputs.context if remaining == sampler.max_denoising_steps else None,
-            last=remaining == 1,
+            context=inputs.context if step == 0 else None,
+            last=step == steps - 1,
         )
-        settled = network.sampling_step(step, cache)
+        settled = network.sampling_step(given, cache) if step == 0 else network.canvas_step(given, cache)
         canvas_BC, soft, cache = settled.canvas, settled.soft, settled.cache
-        # a row that is done keeps its answer; what else becomes of it touches nobody
-        best_BC = torch.where(done_B[:, None], best_BC, settled.argmax)
-        done_B = done_B | stop(best_BC, settled.entropy)
-        finite = finite & settled.entropy.isfinite().all()
-        if observe is not None:
-            observe(Denoised(index, remaining, best_BC, settled.accepted, settled.entropy, done_B))
-        if remaining == 1 or network.agree(bool(done_B.all())):
+        progress.advance(settled.argmax, settled.entropy)
+        seen = (progress.best_BC, settled.accepted, settled.entropy, progress.done_B)
+        lookout.add(Denoised(inputs.index, steps - step, *seen), progress.is_over)
+        if step < steps - 1 and lookout.sees_the_end():
             break
-    return DenoisedCanvas(best_BC, cache, live_B, finite)
+    else:
+        lookout.close()
+    return DenoisedCanvas(progress.best_BC, cache, progress.live_B, progress.finite)

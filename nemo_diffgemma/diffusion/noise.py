@@ -3,18 +3,19 @@
 No generator state: whatever the batch, the layout or the order of evaluation, the same key gives the same numbers, on
 every device. SplitMix64 (Steele, Lea, Flood 2014) as a hash in wrapping int64 arithmetic, which torch has everywhere.
 
-Shapes: B rows, C canvas positions.
+Shapes: B rows, C canvas positions, N denoising steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.transfer import to_device
 
 _GOLDEN, _MIX1, _MIX2 = (
     0x9E3779B97F4A7C15 - (1 << 64),
@@ -36,6 +37,27 @@ class Noise(Protocol):
 
     def replacements(self, canvas: int, step: int) -> Tensor:
         """Ids for the positions that were not accepted, [B, C]."""
+
+
+class CanvasNoise(NamedTuple):
+    """What the steps of one canvas draw: first ids [B, C]; uniforms and replacements [N, B, C], first step first."""
+
+    initial: Tensor
+    uniforms: Tensor
+    replacements: Tensor
+
+    @staticmethod
+    def of(noise: Noise, canvas: int, steps: int, device: torch.device) -> CanvasNoise:
+        """The numbers of a canvas on `device`, drawn at once where the noise can, in one transfer each."""
+        if isinstance(noise, KeyedNoise):
+            drawn = noise.of_canvas(canvas, steps)
+        else:
+            remaining = range(steps, 0, -1)
+            uniforms, replacements = (
+                torch.stack([draw(canvas, step) for step in remaining]) for draw in (noise.uniforms, noise.replacements)
+            )
+            drawn = CanvasNoise(noise.initial(canvas), uniforms, replacements)
+        return CanvasNoise(*(to_device(tensor, device) for tensor in drawn))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -95,8 +117,8 @@ class KeyedNoise:
     ) -> None:
         for seed in seeds:
             check_seed(seed)
-        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)[:, None]
-        self._samples = torch.tensor(samples, dtype=torch.int64, device=device)[:, None]
+        keys = torch.tensor([list(seeds), list(samples)], dtype=torch.int64)[..., None]
+        self._seeds, self._samples = (keys if device is None else to_device(keys, device)).unbind()
         self._positions = torch.arange(canvas_length, device=device)
         self._vocab_size = vocab_size
 
@@ -114,7 +136,16 @@ class KeyedNoise:
             raise UserError(f"{len(seed)} seeds for {rows} rows; give one int, or one int for each row")
         return KeyedNoise(list(seed), [0] * rows, canvas_length, vocab_size, device)
 
-    def _bits(self, purpose: int, canvas: int, step: int) -> Tensor:
+    def of_canvas(self, canvas: int, steps: int) -> CanvasNoise:
+        """What `steps` denoising steps of a canvas draw, on the device of this noise."""
+        remaining = torch.arange(steps, 0, -1, device=self._positions.device)[:, None, None]
+        return CanvasNoise(
+            self.initial(canvas),
+            to_uniforms(self._bits(UNIFORM, canvas, remaining)),
+            to_ids(self._bits(REPLACEMENT, canvas, remaining), self._vocab_size),
+        )
+
+    def _bits(self, purpose: int, canvas: int, step: int | Tensor) -> Tensor:
         return keyed_bits(self._seeds, self._samples, purpose, canvas, step, self._positions)
 
     def initial(self, canvas: int) -> Tensor:

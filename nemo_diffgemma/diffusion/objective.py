@@ -9,6 +9,12 @@ signal, whose prediction is shown to the scored pass for half of the examples.
 Ours: any set of canvases of a row is scored at once, each at a noise level of its own; everything random is keyed by
 (seed, sample, canvas), so neither batch nor layout changes it.
 
+`objective` is one graph for autograd. Training runs `Scored` instead, whose backward goes through the canvases first
+and then, with what they ask of the context's keys and values, through the context: gradients of the weights, which both
+passes use, never wait for one another.
+
+Nothing here waits for a device. What is drawn or counted is made on the host and sent once.
+
 Shapes: T tokens of all rows, one row behind the other, M canvases of C tokens over all rows, N positions, H hidden.
 """
 
@@ -34,6 +40,7 @@ from nemo_diffgemma.diffusion.noise import (
 )
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.transfer import to_device
 
 
 @dataclass
@@ -68,7 +75,7 @@ class Encoded(Protocol):
     def context_hidden(self) -> Tensor | None: ...
 
     @property
-    def cache(self) -> Any: ...
+    def cache(self) -> Any: ...  # keys and values: `tensors`, and `cut_off()` for leaves in their place
 
 
 class TrainableNetwork(Protocol):
@@ -88,6 +95,9 @@ class TrainableNetwork(Protocol):
     def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of cross-entropies, and the cross-entropies."""
 
+    def cross_entropy_gradient(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sum of cross-entropies, and its gradient; that of the token table is added to the table's."""
+
 
 @dataclass(frozen=True)
 class Canvas:
@@ -103,16 +113,19 @@ class Corrupted(NamedTuple):
 
     noised_MC: Tensor
     clean_MC: Tensor
-    levels_M: Tensor
+    levels_M: Tensor  # on the host
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the loss is a mean over: examples, scored canvas tokens, next-token pairs."""
+    """What the loss is a mean over: examples, scored canvas tokens, next-token pairs.
 
-    examples: int
-    canvas_tokens: int
-    next_tokens: int
+    Sums over replicas may be tensors of one number, which the host need not know.
+    """
+
+    examples: int | Tensor
+    canvas_tokens: int | Tensor
+    next_tokens: int | Tensor
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -162,11 +175,9 @@ def corrupt(
 
     t is uniform in [noise_floor, 1) for each canvas, or `level` for all. The new id may be the old one.
     """
-    device, offsets = rows.tokens_T.device, rows.offsets
-    inside = torch.arange(canvas_length, device=device)
+    offsets, inside = rows.offsets, torch.arange(canvas_length)
     numbers = [(rows.samples[c.row], c.index, offsets[c.row] + c.start) for c in canvases]
-    samples_M1, index_M1, starts_M1 = torch.tensor(numbers).to(device)[:, :, None].unbind(1)
-    clean_MC = rows.tokens_T[starts_M1 + inside]
+    samples_M1, index_M1, starts_M1 = torch.tensor(numbers)[:, :, None].unbind(1)
 
     def bits(purpose: int, position: Tensor | int) -> Tensor:
         return keyed_bits(seed, samples_M1, purpose, index_M1, position)
@@ -174,15 +185,20 @@ def corrupt(
     if level is None:
         levels_M1 = noise_floor + (1.0 - noise_floor) * to_uniforms(bits(LEVEL, 0))
     else:
-        levels_M1 = torch.full(samples_M1.shape, level, device=device)
+        levels_M1 = torch.full(samples_M1.shape, level)
     replaced_MC = to_uniforms(bits(CORRUPTED, inside)) < levels_M1
-    noised_MC = torch.where(replaced_MC, to_ids(bits(CORRUPTION, inside), vocab_size), clean_MC)
-    return Corrupted(noised_MC, clean_MC, levels_M1[:, 0])
+    new_MC = torch.where(replaced_MC, to_ids(bits(CORRUPTION, inside), vocab_size), -1)
+    places_MC, new_MC = to_device(torch.stack([starts_M1 + inside, new_MC]), rows.tokens_T.device)
+    clean_MC = rows.tokens_T[places_MC]
+    return Corrupted(torch.where(new_MC < 0, clean_MC, new_MC), clean_MC, levels_M1[:, 0])
 
 
 def count(rows: Rows, canvases: Sequence[Canvas], canvas_length: int) -> Counts:
     """Counts of one batch, to be added over micro-batches and replicas."""
     return Counts(len(rows), len(canvases) * canvas_length, sum(length - 1 for length in rows.lengths))
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
 
 
 def objective(
@@ -200,73 +216,141 @@ def objective(
     gives the same numbers; encoding once costs 3P + 7N token passes a step against 4P + 8N, for P prompt tokens and N
     response tokens all of whose canvases are scored.)
     """
-    lengths = _lengths_read(rows, canvases, config)
-    encoded = network.encode_clean(rows.prefixes(lengths), lengths)
-    places = [(canvas.row, canvas.start) for canvas in canvases]
-    soft_MCH = None
-    if config.self_conditioning_probability > 0:  # on every rank, whatever its coins: experts are shared
-        with torch.no_grad():
-            hidden = network.canvas_hidden(corrupted.noised_MC, places, encoded.cache, None)
-        shown_M = self_conditioned(rows, canvases, config.self_conditioning_probability, seed)
-        soft_MCH = network.soft_embedding(hidden).view(*corrupted.noised_MC.shape, -1)
-        soft_MCH = soft_MCH * shown_M[:, None, None].to(hidden.dtype)
-    hidden = network.canvas_hidden(corrupted.noised_MC, places, encoded.cache, soft_MCH)
-    diffusion, _ = network.cross_entropy(
-        hidden, corrupted.clean_MC.flatten(), _canvas_weights(rows, canvases, corrupted.noised_MC, config, totals)
-    )
+    encoded = _encoded(network, rows, canvases, config)
+    hidden = _denoised(network, rows, canvases, corrupted, config, seed, encoded.cache)
+    weights = _canvas_weights(rows, canvases, corrupted.noised_MC, config, totals)
+    diffusion, _ = network.cross_entropy(hidden, corrupted.clean_MC.flatten(), weights)
     total, autoregressive = diffusion, diffusion.new_zeros(())
     if config.autoregressive_weight > 0:
         assert encoded.context_hidden is not None
-        autoregressive = _autoregressive(network, rows, encoded.context_hidden, config, totals)
+        tokens_N, labels_N, weights = _next_tokens(rows, config, totals)
+        autoregressive, _ = network.cross_entropy(encoded.context_hidden.index_select(0, tokens_N), labels_N, weights)
         total = total + config.autoregressive_weight * autoregressive
     return Loss(total, diffusion.detach(), autoregressive.detach())
 
 
-def _lengths_read(rows: Rows, canvases: Sequence[Canvas], config: ObjectiveConfig) -> list[int]:
-    """How much of each row is encoded: without the encoder's loss nobody reads what comes after its last canvas."""
-    if config.autoregressive_weight > 0:
-        return list(rows.lengths)
-    lengths = [0] * len(rows)
-    for canvas in canvases:
-        lengths[canvas.row] = max(lengths[canvas.row], canvas.start)
-    return lengths
+class Scored:
+    """A micro-batch after its forward passes: `loss`, none of which has a graph, and backward in two passes.
+
+    `backward_canvases`, then `backward_context`: the second completes the gradient of every weight that the context
+    uses. Gradients of the token table by the losses are added in the forward pass already.
+    """
+
+    def __init__(
+        self,
+        network: TrainableNetwork,
+        rows: Rows,
+        canvases: Sequence[Canvas],
+        corrupted: Corrupted,
+        config: ObjectiveConfig,
+        seed: int,
+        totals: Counts,
+    ) -> None:
+        encoded = _encoded(network, rows, canvases, config)
+        autoregressive = None
+        self._context: tuple[list[Tensor], list[Tensor]] = ([], [])  # what has gradient, and its gradient
+        if config.autoregressive_weight > 0:
+            assert encoded.context_hidden is not None
+            tokens_N, labels_N, weights_N = _next_tokens(rows, config, totals)
+            scored_NH = encoded.context_hidden.index_select(0, tokens_N)
+            autoregressive, gradient_NH = network.cross_entropy_gradient(
+                scored_NH.detach(), labels_N, weights_N * config.autoregressive_weight
+            )
+            self._context = ([scored_NH], [gradient_NH])
+        self._cache, self._leaves = encoded.cache, encoded.cache.cut_off()
+        hidden = _denoised(network, rows, canvases, corrupted, config, seed, self._leaves)
+        weights_N = _canvas_weights(rows, canvases, corrupted.noised_MC, config, totals)
+        diffusion, gradient = network.cross_entropy_gradient(hidden.detach(), corrupted.clean_MC.flatten(), weights_N)
+        self._canvases = ([hidden], [gradient])
+        if autoregressive is None:
+            self.loss = Loss(diffusion, diffusion, torch.zeros_like(diffusion))
+        else:
+            self.loss = Loss(diffusion + autoregressive, diffusion, autoregressive / config.autoregressive_weight)
+
+    def backward_canvases(self) -> None:
+        """Gradients by the pass over the canvases; what it asks of the context's keys and values is kept."""
+        torch.autograd.backward(*self._canvases)
+        del self._canvases
+
+    def backward_context(self) -> None:
+        """Gradients by the pass over the context."""
+        states, gradients = self._context
+        pairs = zip(self._cache.tensors, self._leaves.tensors, strict=True)
+        asked = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
+        torch.autograd.backward(
+            states + [tensor for tensor, _ in asked], gradients + [gradient for _, gradient in asked]
+        )
+        del self._context, self._cache, self._leaves
+
+
+def _encoded(network: TrainableNetwork, rows: Rows, canvases: Sequence[Canvas], config: ObjectiveConfig) -> Encoded:
+    """The context; without the encoder's loss nobody reads what comes after a row's last canvas."""
+    lengths = list(rows.lengths)
+    if config.autoregressive_weight == 0:
+        lengths = [0] * len(rows)
+        for canvas in canvases:
+            lengths[canvas.row] = max(lengths[canvas.row], canvas.start)
+    return network.encode_clean(rows.prefixes(lengths), lengths)
+
+
+def _denoised(
+    network: TrainableNetwork,
+    rows: Rows,
+    canvases: Sequence[Canvas],
+    corrupted: Corrupted,
+    config: ObjectiveConfig,
+    seed: int,
+    cache: Any,
+) -> Tensor:
+    """Final hidden states of the canvases, [M*C, H], by the scored pass."""
+    places = [(canvas.row, canvas.start) for canvas in canvases]
+    soft_MCH = None
+    if config.self_conditioning_probability > 0:  # on every rank, whatever its coins: experts are shared
+        with torch.no_grad():
+            hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
+        shown_M = self_conditioned(rows, canvases, config.self_conditioning_probability, seed)
+        soft_MCH = network.soft_embedding(hidden).view(*corrupted.noised_MC.shape, -1)
+        soft_MCH = soft_MCH * shown_M[:, None, None].to(hidden.dtype)
+    return network.canvas_hidden(corrupted.noised_MC, places, cache, soft_MCH)
 
 
 def self_conditioned(rows: Rows, canvases: Sequence[Canvas], probability: float, seed: int) -> Tensor:
     """Which canvases are shown the first pass's prediction: one coin an example, [M] bool."""
     samples_M = torch.tensor([rows.samples[canvas.row] for canvas in canvases])
-    return (to_uniforms(keyed_bits(seed, samples_M, COIN)) < probability).to(rows.tokens_T.device)
+    return to_device(to_uniforms(keyed_bits(seed, samples_M, COIN)) < probability, rows.tokens_T.device)
+
+
+# -- what is scored, and how much it weighs ----------------------------------------------------------------------------
 
 
 def _canvas_weights(
     rows: Rows, canvases: Sequence[Canvas], noised_MC: Tensor, config: ObjectiveConfig, totals: Counts
 ) -> Tensor:
     """Weight of each canvas position, [M*C]."""
-    canvas_length = noised_MC.shape[1]
+    device = noised_MC.device
     if config.reduction == "token":
-        return torch.full((noised_MC.numel(),), 1.0 / totals.canvas_tokens, device=noised_MC.device)
+        return _one_over(torch.ones(1), totals.canvas_tokens, device).expand(noised_MC.numel())
     scored = [0] * len(rows)
     for canvas in canvases:
-        scored[canvas.row] += canvas_length
-    weights_M = torch.tensor([1.0 / (scored[canvas.row] * totals.examples) for canvas in canvases])
-    return weights_M.to(noised_MC.device).repeat_interleave(canvas_length)
+        scored[canvas.row] += noised_MC.shape[1]
+    weights_M = _one_over(torch.tensor([scored[canvas.row] for canvas in canvases]), totals.examples, device)
+    return weights_M[:, None].expand(noised_MC.shape).flatten()
 
 
-def _autoregressive(
-    network: TrainableNetwork, rows: Rows, hidden_TH: Tensor, config: ObjectiveConfig, totals: Counts
-) -> Tensor:
-    """Next-token loss of the encoder over every pair inside a row: prompt, response and EOS fill."""
+def _next_tokens(rows: Rows, config: ObjectiveConfig, totals: Counts) -> tuple[Tensor, Tensor, Tensor]:
+    """Every pair inside a row (prompt, response and EOS fill): position of the first, id of the second, weight, [N]."""
     lengths_B = torch.tensor(rows.lengths)
-    last_B = lengths_B.cumsum(0) - 1
-    has_next_T = torch.ones(int(lengths_B.sum()), dtype=torch.bool).index_fill(0, last_B, False)
+    has_next_T = torch.ones(int(lengths_B.sum()), dtype=torch.bool).index_fill(0, lengths_B.cumsum(0) - 1, False)
+    device = rows.tokens_T.device
+    tokens_N = to_device(has_next_T.nonzero()[:, 0], device)
     if config.reduction == "token":
-        weights_N = torch.full((len(has_next_T) - len(rows),), 1.0 / totals.next_tokens)
+        weights_N = _one_over(torch.ones(1), totals.next_tokens, device).expand(len(tokens_N))
     else:
         pairs_B = lengths_B - 1
-        weights_N = (1.0 / (pairs_B.clamp_min(1) * totals.examples)).repeat_interleave(pairs_B)
-    device = hidden_TH.device
-    tokens_N = has_next_T.nonzero()[:, 0].to(device)
-    loss, _ = network.cross_entropy(
-        hidden_TH.index_select(0, tokens_N), rows.tokens_T.index_select(0, tokens_N + 1), weights_N.to(device)
-    )
-    return loss
+        weights_N = _one_over(pairs_B.repeat_interleave(pairs_B), totals.examples, device)
+    return tokens_N, rows.tokens_T.index_select(0, tokens_N + 1), weights_N
+
+
+def _one_over(numbers: Tensor, total: int | Tensor, device: torch.device) -> Tensor:
+    """1 / (number * total) of numbers of the host, float32 on the device."""
+    return (to_device(numbers.double(), device) * total).reciprocal().float()

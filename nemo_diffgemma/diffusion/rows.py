@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.transfer import to_device
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -35,7 +37,7 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """The same rows with their tokens on `device`."""
-        return replace(self, tokens_T=self.tokens_T.to(device))
+        return replace(self, tokens_T=to_device(self.tokens_T, torch.device(device)))
 
     def split(self, size: int) -> list[Rows]:
         """`size` rows at a time, in their order."""

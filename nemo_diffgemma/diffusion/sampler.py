@@ -123,6 +123,11 @@ class SamplerConfig:
         """Linear from `t_max` at the first step to just above `t_min` at the last (never `t_min` itself)."""
         return self.t_min + (self.t_max - self.t_min) * remaining / self.max_denoising_steps
 
+    @property
+    def temperatures(self) -> list[float]:
+        """Those of all steps, first step first."""
+        return [self.temperature(remaining) for remaining in range(self.max_denoising_steps, 0, -1)]
+
 
 _SAMPLER = "EntropyBoundSamplerConfig"  # transformers' name of the only one
 _COLDEST = 1e-30  # logits are divided by temperatures in float32
@@ -210,8 +215,16 @@ class StableAndConfident:
         return stable_B & confident_B
 
 
+def is_eos(canvas_BC: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
+    """Which tokens end a sequence, [B, C] bool; ids are compared one by one, so none is copied to a device."""
+    is_eos_BC = torch.zeros_like(canvas_BC, dtype=torch.bool)
+    for eos_id in eos_ids:
+        is_eos_BC = is_eos_BC | (canvas_BC == eos_id)
+    return is_eos_BC
+
+
 def pad_after_eos(canvas_BC: Tensor, eos_ids: tuple[int, ...], pad_token_id: int) -> Tensor:
     """Replace everything after the first end-of-sequence id of a row; the id itself stays."""
-    is_eos_BC = torch.isin(canvas_BC, torch.tensor(eos_ids, device=canvas_BC.device))
+    is_eos_BC = is_eos(canvas_BC, eos_ids)
     after_BC = (is_eos_BC.cumsum(-1) - is_eos_BC.long()) > 0
     return canvas_BC.masked_fill(after_BC, pad_token_id)

@@ -90,7 +90,10 @@ def compare_tokens(
 
 
 class chosen_experts:
-    """Experts that each of our layers chooses meanwhile, [tokens of this rank, E] bool a layer."""
+    """Experts that each of our layers chooses meanwhile, [T, K] ascending ids a layer.
+
+    T are the tokens that the layer's router reads: those of this rank, or all (`MixtureOfExperts.needs_whole_stream`).
+    """
 
     def __init__(self, network: Any) -> None:
         self._routers = [layer.moe.router for layer in network.layers]
@@ -98,7 +101,7 @@ class chosen_experts:
     def __enter__(self) -> list[Tensor]:
         chosen: list[Tensor] = []
         self._handles = [
-            router.register_forward_hook(lambda module, args, output: chosen.append(output[1]))
+            router.register_forward_hook(lambda module, args, output: chosen.append(output[1].sort(-1).values))
             for router in self._routers
         ]
         return chosen
@@ -110,9 +113,9 @@ class chosen_experts:
 
 def same_experts(network: Any, ours: Tensor, theirs_NK: Tensor) -> float:
     """Share of tokens that go to the same experts."""
-    group = network.groups.tp
-    parts = [torch.empty_like(ours, dtype=torch.uint8) for _ in range(group.size())]
-    dist.all_gather(parts, ours.to(torch.uint8).contiguous(), group=group)
-    ours_NE = torch.cat(parts)[: len(theirs_NK)].cpu().bool()  # behind them, padding up to whole tensor ranks
-    theirs_NE = torch.zeros_like(ours_NE).scatter(-1, theirs_NK, True)
-    return float((ours_NE == theirs_NE).all(-1).float().mean())
+    group, tokens = network.groups.tp, len(theirs_NK)
+    if len(ours) == -(-tokens // group.size()):  # this rank's, of a stream that is padded to whole tensor ranks
+        parts = [torch.empty_like(ours) for _ in range(group.size())]
+        dist.all_gather(parts, ours.contiguous(), group=group)
+        ours = torch.cat(parts)
+    return float((ours[:tokens].cpu() == theirs_NK.sort(-1).values).all(-1).float().mean())

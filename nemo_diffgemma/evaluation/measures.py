@@ -20,6 +20,7 @@ from nemo_diffgemma.data.tasks import Task, fill_id
 from nemo_diffgemma.diffusion.objective import choose_canvases, corrupt
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.schema import LEVELS as LEVELS
 
@@ -40,7 +41,7 @@ def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], 
     Without self-conditioning: what the first denoising step of a canvas with that much noise has to go by.
     """
     losses = _canvas_losses(network, rows, levels, seed)
-    if not network.agree(all(map(math.isfinite, losses.values()))):
+    if not all_ranks(all(map(math.isfinite, losses.values())), device()):
         network.raise_non_finite(lambda: _canvas_losses(network, rows, levels, seed))
     return losses
 

@@ -14,10 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nemo_diffgemma.config import GLOBAL, ModelConfig
 from nemo_diffgemma.model.cache import KeyValue
+from nemo_diffgemma.model.gathered import products_of_all
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm
 from nemo_diffgemma.model.rotary import rotate
 from nemo_diffgemma.model.segment_attention import attend
@@ -87,8 +87,9 @@ class SharedKeyValue(nn.Module):
         )
         self.weight.sequence_parallel = True  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.linear(x, self.weight[self.rows]), None
+    def of_this_rank(self) -> Tensor:
+        """The rows of the one head."""
+        return self.weight[self.rows]
 
 
 class Attention(nn.Module):
@@ -108,6 +109,7 @@ class Attention(nn.Module):
                 return SharedKeyValue(kv_heads, self.head_dim, config, groups)
             return column_parallel(kv_heads * self.head_dim, config, groups)
 
+        self.group = groups.tp
         self.q_proj = column_parallel(model.num_attention_heads * self.head_dim, config, groups)
         self.k_proj = key_value()
         self.v_proj = None if kind == GLOBAL else key_value()
@@ -115,20 +117,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device())
         self.k_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device())
 
-    def project(self, x_TH: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the whole stream for this rank's heads, [T, heads, D] each."""
-
-        def heads(projected: Tensor) -> Tensor:
-            return projected.view(x_TH.shape[0], -1, self.head_dim)
-
-        q, k = heads(self.q_proj(x_TH)[0]), heads(self.k_proj(x_TH)[0])
-        v = k if self.v_proj is None else heads(self.v_proj(x_TH)[0])
+        linears = [self.q_proj, self.k_proj, *([] if self.v_proj is None else [self.v_proj])]
+        weights = [linear.of_this_rank() if isinstance(linear, SharedKeyValue) else linear.weight for linear in linears]
+        q, k, *values = (
+            product.view(product.shape[0], -1, self.head_dim) for product in products_of_all(x, weights, self.group)
+        )
+        v = values[0] if values else k
         return rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary), rms_norm(v, None, self.eps)
 
     def forward(
-        self, x_TH: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """Gathered [T, H] -> this rank's tokens of the output [T/tp, H], and keys and values of the context."""
-        q, k, v = self.project(x_TH, rotary)
+        """This rank's tokens [T/tp, H] -> the same of the output, and keys and values of the context."""
+        q, k, v = self.project(x, rotary)
         out, context = attend(q, k, v, stream, self.window, past)
         return self.o_proj(out)[0], context

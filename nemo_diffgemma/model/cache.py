@@ -104,6 +104,19 @@ class Cache:
         """Sequences without context, whose first tokens will have these positions."""
         return cls(tuple(Span(first, first) for first in first_positions))
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of all layers."""
+        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+
+    def cut_off(self) -> Cache:
+        """The same keys and values as leaves: a backward pass ends in their `grad`, and the context's is another."""
+        layers = tuple(
+            layer._replace(keys=layer.keys.detach().requires_grad_(), values=layer.values.detach().requires_grad_())
+            for layer in self.layers
+        )
+        return Cache(self.sequences, layers)
+
     def add(self, first_positions: Iterable[int]) -> Cache:
         """With more sequences behind, which have no context yet."""
         new = self.empty(first_positions).sequences

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.model.attention import Attention, column_parallel, row_parallel
 from nemo_diffgemma.model.cache import KeyValue
-from nemo_diffgemma.model.experts import MixtureOfExperts
+from nemo_diffgemma.model.experts import ExpertPass, MixtureOfExperts
+from nemo_diffgemma.model.gathered import gather_tokens, products_of_all
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.segments import Stream
 from nemo_diffgemma.parallel.groups import device
@@ -44,13 +44,14 @@ class GatedMLP(nn.Module):
         self.down_proj = row_parallel(width, config, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gather_tokens(x, self.group)
-        return self.down_proj(F.gelu(self.gate_proj(x)[0], approximate="tanh") * self.up_proj(x)[0])[0]
+        return self._output(*products_of_all(x, (self.gate_proj.weight, self.up_proj.weight), self.group))
 
+    def of_gathered(self, x: Tensor) -> Tensor:
+        """All tokens of the stream -> this rank's tokens of the output."""
+        return self._output(self.gate_proj(x)[0], self.up_proj(x)[0])
 
-def gather_tokens(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """This rank's tokens -> all tokens; the backward sums the ranks' gradients and scatters them."""
-    return x if group.size() == 1 else gather_from_sequence_parallel_region(x, group=group)
+    def _output(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)[0]
 
 
 class Layer(nn.Module):
@@ -70,7 +71,7 @@ class Layer(nn.Module):
 
         self.self_attn = Attention(model, layer, config, groups)
         self.mlp = GatedMLP(model.intermediate_size, config, groups)
-        self.moe = MixtureOfExperts(config, layer + 1, groups)
+        self.moe = MixtureOfExperts(config, groups)
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
@@ -88,6 +89,7 @@ class Layer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         stream: Stream,
         past: KeyValue | None,
+        experts: ExpertPass,
         selective: bool = False,
     ) -> tuple[Tensor, KeyValue]:
         """This rank's tokens [T/tp, H] -> the same after the layer, and the context's keys and values.
@@ -95,16 +97,22 @@ class Layer(nn.Module):
         `is_canvas` is [T/tp, 1], or one bool where all tokens are of one kind; `past` holds cached keys and values,
         passed as an argument so that a recomputed layer keeps their gradient.
         """
-        attended, context = self._attend(
-            gather_tokens(self.input_layernorm(x), self.group), rotary, stream, past, selective
-        )
+        attended, context = self._attend(self.input_layernorm(x), rotary, stream, past, selective)
         x = x + self.post_attention_layernorm(attended)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
-        expert_input = self.pre_feedforward_layernorm_2(x)
-        experts = recompute(self.moe, x, expert_input) if selective else self.moe(x, expert_input)
-        experts = self.post_feedforward_layernorm_2(experts)
-        x = x + self.post_feedforward_layernorm(dense + experts)
+        dense, mixed = self._feed_forward(x, experts, selective)
+        mixed = self.post_feedforward_layernorm_2(mixed)
+        x = x + self.post_feedforward_layernorm(self.post_feedforward_layernorm_1(dense) + mixed)
         return x * self._scalar(is_canvas), context
+
+    def _feed_forward(self, x: Tensor, experts: ExpertPass, selective: bool) -> tuple[Tensor, Tensor]:
+        """Dense MLP and experts, of the same residual stream."""
+        if self.moe.needs_whole_stream(experts):  # then one gather serves both
+            x = gather_tokens(x, self.group)
+            dense = self.mlp.of_gathered(self.pre_feedforward_layernorm(x))
+        else:
+            dense = self.mlp(self.pre_feedforward_layernorm(x))
+        args = (x, self.pre_feedforward_layernorm_2(x), experts)
+        return dense, recompute(self.moe, *args) if selective else self.moe(*args)
 
     def _attend(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None, selective: bool

@@ -10,6 +10,7 @@ Shapes: B rows, S prompt columns, M canvases of C tokens, T tokens of the stream
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +22,21 @@ from torch import Tensor, nn
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model import vocabulary
+from nemo_diffgemma.model import loss, vocabulary
 from nemo_diffgemma.model.cache import Cache, KeyValue
+from nemo_diffgemma.model.dispatch import Counting, most_of_all
 from nemo_diffgemma.model.embedding import TokenTable
-from nemo_diffgemma.model.layer import Layer, gather_tokens, recompute
+from nemo_diffgemma.model.experts import ExpertPass
+from nemo_diffgemma.model.gathered import gather_tokens
+from nemo_diffgemma.model.layer import Layer, recompute
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
 from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
-from nemo_diffgemma.parallel.agreement import all_ranks
+from nemo_diffgemma.parallel.agreement import agreed
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
+from nemo_diffgemma.transfer import to_device
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -80,14 +85,16 @@ class Network(MegatronModule):
         cache: Cache | None = None,
         soft_MCH: Tensor | None = None,
         need_context_hidden: bool = False,
+        replicas_alike: bool = False,
     ) -> Pass:
         """Run the tokens of a stream without its padding, that is new context and then canvases, in one pass.
 
         `stream` continues the sequences of `cache`. `soft_MCH` [M, C, H] is the self-conditioning signal of the
         canvases, unscaled; None is no signal. With gradient enabled the returned cache carries gradient.
+        `replicas_alike` says that all replicas run the same stream, without gradient: then experts exchange less.
         """
         x, is_canvas = self._embed(stream, tokens, soft_MCH)
-        x, layers = self._run_layers(x, is_canvas, stream, cache)
+        x, layers = self._run_layers(x, is_canvas, stream, cache, replicas_alike)
         return self._finish(self.norm(x), stream, layers, need_context_hidden)
 
     def stream(
@@ -116,18 +123,26 @@ class Network(MegatronModule):
         return torch.where(is_canvas, conditioned, x), is_canvas
 
     def _run_layers(
-        self, x: Tensor, is_canvas: Tensor | bool, stream: Stream, cache: Cache | None
+        self, x: Tensor, is_canvas: Tensor | bool, stream: Stream, cache: Cache | None, replicas_alike: bool
     ) -> tuple[Tensor, list[KeyValue]]:
         positions = stream.positions(x.device)
         rotary = {kind: cosine_and_sine(positions, f, self.dtype) for kind, f in self._frequencies.items()}
         level = self.recompute if torch.is_grad_enabled() else "none"
         kept = []
+        shared = ExpertPass(replicas_alike, self._most_tokens(x, replicas_alike), level == "full", Counting(x.device))
         for index, layer in enumerate(self.layers):
             past = cache.layers[index] if cache is not None and cache.layers else None
-            args = (x, is_canvas, rotary[self.model_config.layer_kind(index)], stream, past)
+            tables, experts = rotary[self.model_config.layer_kind(index)], replace(shared)
+            args = (x, is_canvas, tables, stream, past, experts)
             x, context = recompute(layer, *args) if level == "full" else layer(*args, selective=level == "selective")
             kept.append(context)
         return x, kept
+
+    def _most_tokens(self, x: Tensor, replicas_alike: bool) -> int:
+        """The most tokens that a rank of the expert group holds. Ranks of a replica hold equal parts of its stream."""
+        if replicas_alike or self.groups.tp_ep.size() <= self.groups.tp.size():
+            return x.shape[0]
+        return most_of_all(x.shape[0], self.groups.tp_ep, x.device)
 
     def _finish(self, x: Tensor, stream: Stream, layers: list[KeyValue], need_context_hidden: bool) -> Pass:
         canvas_hidden = context_hidden = None
@@ -156,9 +171,9 @@ class Network(MegatronModule):
         """
         self.check_ids(input_ids)
         padding = left_padding(input_ids, attention_mask)
-        tokens = torch.cat(without_padding(input_ids.to(device()), padding))
+        tokens = torch.cat(without_padding(to_device(input_ids, device()), padding))
         stream = self.stream(Cache.empty(padding).sequences, [input_ids.shape[1] - columns for columns in padding])
-        return self.run(tokens, stream).cache.trimmed(self.model_config)
+        return self.run(tokens, stream, replicas_alike=True).cache.trimmed(self.model_config)
 
     @torch.no_grad()
     def denoise(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
@@ -174,14 +189,17 @@ class Network(MegatronModule):
             )
             soft_MCH = soft_NH.view(*canvas.shape, -1)
         places = [(index, span.end) for index, span in enumerate(cache.sequences)]
-        hidden = self.canvas_hidden(canvas.to(device()), places, cache, soft_MCH)
+        stream = self.stream(cache.sequences, canvases=places)
+        tokens = canvas.to(device()).flatten()
+        hidden = self.run(tokens, stream, cache=cache, soft_MCH=soft_MCH, replicas_alike=True).canvas_hidden
+        assert hidden is not None
         logits = vocabulary.logits(
             hidden, self.embed_tokens.weight, self.embed_tokens.shard, self.model_config.final_logit_softcapping
         )
         return logits.view(*canvas.shape, -1)
 
     def statistics(
-        self, hidden_NH: Tensor, temperature: float, uniforms_N: Tensor, soft_embedding: bool
+        self, hidden_NH: Tensor, temperature: float | Tensor, uniforms_N: Tensor, soft_embedding: bool
     ) -> vocabulary.Statistics:
         """What a denoising step needs of the tempered distribution of some positions."""
         return vocabulary.statistics(
@@ -194,9 +212,9 @@ class Network(MegatronModule):
             soft_embedding=soft_embedding,
         )
 
-    def agree(self, flag: bool) -> bool:
-        """Whether `flag` holds on every rank: ranks of an expert group must leave a loop together."""
-        return all_ranks(flag, device())
+    def agreed(self, flags: Tensor) -> Tensor:
+        """Which of the flags hold on every rank: ranks of an expert group must leave a loop together."""
+        return agreed(flags)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -216,13 +234,24 @@ class Network(MegatronModule):
 
     def soft_embedding(self, hidden_NH: Tensor) -> Tensor:
         """Untempered self-conditioning signal of gradient-free hidden states; gradient reaches the table only."""
-        return vocabulary.soft_embedding(
+        return loss.soft_embedding(
             hidden_NH, self.embed_tokens.weight, self.embed_tokens.shard, self.model_config.final_logit_softcapping
         )
 
     def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross-entropies of softcapped logits, and the cross-entropies [N]."""
-        return vocabulary.linear_cross_entropy(
+        return loss.linear_cross_entropy(
+            hidden_NH,
+            self.embed_tokens.weight,
+            labels_N,
+            weights_N,
+            self.embed_tokens.shard,
+            self.model_config.final_logit_softcapping,
+        )
+
+    def cross_entropy_gradient(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> loss.LossGradient:
+        """Weighted sum of the cross-entropies and its gradient; that of the table is added to the table's."""
+        return loss.linear_cross_entropy_gradient(
             hidden_NH,
             self.embed_tokens.weight,
             labels_N,
@@ -270,7 +299,6 @@ def transformer_config(model: ModelConfig, layout: ParallelLayout, dtype: torch.
         moe_router_pre_softmax=True,  # our router's rule does not read it; Megatron demands it for one chosen expert
         moe_ffn_hidden_size=model.moe_intermediate_size,
         moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
         layernorm_epsilon=model.rms_norm_eps,
         add_bias_linear=False,
         gated_linear_unit=True,

@@ -24,13 +24,13 @@ def inverse_frequencies(config: ModelConfig, kind: str, device: torch.device) ->
 
 
 def cosine_and_sine(positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tables [T, 1, D/2] for `rotate`."""
+    """Tables [T, 1, D] for `rotate`: the sine of the first half is negative, as the rotation has it."""
     angles = positions_T.float()[:, None] * frequencies
-    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cosine, cosine], dim=-1)[:, None], torch.cat([-sine, sine], dim=-1)[:, None]
 
 
 def rotate(x_TND: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate pairs (i, i + D/2) of every head."""
     cosine, sine = tables
-    low, high = x_TND.chunk(2, dim=-1)
-    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
+    return torch.addcmul(x_TND * cosine, x_TND.roll(x_TND.shape[-1] // 2, dims=-1), sine)

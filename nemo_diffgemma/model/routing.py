@@ -1,7 +1,8 @@
 """The routing rule, in plain torch: which experts a token goes to, and with what weight.
 
 Softmax over all experts in float32, top k renormalised to one, then multiplied by a learned scale for each expert
-(transformers' modeling_diffusion_gemma). Shapes: T tokens, E experts, K chosen.
+(transformers' modeling_diffusion_gemma). The softmax of the top k logits is the same number: what all experts have in
+common cancels. Shapes: T tokens, E experts, K chosen.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ def router_logits(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tenso
     return F.linear(rms_norm(x, None, eps).to(weight.dtype) * scale * x.shape[-1] ** -0.5, weight)
 
 
+def choose(logits_TE: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The chosen experts [T, K] and their weights [T, K] float32, as (weights, experts)."""
+    top_TK, chosen_TK = logits_TE.topk(top_k, dim=-1)
+    return top_TK.softmax(-1, dtype=torch.float32) * per_expert_scale[chosen_TK], chosen_TK
+
+
 def route(logits_TE: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Weights [T, E] float32, zero where not chosen, and the chosen experts [T, K]."""
-    probabilities = logits_TE.softmax(dim=-1, dtype=torch.float32)
-    weights_TK, chosen_TK = probabilities.topk(top_k, dim=-1)
-    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) * per_expert_scale.float()[chosen_TK]
-    return torch.zeros_like(probabilities).scatter(-1, chosen_TK, weights_TK), chosen_TK
+    """`choose` with weights of all experts: [T, E] float32, zero where not chosen, and the chosen experts [T, K]."""
+    weights_TK, chosen_TK = choose(logits_TE.float(), per_expert_scale, top_k)  # ONNX has no top-k in bfloat16
+    return torch.zeros_like(logits_TE, dtype=torch.float32).scatter(-1, chosen_TK, weights_TK), chosen_TK

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_diffgemma.model.cache import KeyValue, extended
-from nemo_diffgemma.model.segments import Kind, Stream
+from nemo_diffgemma.model.segments import FixedStream, Kind, Stream
 from nemo_diffgemma.model.visibility import Group, Visibility
 
 _COMPILATIONS = 64  # of FlexAttention, at most
@@ -58,6 +58,9 @@ def attend(
 
     Padding sees nothing: its rows are zero.
     """
+    if isinstance(stream, FixedStream):
+        assert past is not None
+        return attend_in_columns(q_TND, k_TGD, v_TGD, stream, window, past), past
     context = extended(past, k_TGD, v_TGD, stream)
     visibility = Visibility.of(stream, window, context.kept)
     kernel = choose_kernel(q_TND.device.type, q_TND.dtype, q_TND.shape[2], visibility.is_uniform)
@@ -81,7 +84,7 @@ def attend_by_groups(
         if group.kind is Kind.CANVAS:
             keys = torch.cat([keys, group.queries.of(k_TGD)], dim=1)
             values = torch.cat([values, group.queries.of(v_TGD)], dim=1)
-            out = _unmasked(q_mNCD, keys.transpose(1, 2), values.transpose(1, 2))
+            out = _all_keys(q_mNCD, keys.transpose(1, 2), values.transpose(1, 2))
         else:
             out = _causal(q_mNCD, keys.transpose(1, 2), values.transpose(1, 2), group, visibility, repeat_heads)
         pieces.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
@@ -93,12 +96,29 @@ def attend_by_groups(
     return F.pad(out, (0, 0, 0, padding)) if padding else out
 
 
-def _unmasked(q_mNCD: Tensor, k_mGKD: Tensor, v_mGKD: Tensor) -> Tensor:
-    """Every query sees every key, so the query heads of one key head are just more queries."""
+def attend_in_columns(
+    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, stream: FixedStream, window: int | None, columns: KeyValue
+) -> Tensor:
+    """Attention of one canvas a row, whose keys and values take the last columns of buffers [m, K, G, D]."""
+    rows, length = len(stream.canvases), stream.canvases[0].length
+
+    def of_rows(x: Tensor) -> Tensor:
+        return x[: rows * length].view(rows, length, *x.shape[1:])
+
+    for buffer, new in ((columns.keys, k_TGD), (columns.values, v_TGD)):
+        buffer[:, buffer.shape[1] - length :] = of_rows(new)
+    keys, values = columns.keys.transpose(1, 2), columns.values.transpose(1, 2)
+    out = _all_keys(of_rows(q_TND).transpose(1, 2), keys, values, stream.masks[window])
+    out = out.transpose(1, 2).flatten(2).flatten(0, 1)
+    return F.pad(out, (0, 0, 0, stream.padding)) if stream.padding else out
+
+
+def _all_keys(q_mNCD: Tensor, k_mGKD: Tensor, v_mGKD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """All queries see the same keys (`mask` [m, 1, 1, K]), so the query heads of a key head are just more queries."""
     m, heads, length, width = q_mNCD.shape
     q = q_mNCD.reshape(m, k_mGKD.shape[1], -1, width)
     # not a view: the memory-efficient kernel gives its output in an order of its own
-    return F.scaled_dot_product_attention(q, k_mGKD, v_mGKD, scale=1.0).reshape(m, heads, length, width)
+    return F.scaled_dot_product_attention(q, k_mGKD, v_mGKD, mask, scale=1.0).reshape(m, heads, length, width)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, group: Group, visibility: Visibility, repeat_heads: bool) -> Tensor:

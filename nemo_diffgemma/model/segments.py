@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.transfer import to_device
 
 
 class Kind(Enum):
@@ -68,10 +69,11 @@ def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int,
             f"attention_mask has shape {list(attention_mask.shape)} but input_ids has {list(input_ids.shape)}; give "
             "one mask entry for each token"
         )
-    mask = attention_mask.bool().cpu()
-    padding = (~mask).sum(1)
+    mask = attention_mask.cpu()
+    padding = (mask == 0).sum(1)
     columns = torch.arange(mask.shape[1])
-    if not torch.equal(mask, columns >= padding[:, None]) or bool((padding == mask.shape[1]).any()):
+    # the mask's own values are compared: a 2, or the 0 and -inf of an additive mask, is no mask of ours
+    if not torch.equal(mask, (columns >= padding[:, None]).to(mask.dtype)) or bool((padding == mask.shape[1]).any()):
         raise UserError(
             "attention_mask must be zeros at the left of a row and then ones, at least one of them; pad prompts on "
             "the left (tokenizer.padding_side='left')"
@@ -172,8 +174,23 @@ class Stream:
         tables: dict[Any, Tensor] = self.__dict__["_tables"]
         if (name, device) not in tables:
             with torch.inference_mode(False):  # a stream is kept, and its next pass may have gradient
-                tables[name, device] = make().to(device)
+                tables[name, device] = to_device(make(), device)
         return tables[name, device]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FixedStream(Stream):
+    """One canvas of each sequence behind contexts in buffers of fixed columns (`model.fixed_step`).
+
+    Where the canvases stand, and which columns they see, is not in the segments but on the device: rotary positions
+    [T], and for each window an additive mask [B, 1, 1, columns], or None where canvases see all columns.
+    """
+
+    positions_T: Tensor
+    masks: Mapping[int | None, Tensor | None]
+
+    def positions(self, device: torch.device) -> Tensor:
+        return self.positions_T
 
 
 @functools.lru_cache(maxsize=4)
@@ -221,7 +238,8 @@ class Slices:
             if x.device not in self._indices:
                 with torch.inference_mode(False):  # kept for passes with gradient
                     starts = torch.tensor(self.starts)[:, None]
-                    self._indices[x.device] = (starts + torch.arange(self.length)).flatten().to(x.device)
+                    rows = (starts + torch.arange(self.length)).flatten()
+                    self._indices[x.device] = to_device(rows, x.device)
             return x.index_select(0, self._indices[x.device]).view(shape)
         first, step, before = self._view
         rows = x[first : first + self.count * step].view(self.count, step, *x.shape[1:])

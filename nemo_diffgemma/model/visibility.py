@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.model.segments import Kind, Segment, Slices, Span, Stream
+from nemo_diffgemma.transfer import to_device
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -139,13 +140,14 @@ class Visibility:
         """The ranges as FlexAttention takes them, made once a stream and kind of layer."""
         masks: dict[torch.device, BlockMask] = self.__dict__.setdefault("_block_masks", {})
         if device not in masks:
-            masks[device] = self._block_mask(device)
+            with torch.inference_mode(False):  # kept for passes with gradient
+                masks[device] = self._block_mask(device)
         return masks[device]
 
     def _block_mask(self, device: torch.device) -> BlockMask:
         from torch.nn.attention.flex_attention import BlockMask  # loads torch's compiler
 
-        low, high, canvas_low, canvas_high = self.ranges.t().contiguous().to(device)
+        low, high, canvas_low, canvas_high = to_device(self.ranges.t().contiguous(), device)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             in_context = (key >= low[query]) & (key < high[query])
@@ -155,12 +157,12 @@ class Visibility:
         touched = self._blocks(-(-keys // BLOCK), whole=False) > 0
         whole = self._blocks(-(-keys // BLOCK), whole=True) == BLOCK  # every query sees every key: no mask is evaluated
         return BlockMask.from_kv_blocks(
-            *_block_lists(touched & ~whole),
-            *_block_lists(whole),
+            *_block_lists(to_device(touched & ~whole, device)),
+            *_block_lists(to_device(whole, device)),
             BLOCK_SIZE=BLOCK,
             mask_mod=sees,
             seq_lengths=(self.stream.tokens, keys),
-        ).to(device)
+        )
 
     def _blocks(self, columns: int, whole: bool) -> Tensor:
         """How many queries of each block see some key, or the whole, of each block of keys: [blocks, `columns`]."""

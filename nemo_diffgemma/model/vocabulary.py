@@ -3,7 +3,7 @@
 The logits of N positions over V ids are the largest tensors of this model (a canvas of 256 at V = 262144 is 268 MB in
 float32). The sampler and the loss need only a few numbers a position, so one sweep over chunks of the vocabulary
 computes product, softcap, log-sum-exp, entropy, arg-max, chunk masses and the soft embedding while a chunk lies in the
-cache. Rows of the padded table beyond V are never multiplied: padding cannot leak.
+cache. What has gradient is in `loss.py`. Rows of the padded table beyond V are never multiplied: padding cannot leak.
 
 In bfloat16 the soft embedding of a denoising step deviates from transformers on purpose: there the tempered logits are
 rounded to bfloat16 before the softmax, which moves the signal by 4.6 % at T = 0.41; here only the weights are, 0.2 %.
@@ -27,7 +27,7 @@ from torch import Tensor
 from nemo_diffgemma.diffusion.sampler import choose_chunk, choose_inside
 
 CHUNK = 1024  # ids; a chunk of 256 positions is 1 MiB and stays in a core's cache (benchmarks/vocabulary.py)
-LOSS_BYTES = 256 << 20  # of float32 logits that the loss holds at a time
+GPU_CHUNK_BYTES = 32 << 20  # of float32 logits: 32768 ids of 256 positions; a GPU waits for launches, not for a cache
 
 
 @dataclass(frozen=True)
@@ -74,33 +74,37 @@ def statistics(
     shard: VocabularyShard,
     *,
     softcap: float,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     uniforms_N: Tensor | None = None,
     soft_embedding: bool = True,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Statistics:
     """Statistics of softmax(softcap * tanh(hidden @ weight.T / softcap) / temperature).
 
-    `sample_N` is the inverse CDF at `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform.
-    Gradient-free.
+    `temperature` is a number, or a float64 tensor: [] or, one a position, [N, 1]. `sample_N` is the inverse CDF at
+    `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform. Gradient-free.
     """
     with torch.no_grad():
-        sweep = _Sweep(hidden_NH, weight, shard, softcap, softcap / temperature, chunk, soft_embedding)
-        maximum_NK, mass_NK, moment_NK = _gather_chunks(sweep)
+        gain = softcap / temperature
+        gain = gain.float() if isinstance(gain, Tensor) else gain
+        sweep = _Sweep(hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding)
+        maximum_NK, reference_NK, mass_NK, moment_NK = sweep.of_all_ranks()
         top_N1 = maximum_NK.amax(1, keepdim=True)
-        scale_NK = torch.exp(maximum_NK - top_N1)
+        scale_NK = torch.exp(reference_NK - top_N1)
         mass_NK, moment_NK = mass_NK * scale_NK, moment_NK * scale_NK
         total_N = mass_NK.sum(1)
         log_sum_exp_N = top_N1[:, 0] + total_N.log()
         entropy_N = (log_sum_exp_N - moment_NK.sum(1) / total_N).clamp_min(0.0)
-        parts = [sweep.search_maximum(maximum_NK.argmax(1))]  # the first of equal chunks holds the smallest id
-        if uniforms_N is not None:
-            parts.append(sweep.search_sample(mass_NK, top_N1, uniforms_N))
-        ids = torch.stack(parts)
-        if shard.parallel:  # -1 on the ranks that do not hold the chunk
-            dist.all_reduce(ids, op=dist.ReduceOp.MAX, group=shard.group)
+        ids = sweep.search(maximum_NK, mass_NK, top_N1, uniforms_N)
         soft_NH = sweep.soft_embedding(top_N1, total_N[:, None]) if soft_embedding else None
-    return Statistics(log_sum_exp_N, entropy_N, ids[0], ids[1] if len(parts) > 1 else None, soft_NH)
+    return Statistics(log_sum_exp_N, entropy_N, ids[0], None if uniforms_N is None else ids[1], soft_NH)
+
+
+def _chunk_of(hidden_NH: Tensor) -> int:
+    """Ids at a time, where the caller does not say."""
+    if hidden_NH.device.type == "cpu":
+        return CHUNK
+    return max(CHUNK, GPU_CHUNK_BYTES // (4 * hidden_NH.shape[0]) // 128 * 128)
 
 
 class _Sweep:
@@ -108,6 +112,7 @@ class _Sweep:
 
     Chunks are the leading axis of the buffers, so that the sweep and the searches touch contiguous memory. Ids that do
     not exist (the tail of the last real chunk, or all of a rank that holds only padding) have logit -inf and no mass.
+    Mass and moment (sum of exp times logit) of a chunk are relative to a reference, the largest logit up to its end.
     """
 
     def __init__(
@@ -116,27 +121,22 @@ class _Sweep:
         weight: Tensor,
         shard: VocabularyShard,
         softcap: float,
-        gain: float,
+        gain: float | Tensor,
         chunk: int,
         soft_embedding: bool,
     ) -> None:
         self.shard, self.chunk = shard, min(chunk, weight.shape[0])
-        chunks = -(-weight.shape[0] // self.chunk)
+        self.chunks = -(-weight.shape[0] // self.chunk)
         positions, device = hidden_NH.shape[0], hidden_NH.device
-
-        def numbers(*shape: int, value: float) -> Tensor:
-            return torch.full(shape, value, dtype=torch.float32, device=device)
-
-        self.logits_kNc = _scratch((chunks, positions, self.chunk), device)
-        self.maximum_kN = numbers(chunks, positions, value=MASKED_LOGIT)
-        self.mass_kN = numbers(chunks, positions, value=0.0)
-        self.moment_kN = numbers(chunks, positions, value=0.0)
-        self._soft_NH = numbers(*hidden_NH.shape, value=0.0) if soft_embedding else None
-        self._running_N1 = numbers(positions, 1, value=MASKED_LOGIT)
+        self.logits_kNc = _scratch((self.chunks, positions, self.chunk), device)
+        self.numbers_4kN = torch.zeros(4, self.chunks, positions, dtype=torch.float32, device=device)
+        self.numbers_4kN[:2] = MASKED_LOGIT  # maximum and reference of a rank without ids
+        self._reference_N1 = self.numbers_4kN[1, 0].clone()[:, None]
+        self._soft_NH = torch.zeros(hidden_NH.shape, dtype=torch.float32, device=device) if soft_embedding else None
         self._dtype = weight.dtype
         self._run(hidden_NH, weight[: shard.size], softcap, gain)
 
-    def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float) -> None:
+    def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float | Tensor) -> None:
         exponentials = torch.empty_like(self.logits_kNc[0])
         for index in range(-(-self.shard.size // self.chunk)):
             rows = weight[index * self.chunk : (index + 1) * self.chunk]
@@ -144,58 +144,63 @@ class _Sweep:
             if rows.shape[0] < self.chunk:
                 z_Nc.fill_(-torch.inf)
                 z_Nc, e_Nc = z_Nc[:, : rows.shape[0]], exponentials[:, : rows.shape[0]]
-            _capped_logits(hidden_NH, rows, softcap, gain, out=z_Nc)
-            maximum_N1 = torch.amax(z_Nc, dim=1, keepdim=True)
-            torch.sub(z_Nc, maximum_N1, out=e_Nc).exp_()
-            self.maximum_kN[index] = maximum_N1[:, 0]
-            self.mass_kN[index] = e_Nc.sum(1)
-            self.moment_kN[index] = torch.bmm(e_Nc[:, None], z_Nc[:, :, None])[:, 0, 0]
+            capped_logits(hidden_NH, rows, softcap, gain, out=z_Nc)
+            maximum_N, reference_N, mass_N, moment_N = self.numbers_4kN[:, index]
+            torch.amax(z_Nc, dim=1, out=maximum_N)
+            torch.maximum(self._reference_N1[:, 0], maximum_N, out=reference_N)
+            torch.sub(z_Nc, reference_N[:, None], out=e_Nc).exp_()
+            torch.sum(e_Nc, dim=1, out=mass_N)
             if self._soft_NH is not None:
-                self._add_soft(e_Nc, maximum_N1, rows)
+                self._add_soft(self._soft_NH, e_Nc, reference_N[:, None], rows)
+            torch.sum(e_Nc.mul_(z_Nc), dim=1, out=moment_N)
+            self._reference_N1 = reference_N[:, None]
 
-    def _add_soft(self, e_Nc: Tensor, maximum_N1: Tensor, rows: Tensor) -> None:
-        """soft += e @ rows under a running maximum, so that nothing overflows."""
-        assert self._soft_NH is not None
-        running_N1 = torch.maximum(self._running_N1, maximum_N1)
-        self._soft_NH.mul_(torch.exp(self._running_N1 - running_N1))
-        e_Nc.mul_(torch.exp(maximum_N1 - running_N1))
+    def _add_soft(self, soft_NH: Tensor, e_Nc: Tensor, reference_N1: Tensor, rows: Tensor) -> None:
+        """soft += e @ rows, so far relative to the last reference."""
+        soft_NH.mul_((self._reference_N1 - reference_N1).exp_())
         if rows.dtype == torch.float32:
-            self._soft_NH.addmm_(e_Nc, rows)
+            soft_NH.addmm_(e_Nc, rows)
         else:  # transformers casts the probabilities to the dtype of the table as well
-            self._soft_NH.add_(torch.mm(e_Nc.to(rows.dtype), rows))
-        self._running_N1 = running_N1
+            soft_NH.add_(torch.mm(e_Nc.to(rows.dtype), rows))
 
     def soft_embedding(self, top_N1: Tensor, total_N1: Tensor) -> Tensor:
         """Expected table row over all ranks, [N, H] in the table's dtype."""
         assert self._soft_NH is not None
-        soft_NH = self._soft_NH * (torch.exp(self._running_N1 - top_N1) / total_N1)
+        soft_NH = self._soft_NH.mul_(torch.exp(self._reference_N1 - top_N1) / total_N1)
         if self.shard.parallel:
             dist.all_reduce(soft_NH, group=self.shard.group)
         return soft_NH.to(self._dtype)
 
-    def search_maximum(self, chunk_N: Tensor) -> Tensor:
-        """Id of the largest logit, known to lie in chunk `chunk_N` of all ranks' chunks; -1 if it is not ours."""
-        mine_N, z_Nc = self._chunk_of(chunk_N)
-        return self._ids(chunk_N, mine_N, z_Nc.argmax(1))
+    def of_all_ranks(self) -> Tensor:
+        """Maximum, reference, mass and moment of the chunks of all ranks, [4, N, K], in order of ids."""
+        numbers_4kN = self.numbers_4kN
+        if self.shard.parallel:
+            parts = numbers_4kN.new_empty(self.shard.group.size() * 4, *numbers_4kN.shape[1:])
+            dist.all_gather_into_tensor(parts, numbers_4kN, group=self.shard.group)
+            numbers_4kN = parts.unflatten(0, (-1, 4)).transpose(0, 1).flatten(1, 2)
+        return numbers_4kN.transpose(1, 2)
 
-    def search_sample(self, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor) -> Tensor:
-        """Smallest id whose cumulative probability exceeds its uniform; -1 if it is not ours."""
-        chunk_N1, rest_N1 = choose_chunk(mass_NK, uniforms_N)
-        mine_N, z_Nc = self._chunk_of(chunk_N1[:, 0])
-        inside_N1 = choose_inside(torch.exp(z_Nc - top_N1), rest_N1)
-        return self._ids(chunk_N1[:, 0], mine_N, inside_N1[:, 0])
+    def search(self, maximum_NK: Tensor, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor | None) -> Tensor:
+        """Id of the largest logit and, with uniforms, the smallest whose cumulative probability exceeds its uniform.
 
-    def _chunk_of(self, chunk_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether this rank holds the chunk, and the logits of that chunk (some chunk, where it does not), [N, c]."""
-        chunks = self.logits_kNc.shape[0]
-        local_N = chunk_N - self.shard.group.rank() * chunks
-        mine_N = (local_N >= 0) & (local_N < chunks)
-        positions = torch.arange(chunk_N.shape[0], device=chunk_N.device)
-        return mine_N, self.logits_kNc[local_N.clamp(0, chunks - 1), positions]
-
-    def _ids(self, chunk_N: Tensor, mine_N: Tensor, inside_N: Tensor) -> Tensor:
-        local_N = chunk_N - self.shard.group.rank() * self.logits_kNc.shape[0]
-        return torch.where(mine_N, self.shard.first_id + local_N * self.chunk + inside_N, -1)
+        [1 or 2, N]. The rank that holds the chunk where an id must lie finds it: all others have -1.
+        """
+        chunks = [maximum_NK.argmax(1)]  # the first of equal chunks holds the smallest id
+        if uniforms_N is not None:
+            chunk_N1, rest_N1 = choose_chunk(mass_NK, uniforms_N)
+            chunks.append(chunk_N1[:, 0])
+        local_PN = torch.stack(chunks) - self.shard.group.rank() * self.chunks
+        positions = torch.arange(local_PN.shape[1], device=local_PN.device)
+        z_PNc = self.logits_kNc[local_PN.clamp(0, self.chunks - 1), positions]
+        inside = [z_PNc[0].argmax(1)]
+        if uniforms_N is not None:
+            inside.append(choose_inside(torch.exp(z_PNc[1] - top_N1), rest_N1)[:, 0])
+        ids_PN = local_PN * self.chunk + (self.shard.first_id + torch.stack(inside))
+        if not self.shard.parallel:
+            return ids_PN
+        ids_PN = torch.where((local_PN >= 0) & (local_PN < self.chunks), ids_PN, -1)
+        dist.all_reduce(ids_PN, op=dist.ReduceOp.MAX, group=self.shard.group)
+        return ids_PN
 
 
 _REUSED = threading.local()
@@ -219,7 +224,7 @@ def reused_scratch() -> Iterator[None]:
 def _scratch(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Memory for the logits of one sweep. None outlives `statistics`: two of a thread are never alive at once."""
     buffers = getattr(_REUSED, "buffers", None)
-    if buffers is None:
+    if buffers is None or device.type == "cuda":  # torch keeps a GPU's memory itself, and that of CUDA graphs apart
         return torch.empty(shape, dtype=torch.float32, device=device)
     key = (shape, device, torch.is_inference_mode_enabled())  # tensors of inference mode are of no use outside it
     if key not in buffers:
@@ -231,18 +236,9 @@ def _scratch(shape: tuple[int, ...], device: torch.device) -> Tensor:
 MASKED_LOGIT = -1e30  # the maximum of no logits: finite, so that differences of it are too
 
 
-def _gather_chunks(sweep: _Sweep) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, mass and moment (sum of exp times logit) of the chunks of all ranks, [N, K] each, in order of ids."""
-    numbers_3kN = torch.stack([sweep.maximum_kN, sweep.mass_kN, sweep.moment_kN])
-    if sweep.shard.parallel:
-        parts = [torch.empty_like(numbers_3kN) for _ in range(sweep.shard.group.size())]
-        dist.all_gather(parts, numbers_3kN, group=sweep.shard.group)
-        numbers_3kN = torch.cat(parts, dim=1)
-    maximum, mass, moment = numbers_3kN.transpose(1, 2)
-    return maximum, mass, moment
-
-
-def _capped_logits(hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float, out: Tensor | None = None) -> Tensor:
+def capped_logits(
+    hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float | Tensor, out: Tensor | None = None
+) -> Tensor:
     """gain * tanh(hidden @ rows.T / softcap) in float32; the product itself is in the model's dtype."""
     if out is None:
         out = torch.empty(hidden_NH.shape[0], rows.shape[0], dtype=torch.float32, device=rows.device)
@@ -259,7 +255,7 @@ def _capped_logits(hidden_NH: Tensor, rows: Tensor, softcap: float, gain: float,
 @torch.no_grad()
 def logits(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
     """Softcapped float32 logits [N, V] on every rank."""
-    local_Nv = _capped_logits(hidden_NH, weight[: shard.size], softcap, softcap)
+    local_Nv = capped_logits(hidden_NH, weight[: shard.size], softcap, softcap)
     if not shard.parallel:
         return local_Nv
     padded = local_Nv.new_zeros(hidden_NH.shape[0], weight.shape[0])
@@ -277,119 +273,3 @@ def soft_embedding_of_logits(logits_NV: Tensor, weight: Tensor, shard: Vocabular
     if shard.parallel:
         dist.all_reduce(soft_NH, group=shard.group)
     return soft_NH
-
-
-class _SoftEmbedding(torch.autograd.Function):
-    """Soft embedding of a gradient-free hidden state; the table gets its gradient by recomputing the probabilities."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
-        step = max(1, LOSS_BYTES // (4 * weight.shape[0]))
-        with reused_scratch():
-            parts = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(step)]
-        ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in parts]))
-        ctx.shard, ctx.softcap = shard, softcap
-        return torch.cat([part.soft_embedding_NH for part in parts if part.soft_embedding_NH is not None])
-
-    @staticmethod
-    def backward(ctx: Any, gradient_NH: Tensor) -> tuple[None, Tensor, None, None]:
-        hidden_NH, weight, log_sum_exp_N = ctx.saved_tensors
-        gradient = torch.zeros_like(weight)
-        for start in range(0, ctx.shard.size, CHUNK):
-            cut = slice(start, min(start + CHUNK, ctx.shard.size))
-            z_Nc = _capped_logits(hidden_NH, weight[cut], ctx.softcap, ctx.softcap)
-            p_Nc = z_Nc.sub_(log_sum_exp_N[:, None]).exp_()
-            gradient[cut] = p_Nc.to(weight.dtype).t() @ gradient_NH
-        return None, gradient, None, None
-
-
-def soft_embedding(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, softcap: float) -> Tensor:
-    """Expected table row under the untempered distribution of `hidden_NH`, [N, H], differentiable in the table only."""
-    return _SoftEmbedding.apply(hidden_NH.detach(), weight, shard, softcap)
-
-
-# -- loss ------------------------------------------------------------------------------------------------------------
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross-entropies, with gradients computed where the logits are, some positions at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight: Tensor,
-        labels_N: Tensor,
-        weights_N: Tensor,
-        shard: VocabularyShard,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor]:
-        rows = weight[: shard.size]
-        losses_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        hidden_gradient = torch.zeros_like(hidden_NH) if need_hidden else None
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        step = max(1, LOSS_BYTES // (4 * max(1, weight.shape[0])))
-        for start in range(0, hidden_NH.shape[0], step):
-            cut = slice(start, start + step)
-            z_nv = _capped_logits(hidden_NH[cut], rows, softcap, softcap)
-            p_nv, losses_N[cut] = _probabilities_and_losses(z_nv, labels_N[cut], shard)
-            if not (need_hidden or need_weight):
-                continue
-            gradient = _logit_gradient(p_nv, z_nv, labels_N[cut], weights_N[cut], shard, softcap).to(weight.dtype)
-            if hidden_gradient is not None:
-                hidden_gradient[cut] = gradient @ rows
-            if weight_gradient is not None:
-                weight_gradient[: shard.size] += gradient.t() @ hidden_NH[cut]
-        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
-        ctx.mark_non_differentiable(losses_N)
-        return (losses_N * weights_N).sum(), losses_N
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Any) -> tuple:
-        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
-
-
-def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    maximum_n1 = z_nv.amax(1, keepdim=True) if shard.size else z_nv.new_full((z_nv.shape[0], 1), MASKED_LOGIT)
-    if shard.parallel:
-        dist.all_reduce(maximum_n1, op=dist.ReduceOp.MAX, group=shard.group)
-    e_nv = (z_nv - maximum_n1).exp_()
-    local_n, mine_n = _local(labels_n, shard)
-    picked_n = (
-        torch.where(mine_n, z_nv.gather(1, local_n[:, None])[:, 0], 0.0)
-        if shard.size
-        else torch.zeros_like(labels_n, dtype=torch.float32)
-    )
-    sums_2n = torch.stack([e_nv.sum(1), picked_n])
-    if shard.parallel:
-        dist.all_reduce(sums_2n, group=shard.group)
-    return e_nv.div_(sums_2n[0][:, None]), sums_2n[0].log() + maximum_n1[:, 0] - sums_2n[1]
-
-
-def _logit_gradient(
-    p_nv: Tensor, z_nv: Tensor, labels_n: Tensor, weights_n: Tensor, shard: VocabularyShard, softcap: float
-) -> Tensor:
-    """Gradient with respect to the logits before the softcap: weight * (p - onehot) * (1 - (z / cap)^2)."""
-    if shard.size:
-        local_n, mine_n = _local(labels_n, shard)
-        p_nv.scatter_add_(1, local_n[:, None], -mine_n.to(p_nv.dtype)[:, None])
-    return p_nv.mul_(weights_n[:, None]).mul_(z_nv.div_(softcap).square_().neg_().add_(1.0))
-
-
-def _local(labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    local_n = labels_n - shard.first_id
-    mine_n = (local_n >= 0) & (local_n < shard.size)
-    return local_n.clamp(0, max(shard.size - 1, 0)), mine_n
-
-
-def linear_cross_entropy(
-    hidden_NH: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, shard: VocabularyShard, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """Sum over positions of `weights_N` times the cross-entropy of softcapped logits, and the cross-entropies [N].
-
-    Differentiable in `hidden_NH` (this rank's share of its gradient, to be summed over tensor parallelism) and in
-    `weight`, through the first result only. Peak memory is `LOSS_BYTES` of logits and as much of probabilities,
-    whatever N is.
-    """
-    return _LinearCrossEntropy.apply(hidden_NH, weight, labels_N, weights_N.float(), shard, softcap)

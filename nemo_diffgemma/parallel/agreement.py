@@ -4,6 +4,7 @@
         ...
     path = on_rank_zero(find)    # rank 0 calls `find`; every rank gets its result, or an error of the same kind
     all_ranks(done); any_rank(asked)
+    flags = agreed(flags)        # on the device, for which no host waits
 
 Every function here is collective over the default process group, and local where there is none. An error keeps its
 kind: what is the user's on one rank is a `UserError` on all, anything else is one on none, since exit code 2 means
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nemo_diffgemma.errors import UserError
 
@@ -119,9 +121,23 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return _vote(flag, device, dist.ReduceOp.MAX)
 
 
+def agreed(flags: Tensor) -> Tensor:
+    """Which of some flags of the device hold on every rank, on that device: no host waits for them."""
+    return _reduced(flags, dist.ReduceOp.MIN)
+
+
+def reported(flags: Tensor) -> Tensor:
+    """Which of some flags of the device hold on some rank, on that device: no host waits for them."""
+    return _reduced(flags, dist.ReduceOp.MAX)
+
+
 def _vote(flag: bool, device: torch.device, operation: Any) -> bool:
+    return flag if world_size() == 1 else bool(_reduced(torch.tensor(flag, device=device), operation))
+
+
+def _reduced(flags: Tensor, operation: Any) -> Tensor:
     if world_size() == 1:
-        return flag
-    vote = torch.tensor(int(flag), device=device)
-    dist.all_reduce(vote, op=operation)
-    return bool(vote.item())
+        return flags
+    votes = flags.int()
+    dist.all_reduce(votes, op=operation)
+    return votes.bool()

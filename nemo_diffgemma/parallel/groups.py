@@ -46,6 +46,7 @@ def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta 
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=False,  # nobody uses them: checkpoints of the optimizer are ours
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     _groups = [group for group in dist.distributed_c10d._world.pg_map if group not in before]

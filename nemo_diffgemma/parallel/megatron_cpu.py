@@ -3,7 +3,6 @@
 Megatron asks `torch.cuda` for the current device, for streams and for random states even where nothing runs on a GPU.
 Here the name `torch` inside `megatron.core.*` modules is rebound to a stand-in whose factories send "cuda" to the CPU
 and whose `.cuda` answers for it. PyTorch itself is left alone: other code in the process sees the real one.
-Also here: gloo lacks collectives of uneven sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import types
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -33,8 +31,6 @@ _LAZY = (
     "optimizer.optimizer",
     "pipeline_parallel.p2p_communication",
     "pipeline_parallel.schedules",
-    "transformer.moe.moe_layer",
-    "transformer.moe.token_dispatcher",
 )
 _enabled = False
 
@@ -54,8 +50,6 @@ def enable() -> None:
         return
     _enabled = True
     _random_states()
-    _python_split_sizes()
-    _uneven_collectives()
     _cuda_type_names_where_asserted()
 
 
@@ -145,45 +139,6 @@ def _random_states() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-
-
-def _python_split_sizes() -> None:
-    """all_to_all_single needs Python ints; Megatron converts CUDA tensors only."""
-    import megatron.core.transformer.moe.token_dispatcher as dispatcher
-
-    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        if not torch.is_tensor(tensor):
-            return tensor
-        tensor = tensor.detach().cpu()
-        return tensor.numpy() if as_numpy else tensor
-
-    dispatcher.maybe_move_tensor_to_cpu = to_host
-
-
-def _uneven_collectives() -> None:
-    """gloo gathers and scatters equal sizes only; expert-tensor parallelism with all-to-all dispatch needs others."""
-    import megatron.core.tensor_parallel.mappings as mappings
-
-    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-
-    def gather(x: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
-        if output_split_sizes is None or group.size() == 1:
-            return even_gather(x, group, output_split_sizes, use_global_buffer)
-        sizes = [int(size) for size in output_split_sizes]
-        padded = x.new_zeros((max(sizes), *x.shape[1:]))
-        padded[: x.shape[0]] = x
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=group)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    def scatter(x: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
-        if input_split_sizes is None or group.size() == 1:
-            return even_scatter(x, group, input_split_sizes, use_global_buffer)
-        total = x.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
-
-    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
 
 
 class _CudaTypeNames(TorchFunctionMode):

@@ -74,6 +74,7 @@ class Validation(Callback):
     @torch.no_grad()
     def evaluate(self, module: Any) -> dict[str, Any]:
         network, task, seed = module.network, module.task, module.settings.seed
+        module.finish_gather()
         network.eval()
         try:
             rows = held_out_rows(task, network.model_config, self.examples)

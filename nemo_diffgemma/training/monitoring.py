@@ -20,11 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
-from nemo_diffgemma.parallel.agreement import any_rank, is_rank_zero
+from nemo_diffgemma.parallel.agreement import is_rank_zero, reported
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.training.signals import StopRequest
+from nemo_diffgemma.transfer import LateFlag, to_device
 
 PREEMPTED, HUNG = 85, 86  # exit codes; slurm/job.sbatch knows them
 STATUS = "status.json"
@@ -33,13 +35,22 @@ _DUMP_SECONDS = 10.0  # for the other ranks to notice and to write their stacks 
 
 
 class Preemption(Callback):
-    """Ends the run after the step in which any rank was asked to stop; `run.train` then saves the checkpoint."""
+    """Ends the run after the step in which any rank was asked to stop; `run.train` then saves the checkpoint.
+
+    Ranks vote ahead of the update, so that at the end of the step the result is there: who is asked to stop later than
+    that stops a step later.
+    """
 
     def __init__(self, request: StopRequest) -> None:
         self.request, self.preempted = request, False
+        self._asked: LateFlag | None = None
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        received = to_device(torch.tensor(self.request.received is not None), device())
+        self._asked = LateFlag(reported(received))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if any_rank(self.request.received is not None, device()) and trainer.global_step < trainer.max_steps:
+        if self._asked and trainer.global_step < trainer.max_steps:
             self.preempted = trainer.should_stop = True
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
@@ -35,7 +36,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches, collate
 from nemo_diffgemma.data.tasks import DataGroup, Task, default_data, fill_id, task_of
 from nemo_diffgemma.diffusion.generate import Generation
-from nemo_diffgemma.diffusion.objective import Counts, Loss, choose_canvases, corrupt, count, objective
+from nemo_diffgemma.diffusion.objective import Counts, Scored, choose_canvases, corrupt, count, objective
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.model.network import RECOMPUTE
@@ -50,6 +51,8 @@ from nemo_diffgemma.schema import (
     structured,
 )
 from nemo_diffgemma.training import optimizer as optimizers
+from nemo_diffgemma.training import overlap
+from nemo_diffgemma.transfer import HostCopy, to_device
 
 
 class TrainingError(RuntimeError):
@@ -184,21 +187,24 @@ class DiffusionGemmaModel(ModelPT):
         wrapped: DistributedDataParallel = self.__dict__["_wrapped"]
         wrapped.zero_grad_buffer()
         self._adapter.zero_grad()
-        loss, tokens = self.accumulate(batch, backward=True, micro_batch_size=settings.data.micro_batch_size)
+        sums = self.accumulate(batch, backward=True, micro_batch_size=settings.data.micro_batch_size)
+        *loss, tokens = sums.numbers()  # waits for the losses, on a GPU not for the backward passes
         if not math.isfinite(loss[0]):  # equal on every rank, as the norm is: a sum over replicas
             raise _failure("loss", loss[0], step, self._origin_of_loss(batch))
-        finalize_model_grads([wrapped])
+        overlap.finalize_gradients(wrapped)
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
         self.optimizers().step()
-        if not math.isfinite(self._adapter.grad_norm):  # before it enters metrics or a checkpoint
+        overlap.start_gather(wrapped)
+        grad_norm = self._adapter.grad_norm  # waits for it, on a GPU not for the update
+        if not math.isfinite(grad_norm):  # before it enters metrics or a checkpoint
             gradient = non_finite.non_finite_gradient(self.network)
             where = None if gradient is None else f"the gradient of {gradient}"
-            raise _failure("gradient norm", self._adapter.grad_norm, step, where)
+            raise _failure("gradient norm", grad_norm, step, where)
         seconds = time.perf_counter() - started
         self.result = StepResult(
             step=step,
             loss=loss[0],
-            grad_norm=self._adapter.grad_norm,
+            grad_norm=grad_norm,
             lr=self._adapter.lr,
             diffusion=loss[1],
             autoregressive=loss[2],
@@ -211,6 +217,7 @@ class DiffusionGemmaModel(ModelPT):
     def _origin_of_loss(self, batch: Rows) -> str | None:
         """The first weight, or else the first output, that is not finite. Collective."""
         assert self.network is not None
+        self.finish_gather()
         weight = non_finite.non_finite_weight(self.network)
         if weight is not None:
             return f"the weight {weight}"
@@ -223,12 +230,11 @@ class DiffusionGemmaModel(ModelPT):
     @torch.no_grad()
     def validation_step(self, batch: Rows, batch_idx: int) -> dict[str, Tensor]:
         """The objective on held-out rows, which every replica holds alike."""
-        loss, _ = self.accumulate(batch, backward=False)
-        value = torch.tensor(loss[0])
+        value = torch.tensor(self.accumulate(batch, backward=False).numbers()[0])
         self.log("val_loss", value, batch_size=len(batch))
         return {"val_loss": value}
 
-    def accumulate(self, batch: Rows, backward: bool, micro_batch_size: int = 0) -> tuple[list[float], int]:
+    def accumulate(self, batch: Rows, backward: bool, micro_batch_size: int = 0) -> HostCopy:
         """Total, diffusion and autoregressive loss of the global batch, and its tokens; gradients if `backward`.
 
         Each is a mean over the rows of all replicas, also where these hold the same ones.
@@ -241,17 +247,38 @@ class DiffusionGemmaModel(ModelPT):
             for rows in micro_batches(batch, micro_batch_size)
         ]
         counts = sum((count(rows, canvases, length) for rows, canvases in parts), Counts(0, 0, 0))
-        totals = Counts(*_sum_over_replicas(torch.tensor(astuple(counts), device=device())).tolist())
+        totals = Counts(*_sum_over_replicas(to_device(torch.tensor(astuple(counts)), device())).unbind())
         shares = torch.zeros(3, dtype=torch.float64, device=device())
-        for rows, canvases in parts:
+        for index, (rows, canvases) in enumerate(parts):
             corrupted = corrupt(
                 rows, canvases, length, network.model_config.vocab_size, settings.seed, noise_floor=config.noise_floor
             )
-            loss: Loss = objective(network, rows, canvases, corrupted, config, settings.seed, totals)
-            if backward:
-                loss.total.backward()
-            shares += torch.stack([part.detach().double() for part in loss])
-        return _sum_over_replicas(shares).tolist(), totals.next_tokens + totals.examples
+            terms = (network, rows, canvases, corrupted, config, settings.seed, totals)
+            scored = Scored(*terms) if backward else None
+            shares += torch.stack([part.double() for part in (scored.loss if scored else objective(*terms))])
+            last = index + 1 == len(parts)
+            if last:  # ahead of the last backward, so that nobody waits for that one
+                tokens = totals.next_tokens + totals.examples
+                sums = HostCopy(torch.cat([_sum_over_replicas(shares), torch.as_tensor(tokens).double()[None]]))
+            if scored:
+                self._backward(scored, last)
+        return sums
+
+    def _backward(self, scored: Scored, last: bool) -> None:
+        """Gradients of a micro-batch; the last pass of the last one lets them be summed over replicas."""
+        wrapped: DistributedDataParallel = self.__dict__["_wrapped"]
+        with wrapped.no_sync():
+            scored.backward_canvases()
+        with nullcontext() if last else wrapped.no_sync():
+            scored.backward_context()
+
+    def on_train_end(self) -> None:
+        self.finish_gather()
+
+    def finish_gather(self) -> None:
+        """Weights are whole afterwards; whoever reads them in a run, and not by a pass of the network, calls it."""
+        if "_wrapped" in self.__dict__:
+            overlap.finish_gather(self.__dict__["_wrapped"])
 
     def generate(self, *args: Any, **kwargs: Any) -> Generation:
         """`DiffusionGemma.generate` of the network."""

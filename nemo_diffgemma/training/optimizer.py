@@ -17,6 +17,9 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.schema import ConfigurationError, OptimGroup
+from nemo_diffgemma.training import overlap
+from nemo_diffgemma.training.update import fuse, update
+from nemo_diffgemma.transfer import HostCopy
 
 DECAYS = ("constant", "linear", "cosine")
 
@@ -49,11 +52,19 @@ def learning_rate(optim: OptimGroup, step: int, max_steps: int) -> float:
 
 
 def data_parallel(network: Network, optim: OptimGroup) -> DistributedDataParallel:
-    """Megatron's gradient buffers around `network`: float32, summed over replicas (our loss carries global weights)."""
+    """Megatron's gradient buffers around `network`: float32, summed over replicas (our loss carries global weights).
+
+    Sums, and the gathering of weights that the distributed optimizer has updated, run behind computation.
+    """
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optim.distributed,
+        overlap_grad_reduce=True,
+        overlap_param_gather=optim.distributed,
     )
-    return DistributedDataParallel(network.config, config, network)
+    wrapped = DistributedDataParallel(network.config, config, network)
+    overlap.wait_for_weights_where_they_are_used(wrapped, network)
+    return wrapped
 
 
 def build(wrapped: DistributedDataParallel, optim: OptimGroup, dtype: torch.dtype) -> MegatronOptimizer:
@@ -71,32 +82,38 @@ def build(wrapped: DistributedDataParallel, optim: OptimGroup, dtype: torch.dtyp
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=optim.distributed,
+        overlap_param_gather=optim.distributed,
     )
     optimizer = get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
     for group in optimizer.param_groups:  # left to Megatron's own scheduler, which we do not use
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    fuse(optimizer)
     return optimizer
 
 
 class MegatronAdapter(torch.optim.Optimizer):
     """What Lightning sees of Megatron's optimizer: `step` advances `trainer.global_step` by one.
 
-    `lr` goes to every parameter group at the next step; `grad_norm` is the global norm before clipping of the last one.
+    `lr` goes to every parameter group at the next step.
     """
 
     def __init__(self, megatron: MegatronOptimizer) -> None:
         super().__init__([torch.nn.Parameter(torch.zeros(()))], {})
         self.megatron = megatron
         self.lr = 0.0
-        self.grad_norm = math.nan
+        self._grad_norm: HostCopy | None = None
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm before clipping of the last step; waits until the device knows it, not until it is done."""
+        return math.nan if self._grad_norm is None else self._grad_norm.numbers()[0]
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
             closure()
         for group in self.megatron.param_groups:
             group["lr"] = self.lr
-        _, grad_norm, _ = self.megatron.step()
-        self.grad_norm = math.nan if grad_norm is None else float(grad_norm)
+        self._grad_norm = HostCopy(update(self.megatron))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.megatron.zero_grad(set_to_none)

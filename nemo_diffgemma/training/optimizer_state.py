@@ -27,10 +27,10 @@ from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
+from nemo_diffgemma.training.update import is_torchs, parts_of
 
 PREFIX = "optimizer."
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_TORCH = (torch.optim.Adam, torch.optim.AdamW)  # a step counter for each parameter; fused ones have one for a group
 
 
 class _Held(NamedTuple):
@@ -41,15 +41,9 @@ class _Held(NamedTuple):
     span: slice
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The chained optimizers, of dense and of expert parameters; a rank without any of these has a stub."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
-
-
 def _held(optimizer: MegatronOptimizer) -> dict[Tensor, _Held]:
     held = {}
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         state = part.optimizer.state
         if isinstance(part, DistributedOptimizer):
             for parameter, (group, order) in part.model_param_group_index_map.items():
@@ -77,7 +71,7 @@ def state_tensors(network: nn.Module, optimizer: MegatronOptimizer) -> dict[str,
     """This rank's share of the optimizer's state, to be saved beside the weights. Collective."""
     _prime(optimizer)
     held, tensors = _held(optimizer), {}
-    distributed = any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+    distributed = any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
     for kind in _kinds(network):
         for index, (name, parameter) in enumerate(network.named_parameters()):
             key = f"{PREFIX}{kind}.{name}"
@@ -113,7 +107,7 @@ def _replicas(parameter: Tensor) -> dist.ProcessGroup:
 
 def steps_taken(optimizer: MegatronOptimizer) -> int:
     """Updates that AdamW has counted: in each parameter's state (torch) or in the group (fused)."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for group in part.optimizer.param_groups:
             for main in group["params"]:
                 return int(part.optimizer.state[main].get("step", group.get("step", 0)))
@@ -164,23 +158,22 @@ def _buffers(network: nn.Module, kind: str) -> Iterator[tuple[str, ShardedTensor
 
 def _prime(optimizer: MegatronOptimizer) -> None:
     """AdamW makes its state at its first update; make it now where there was none."""
-    for part in _parts(optimizer):
-        counts_by_parameter = isinstance(part.optimizer, _TORCH)
+    for part in parts_of(optimizer):
         for group in part.optimizer.param_groups:
             for main in group["params"]:
                 state = part.optimizer.state[main]
                 for kind in MOMENTS:
                     if kind not in state:
                         state[kind] = torch.zeros_like(main)
-                if counts_by_parameter and "step" not in state:
-                    state["step"] = torch.tensor(0.0)
+                if is_torchs(part) and "step" not in state:
+                    state["step"] = torch.zeros((), device=main.device)  # where the fused kernel wants it
 
 
 def _set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for group in part.optimizer.param_groups:
-            if not isinstance(part.optimizer, _TORCH):
+            if not is_torchs(part):
                 group["step"] = steps
             for main in group["params"]:
                 if "step" in part.optimizer.state[main]:  # a tensor of its own: AdamW increments it in place
-                    part.optimizer.state[main]["step"] = torch.tensor(float(steps))
+                    part.optimizer.state[main]["step"] = torch.tensor(float(steps), device=main.device)

@@ -99,6 +99,7 @@ class MegatronStrategy(Strategy):
         """All ranks write `filepath` without its suffix; it appears when complete."""
         model: Any = self.lightning_module
         optimizer = model.megatron_optimizer
+        model.finish_gather()
         common = {name: checkpoint[name] for name in _KEPT if name in checkpoint}
         common["optimizer_steps"] = optimizer_state.steps_taken(optimizer)
         tensors = optimizer_state.state_tensors(model.network, optimizer)

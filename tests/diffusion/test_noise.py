@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_diffgemma.diffusion import noise
-from nemo_diffgemma.diffusion.noise import KeyedNoise, keyed_bits, to_ids, to_uniforms
+from nemo_diffgemma.diffusion.noise import CanvasNoise, KeyedNoise, keyed_bits, to_ids, to_uniforms
 from nemo_diffgemma.errors import UserError
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -113,3 +113,13 @@ def test_no_two_uses_share_numbers():
 def test_one_seed_for_each_row_or_one_for_all():
     with pytest.raises(ValueError, match="2 seeds for 3 rows; give one int, or one int for each row"):
         KeyedNoise.for_rows([1, 2], 3, 4, 61)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_all_steps_of_a_canvas_at_once_draw_what_each_draws(steps):
+    noise = KeyedNoise.for_rows([3, -9], 2, 8, 61)
+    whole = CanvasNoise.of(noise, 4, steps, torch.device("cpu"))
+    assert torch.equal(whole.initial, noise.initial(4))
+    for index, remaining in enumerate(range(steps, 0, -1)):
+        assert torch.equal(whole.uniforms[index], noise.uniforms(4, remaining))
+        assert torch.equal(whole.replacements[index], noise.replacements(4, remaining))

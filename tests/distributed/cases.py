@@ -60,23 +60,22 @@ def gradients(
     seed: int = 5,
     recompute: str = "none",
     micro_batches: int = 1,
+    one_graph: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss of the objective over some `Rows`, and every whole gradient by its released name (rank 0; empty elsewhere).
 
-    Megatron's DDP and `finalize_model_grads` reduce the gradients, as in training. With replicas, each takes its share
-    of the rows.
+    Backward in two passes, Megatron's DDP and sums over replicas are those of training; `one_graph` leaves all of the
+    backward to autograd. With replicas, each takes its share of the rows.
     """
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from nemo_diffgemma.diffusion import objective as method
+    from nemo_diffgemma.training import overlap
 
     model = load(path, layout).train()
     model.recompute = recompute
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=True)
+    ddp = DistributedDataParallel(model.config, settings, model)
     ddp.zero_grad_buffer()
     config = method.ObjectiveConfig(**objective)
     data = process_groups().dp
@@ -88,10 +87,17 @@ def gradients(
     for part in shares[data.rank() * micro_batches : (data.rank() + 1) * micro_batches]:
         canvases = method.choose_canvases(part, length, wanted, seed)
         noised = method.corrupt(part, canvases, length, model.model_config.vocab_size, seed)
-        result = method.objective(model, part, canvases, noised, config, seed, totals)
-        result.total.backward()
+        with ddp.no_sync():
+            if one_graph:
+                result = method.objective(model, part, canvases, noised, config, seed, totals)
+                result.total.backward()
+            else:
+                scored = method.Scored(model, part, canvases, noised, config, seed, totals)
+                result = scored.loss
+                scored.backward_canvases()
+                scored.backward_context()
         loss += result.total.detach()
-    finalize_model_grads([ddp])
+    overlap.finalize_gradients(ddp)
     torch.distributed.all_reduce(loss, group=data)
     return float(loss), _whole_gradients(model)
 

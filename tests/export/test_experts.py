@@ -165,11 +165,12 @@ def test_every_precision_of_onnx_runtime_is_that_of_the_traced_functions(
         model = inlined(quantize_graph(model, scheme), packed)
         weights = SimulatedWeights({**kept, **packed}, scheme)
     session = OnnxSession([model], [kept])
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    # of the norm: an input of float16 that FP8 rounds the other way moves by a sixteenth
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-3 if scheme != "fp8" else 5e-3
     for routing in layer.ROUTINGS:
         for rows in layer.ROWS:
             given = layer.inputs(routing, rows, dtype)
             found = session.run(given, [{}])[0]["mixed"]
             expected = layer.Layer("sparse", dtype).given(weights, given)
-            scale = expected.float().abs().max()
-            assert ((found.float() - expected.float()).abs().max() / scale) < tolerance, (routing, rows)
+            error = (found.double() - expected.double()).norm() / expected.double().norm()
+            assert error < tolerance, (routing, rows)

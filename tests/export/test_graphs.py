@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from export.bundle.comparison import Differences, in_lockstep, trajectory
+from export.engine.tensorrt_session import geometry
 from nemo_diffgemma import ParallelLayout, SamplerConfig
 from nemo_diffgemma.diffusion.noise import KeyedNoise
+from nemo_diffgemma.model import fixed_step
 from tests.export import kit
 
 WINDOW = 8
@@ -147,6 +149,28 @@ def test_what_lies_in_a_buffer_before_the_context_is_not_seen(checkpoint, engine
         assert torch.allclose(plain[name].float(), padded[name].float(), atol=1e-6), name
 
 
+def test_buffers_of_a_gpu_keep_their_shapes_until_they_have_doubled(checkpoint, monkeypatch):
+    """So what a session has recorded of one canvas serves the next. Tokens are those of buffers that are full."""
+    engine, ids = kit.engine(kit.calm(checkpoint), loop="none"), prompts(2, 5)
+    given = dict(attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4]), max_new_tokens=60, sampler=sampler(4), seed=1)
+    plain = engine.generate(ids, **given)
+    session, shapes = engine._sessions["step"], []
+
+    def run(shared, ranked, real=session.run):
+        shapes.append(geometry({**shared, **ranked[0]}))
+        return real(shared, ranked)
+
+    monkeypatch.setattr(session, "run", run)
+    monkeypatch.setattr(fixed_step, "FEWEST", 8)
+    engine.columns_for = fixed_step.bucket
+    rounded = engine.generate(ids, **given)
+    assert torch.equal(plain.sequences, rounded.sequences)
+    assert torch.equal(plain.forwards, rounded.forwards)
+    last = max(layer for layer in range(9) if f"past_key_values.{layer}.key" in dict(shapes[0]))
+    columns = [dict(shape)[f"past_key_values.{last}.key"][2] for shape in dict.fromkeys(shapes)]
+    assert columns == [8, 16, 32, 64]  # of 5 to 61 columns of context
+
+
 def test_float16_agrees_with_float32(checkpoint):
     path = kit.calm(checkpoint)
     engine, network = kit.engine(path, dtype=torch.float16), kit.network(path)
@@ -177,7 +201,7 @@ def test_what_is_no_number_is_infinitely_far_away():
         (torch.zeros(1, 65, dtype=torch.long), {}, "need a context of 65 columns, .* at most 64; .*max_context=65"),
         (torch.zeros(1, 60, dtype=torch.long), dict(max_new_tokens=12), "need a context of 68 columns"),
         (torch.full((1, 4), 64), {}, "input_ids holds 64; token ids go from 0 to 63"),
-        (torch.zeros(1, 0, dtype=torch.long), {}, "expected \\[rows, at least one token\\]"),
+        (torch.zeros(1, 0, dtype=torch.long), {}, "expected \\[rows, tokens\\], at least one row of one token"),
         (torch.zeros(1, 4, dtype=torch.long), dict(max_new_tokens=0), "max_new_tokens=0; expected at least 1"),
     ],
 )

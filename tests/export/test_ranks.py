@@ -82,7 +82,7 @@ def decided() -> tuple[dict[str, Tensor], bool, bool]:
     config, rank = kit.config("short"), dist.get_rank()
     engine = Engine(config, TWO, torch.float32, {"step": Differs()}, kit.LIMITS, Path(), [rank])
     found = engine.step(engine.start([0] * ROWS), {})
-    return found, engine.agree(True), engine.agree(rank == 0)
+    return found, *engine.agreed(torch.tensor([True, rank == 0])).tolist()
 
 
 def captured(fails: str) -> tuple[list[str], int, bool]:

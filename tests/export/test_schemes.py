@@ -155,9 +155,9 @@ def test_what_cannot_be_quantised_is_refused_with_a_way_out() -> None:
 class _Watch(Weights):
     largest: dict[str, float]
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
+    def linear(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
         self.largest[name] = max(self.largest.get(name, 0.0), float(x.abs().max()))
-        return super().linear(x, name)
+        return super().linear(x, name, experts)
 
 
 def test_calibrated_range_is_the_largest_input_of_each_matrix() -> None:

@@ -7,9 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.model import vocabulary
+from nemo_diffgemma.model import loss, table_gradient, vocabulary
 from nemo_diffgemma.model.vocabulary import VocabularyShard
 from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
+
+
+def dense(hidden_NH: Tensor, table_VH: Tensor, softcap: float, temperature: float = 1.0) -> Tensor:
+    """Tempered logits in float64."""
+    return softcap * torch.tanh(hidden_NH.double() @ table_VH.double().T / softcap) / temperature
+
+
+def problem(seed: int, positions: int, ids: int, hidden: int, scale: float = 1.0, **arguments: Any) -> dict[str, Any]:
+    """Random arguments of `statistics`; hidden times table has standard deviation `scale` before the softcap."""
+    generator = torch.Generator().manual_seed(seed)
+    return dict(
+        hidden_NH=torch.randn(positions, hidden, generator=generator) * scale * hidden**-0.5,
+        table_VH=torch.randn(ids, hidden, generator=generator),
+        uniforms_N=torch.rand(positions, generator=generator),
+        **{"softcap": 30.0, **arguments},
+    )
 
 
 def cut(table_VH: Tensor, tensor: int) -> tuple[Tensor, VocabularyShard]:
@@ -53,15 +69,15 @@ def cross_entropy(
     """Loss, losses and gradients: this rank's share of the hidden one, this rank's rows of the table's."""
     weight, shard = cut(table_VH, tensor)
     hidden_NH, weight = hidden_NH.clone().requires_grad_(), weight.requires_grad_()
-    before = vocabulary.LOSS_BYTES
-    vocabulary.LOSS_BYTES = before if loss_bytes is None else loss_bytes
+    before = loss.LOSS_BYTES
+    loss.LOSS_BYTES = before if loss_bytes is None else loss_bytes
     try:
-        loss, losses_N = vocabulary.linear_cross_entropy(hidden_NH, weight, labels_N, weights_N, shard, softcap)
-        (loss * scale).backward()
+        total, losses_N = loss.linear_cross_entropy(hidden_NH, weight, labels_N, weights_N, shard, softcap)
+        (total * scale).backward()
     finally:
-        vocabulary.LOSS_BYTES = before
+        loss.LOSS_BYTES = before
     assert hidden_NH.grad is not None and weight.grad is not None
-    return dict(loss=loss.detach(), losses_N=losses_N, hidden=hidden_NH.grad, table=weight.grad)
+    return dict(loss=total.detach(), losses_N=losses_N, hidden=hidden_NH.grad, table=weight.grad)
 
 
 def soft_embedding(
@@ -70,6 +86,36 @@ def soft_embedding(
     """Soft embedding and the gradients for a gradient of it."""
     weight, shard = cut(table_VH, tensor)
     hidden_NH, weight = hidden_NH.clone().requires_grad_(), weight.requires_grad_()
-    soft_NH = vocabulary.soft_embedding(hidden_NH, weight, shard, softcap)
+    soft_NH = loss.soft_embedding(hidden_NH, weight, shard, softcap)
     soft_NH.backward(gradient_NH)
     return dict(soft=soft_NH.detach(), hidden=hidden_NH.grad, table=weight.grad)
+
+
+def accumulated(
+    tensor: int,
+    hidden_NH: Tensor,
+    table_VH: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    softcap: float,
+    gradient_NH: Tensor,
+    main: bool,
+) -> dict[str, Tensor]:
+    """Loss with its gradient, soft embedding and look-up of one table; where the table's gradient went.
+
+    `main`: the table has a float32 sum of gradients, which starts at 1, as Megatron's DDP gives it.
+    """
+    weight, shard = cut(table_VH, tensor)
+    table = torch.nn.Parameter(weight)
+    if main:
+        table.main_grad = torch.ones(weight.shape)  # type: ignore[attr-defined]
+    total, hidden_gradient = loss.linear_cross_entropy_gradient(hidden_NH, table, labels_N, weights_N, shard, softcap)
+    soft_NH = loss.soft_embedding(hidden_NH, table, shard, softcap)
+    soft_NH.backward(gradient_NH)
+    local_N = labels_N - shard.first_id
+    mine_N1 = ((local_N >= 0) & (local_N < len(table)))[:, None]
+    rows_NH = table_gradient.look_up(local_N.clamp(0, len(table) - 1), table)
+    torch.where(mine_N1, rows_NH, 0.0).backward(gradient_NH)
+    gradient = table.main_grad - 1 if main else table.grad  # type: ignore[attr-defined]
+    assert main == (table.grad is None)
+    return dict(loss=total, hidden=hidden_gradient, table=gradient)

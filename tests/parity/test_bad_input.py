@@ -35,6 +35,8 @@ BAD = {
     "padding on the right": (lambda m: m.encode(IDS, torch.tensor([[1] * 6, [1] * 5 + [0]])), LEFT),
     "a hole in the mask": (lambda m: m.encode(IDS, torch.tensor([[1] * 6, [0, 1, 0, 1, 1, 1]])), LEFT),
     "a row of padding alone": (lambda m: m.generate(IDS, torch.tensor([[1] * 6, [0] * 6])), LEFT),
+    "a mask of twos": (lambda m: m.encode(IDS, torch.tensor([[1] * 6, [0, 1, 2, 2, 2, 2]])), LEFT),
+    "an additive mask": (lambda m: m.encode(IDS, torch.tensor([[0.0] * 6, [-torch.inf] + [0.0] * 5])), LEFT),
     "a mask of another length": (
         lambda m: m.encode(IDS, torch.ones(2, 10)),
         r"attention_mask has shape \[2, 10\] but input_ids has \[2, 6\]; give one mask entry for each token",

@@ -19,10 +19,13 @@ WEIGHTS = objectives.WEIGHTS["base"]
 NAMES = ("logits", "context", "argmax", "canvas", "entropy", "soft")
 
 
-def assert_same_results(ours, theirs, names=NAMES) -> None:
+def assert_same_results(ours, theirs, names=NAMES, in_another_order: bool = False) -> None:
+    """`in_another_order`: sums over ranks, whose rounding is that of the largest number (states 2.8, logits 3.2)."""
     for mine, alone in zip(ours, theirs, strict=True):
         for name in names:
-            torch.testing.assert_close(mine[name], alone[name], atol=mixed.TOLERANCE, rtol=0)
+            is_scaled = in_another_order and alone[name].is_floating_point() and alone[name].numel() > 0
+            largest = max(1.0, float(alone[name].abs().max())) if is_scaled else 1.0
+            torch.testing.assert_close(mine[name], alone[name], atol=mixed.TOLERANCE * largest, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_in_a_layout(pool, checkpoint, alone):
     """TP2 x EP2, where each rank has the keys of its heads, and the stream is padded to a multiple of 2."""
     arguments = dict(path=checkpoint("base", **WEIGHTS), layout=dict(tensor=2, expert=2), size="base", together=ALL)
     for results in pool(2).run("tests.distributed.cases:mixed_passes", **arguments):
-        assert_same_results(results, alone[0])
+        assert_same_results(results, alone[0], in_another_order=True)
     gradients = pool(2).run("tests.distributed.cases:mixed_gradients", **arguments)
     assert_same_step(Step(*gradients[0]), alone[1], mixed.TOLERANCE)
 

@@ -31,6 +31,16 @@ def test_recomputing_activations_changes_no_bit(single, checkpoint, name, recomp
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_backward_in_two_passes_is_that_of_one_graph(single, checkpoint, name):
+    """First the canvases, then the context with what they ask of its keys and values."""
+    asked = objectives.asked("base", name)
+    passes = Step(*cases.gradients(checkpoint("base", **WEIGHTS["base"]), {}, **asked))
+    graph = Step(*cases.gradients(checkpoint("base", **WEIGHTS["base"]), {}, **asked, one_graph=True))
+    assert passes.loss == pytest.approx(graph.loss, abs=1e-6)
+    assert_same_step(passes, graph, 5e-7)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_micro_batches_add_up(single, checkpoint, name):
     asked = objectives.asked("base", name)
     whole = Step(*cases.gradients(checkpoint("base", **WEIGHTS["base"]), {}, **asked))

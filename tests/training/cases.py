@@ -224,3 +224,90 @@ def messages_of_what_is_not_finite(directory: str, layout: dict[str, int]) -> li
         with mock.patch.object(DiffusionGemmaModel, "configure_model", poisoned):
             told.append(message(f"{directory}/{number}", steps=1, layout=layout))
     return told
+
+
+def losses_in_small_buckets(directory: str, **settings: Any) -> tuple[list[tuple[float, float]], dict[str, int]]:
+    """`losses` of a run whose gradients are summed, and whose weights gathered, in many buckets; how many, and when.
+
+    `early`: sums under way before the backward pass was over, all but `last`, those of weights that have no gradient by
+    the context's pass through autograd; `late`: gathers that were not yet waited for when an update returned.
+    """
+    import functools
+    from unittest import mock
+
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from nemo_diffgemma.training import optimizer, overlap
+
+    counts = dict(buckets=0, early=0, last=0, late=0)
+    finalize, start = overlap.finalize_gradients, overlap.start_gather
+
+    def groups(wrapped: Any) -> list[Any]:
+        return [*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups]
+
+    def finalized(wrapped: Any) -> None:
+        counts["buckets"] = len(groups(wrapped))
+        counts["early"] = sum(group.grad_reduce_handle is not None for group in groups(wrapped))
+        network = wrapped.module
+        last = {*network.embed_tokens.parameters(), *network.self_conditioning.parameters()}
+        counts["last"] = sum(not last.isdisjoint(group.params) for group in groups(wrapped))
+        finalize(wrapped)
+
+    def started(wrapped: Any) -> None:
+        start(wrapped)
+        counts["late"] = sum(group.param_gather_handle is not None for group in groups(wrapped))
+
+    small = functools.partial(DistributedDataParallelConfig, bucket_size=1000)
+    with (
+        mock.patch.object(optimizer, "DistributedDataParallelConfig", small),
+        mock.patch.object(overlap, "finalize_gradients", finalized),
+        mock.patch.object(overlap, "start_gather", started),
+    ):
+        return losses(directory, **settings), counts
+
+
+def adamw(distributed: bool) -> list[dict[str, Any]]:
+    """Three updates of a tiny network and of torch's own AdamW, with gradients that are sums over replicas.
+
+    Of each: the norms, and by how much the farthest weights are apart.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+    from nemo_diffgemma.schema import OptimGroup
+    from nemo_diffgemma.training import optimizer, overlap
+    from nemo_diffgemma.training.nemo_model import build_network
+
+    initialize(ParallelLayout())
+    network = build_network(config().model, seed=0)
+    optim = OptimGroup(lr=0.01, weight_decay=0.1, clip_grad=1.0, distributed=distributed)
+    wrapped = optimizer.data_parallel(network, optim)
+    adapter = optimizer.MegatronAdapter(optimizer.build(wrapped, optim, torch.float32))
+    adapter.lr = optim.lr
+    copies = [parameter.detach().clone().requires_grad_() for parameter in network.parameters()]
+    groups = [{"params": [copy for copy in copies if (copy.ndim > 1) == matrix], "weight_decay": 0.1 * matrix}
+              for matrix in (True, False)]  # fmt: skip
+    plain = torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, foreach=False)
+    steps = []
+    for step in range(3):
+        wrapped.zero_grad_buffer()
+        for index, (parameter, copy) in enumerate(zip(network.parameters(), copies, strict=True)):
+            shares = [_share(copy, seed=1000 * step + 10 * index + rank) for rank in range(dist.get_world_size())]
+            parameter.main_grad.copy_(shares[dist.get_rank()])  # type: ignore[attr-defined]
+            copy.grad = sum(shares)  # type: ignore[assignment]
+        overlap.finalize_gradients(wrapped)
+        adapter.step()
+        overlap.start_gather(wrapped)
+        overlap.finish_gather(wrapped)
+        norm = torch.nn.utils.clip_grad_norm_(copies, optim.clip_grad)
+        plain.step()
+        apart = [(a - b).detach().abs().max() for a, b in zip(network.parameters(), copies, strict=True)]
+        steps.append(dict(ours=adapter.grad_norm, plain=float(norm.detach()), apart=float(torch.stack(apart).max())))
+    return steps
+
+
+def _share(like: Any, seed: int) -> Any:
+    import torch
+
+    return 0.01 * torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
