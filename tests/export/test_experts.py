@@ -165,8 +165,9 @@ def test_every_precision_of_onnx_runtime_is_that_of_the_traced_functions(
         model = inlined(quantize_graph(model, scheme), packed)
         weights = SimulatedWeights({**kept, **packed}, scheme)
     session = OnnxSession([model], [kept])
-    # of the norm: an input of float16 that FP8 rounds the other way moves by a sixteenth
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-3 if scheme != "fp8" else 5e-3
+    # of the norm; a float16 that differs in its last bit may be rounded to the next FP8 number, an eighth away: that
+    # makes up to 1.0e-2 here, and FP8 itself 6e-2 to 1.7e-1
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-3 if scheme != "fp8" else 2e-2
     for routing in layer.ROUTINGS:
         for rows in layer.ROWS:
             given = layer.inputs(routing, rows, dtype)
