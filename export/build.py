@@ -28,7 +28,7 @@ from export.roofline import Gpu
 from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.repository import user_path
-from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
+from nemo_diffgemma.schema import DTYPES, ClusterGroup, ConfigurationError, ModelGroup, ParallelGroup
 from nemo_diffgemma.scratch import scratch_directory
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _released_format(checkpoint: Path, folder: Path, layout: ParallelLayout, tea
     if (checkpoint / "config.json").is_file():
         return checkpoint
     from nemo_diffgemma.checkpoint import nemo_archive
-    from nemo_diffgemma.checkpoint.open import DTYPES, format_of
+    from nemo_diffgemma.checkpoint.open import format_of
     from nemo_diffgemma.parallel import ParallelLayout, initialize
 
     if format_of(checkpoint) == "nemo":

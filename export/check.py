@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.cli.start import start
-from nemo_diffgemma.schema import ConfigurationError
+from nemo_diffgemma.schema import DTYPES, ConfigurationError
 
 if TYPE_CHECKING:
     from export.bundle.comparison import Differences, Trajectory
@@ -111,7 +111,6 @@ def _reference(
     """What the PyTorch model does with prompts of each length: trajectories and tokens. Its memory is free again."""
     from export.bundle.comparison import trajectory
     from nemo_diffgemma import DiffusionGemma, ParallelLayout
-    from nemo_diffgemma.checkpoint.open import DTYPES
     from nemo_diffgemma.parallel import initialize
 
     initialize(ParallelLayout())
@@ -174,7 +173,6 @@ def _judge(
 
 def _fitting(config: CheckConfig, bundle: Bundle) -> tuple[list[int], int]:
     """Prompt lengths that leave room for the canvases, and rows, as many as the engines take."""
-    from nemo_diffgemma.checkpoint.open import DTYPES
 
     for name in ("steps", "rows", "canvases"):
         given = getattr(config, name)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -30,6 +31,8 @@ from nemo_diffgemma.repository import user_path
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of replaced tokens at which canvas loss is measured
 BUDGETS = (1, 2, 4, 8, 16, 48)  # numbers of denoising steps with which puzzles are solved
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a network can be loaded as
+RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass
@@ -41,6 +44,13 @@ class ModelGroup:
     dtype: str = "float32"  # or bfloat16: weights and activations; the optimizer keeps float32
     recompute: str = "none"  # selective, full
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def check(self) -> None:
+        """Raise `ConfigurationError` for a dtype or a recomputation that there is not."""
+        if self.dtype not in DTYPES:
+            raise ConfigurationError(f"model.dtype={self.dtype!r}; use one of {', '.join(DTYPES)}")
+        if self.recompute not in RECOMPUTE:
+            raise ConfigurationError(f"model.recompute={self.recompute!r}; use one of {', '.join(RECOMPUTE)}")
 
 
 @dataclass

@@ -13,23 +13,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class LateFlag:
-    """A flag of the device, on its way to the host: asked early, `bool()` waits until the device has computed it."""
-
-    def __init__(self, flag: Tensor) -> None:
-        self._flag, self._copied = flag, None
-        if flag.device.type == "cuda":
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._flag.copy_(flag, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def __bool__(self) -> bool:
-        if self._copied is not None and not self._copied.query():
-            self._copied.synchronize()
-        return bool(self._flag)
-
-
 class HostCopy:
     """A copy of a small tensor that is made while the host goes on: it waits where the numbers are asked for.
 
@@ -48,3 +31,12 @@ class HostCopy:
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.tolist()
+
+
+class LateFlag(HostCopy):
+    """A flag of the device, on its way to the host: asked early, `bool()` waits until the device has computed it."""
+
+    def __bool__(self) -> bool:
+        if self._copied is not None and not self._copied.query():
+            self._copied.synchronize()
+        return bool(self._values)

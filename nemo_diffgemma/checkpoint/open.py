@@ -12,9 +12,9 @@ from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero
 from nemo_diffgemma.repository import user_path
+from nemo_diffgemma.schema import DTYPES
 from nemo_diffgemma.scratch import obstacle
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a network can be loaded as
 FORMATS = ("huggingface", "sharded", "nemo")
 
 

@@ -147,12 +147,7 @@ def generate(
         again = partial(denoise, inputs, cache)
         final_BC, cache, live_B, finite = again()
         forwards_B += live_B
-        finished_before_B = finished_B
-        if sampler.eos_ids:
-            finished_B = finished_B | is_eos(final_BC, sampler.eos_ids).any(-1)
-            if sampler.pad_token_id is not None:
-                final_BC = pad_after_eos(final_BC, sampler.eos_ids, sampler.pad_token_id)
-                final_BC = final_BC.masked_fill(finished_before_B[:, None], sampler.pad_token_id)
+        final_BC, finished_B = _ended(final_BC, finished_B, sampler)
         sequences, context = torch.cat([sequences, final_BC], dim=1), list(final_BC.unbind())
         # the one wait of a canvas
         all_finished, all_finite = network.agreed(torch.stack([finished_B.all(), finite])).tolist()
@@ -165,6 +160,17 @@ def generate(
     pad = sampler.pad_token_id
     emitted_B = torch.full_like(forwards_B, new.shape[1]) if pad is None else (new != pad).sum(1)
     return Generation(sequences, forwards_B, emitted_B / forwards_B.clamp_min(1))
+
+
+def _ended(final_BC: Tensor, finished_B: Tensor, sampler: SamplerConfig) -> tuple[Tensor, Tensor]:
+    """The canvases with padding behind EOS ids and in rows that were finished before, and the rows finished now."""
+    if not sampler.eos_ids:
+        return final_BC, finished_B
+    finished_now_B = finished_B | is_eos(final_BC, sampler.eos_ids).any(-1)
+    if sampler.pad_token_id is not None:
+        final_BC = pad_after_eos(final_BC, sampler.eos_ids, sampler.pad_token_id)
+        final_BC = final_BC.masked_fill(finished_B[:, None], sampler.pad_token_id)
+    return final_BC, finished_now_B
 
 
 def stepwise(

@@ -20,8 +20,6 @@ FEWEST_STEPS = 3
 PROMPTS = {"train": (256,), "generate": (1024,)}  # by verb
 VERBS = tuple(PROMPTS)
 RESPONSES = (768,)
-DTYPES = ("float32", "bfloat16")
-RECOMPUTE = ("none", "selective", "full")
 
 
 class DryRunError(UserError):
@@ -47,10 +45,7 @@ class Case:
 
     def __post_init__(self) -> None:
         """Raises `DryRunError`, `LayoutError` or `ConfigurationError`."""
-        if self.model.dtype not in DTYPES:
-            raise DryRunError(f"model.dtype={self.model.dtype!r}; use one of {', '.join(DTYPES)}")
-        if self.model.recompute not in RECOMPUTE:
-            raise DryRunError(f"model.recompute={self.model.recompute!r}; use one of {', '.join(RECOMPUTE)}")
+        self.model.check()
         if self.verb not in VERBS:
             raise DryRunError(f"verb={self.verb!r}; use one of {', '.join(VERBS)}")
         self.layout.check_world(self.world)

@@ -18,7 +18,6 @@ from unittest import mock
 import torch
 from torch import nn
 
-from nemo_diffgemma.checkpoint.open import DTYPES
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.dry_run.case import Case, Measured
 from nemo_diffgemma.dry_run.ledger import Ledger, Numbers
@@ -26,6 +25,7 @@ from nemo_diffgemma.dry_run.memory import GB, Memory
 from nemo_diffgemma.dry_run.mode import DryRun, MixedDevicesError
 from nemo_diffgemma.dry_run.world import one_rank
 from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.schema import DTYPES
 
 STEADY = 5  # denoising steps that are played: two computed, one recorded, two replayed
 # methods of the network -> phase; memory that they take is activations but for the loss

@@ -26,13 +26,15 @@ INDEX = "indices from the host"
 LOOP = "grouped product as a loop"
 SYNCHRONISE = "synchronises"
 
+_NUMBERS = "nemo_diffgemma/transfer.py:numbers < nemo_diffgemma"
 # file:function, or that < file:function of a caller further out -> why it may wait
 ALLOWED = {
     "nemo_diffgemma/diffusion/generate.py:generate": "whether all rows are finished, once a canvas",
     "nemo_diffgemma/model/fixed_step.py:__call__": "records a CUDA graph, once for each geometry",
     "nemo_diffgemma/parallel/agreement.py:_vote < nemo_diffgemma/model/fixed_step.py:_record": "all ranks or none",
-    "nemo_diffgemma/model/dispatch.py:wait": "rows of the experts here, once a layer and pass with gradient",
-    "nemo_diffgemma/transfer.py:numbers": "loss and gradient norm for the log, once a step",
+    f"{_NUMBERS}/model/experts.py:_over_group": "rows of the experts here, once a layer and pass with gradient",
+    f"{_NUMBERS}/model/dispatch.py:most_of_all": "the most tokens of a replica, once a pass",
+    f"{_NUMBERS}/training/nemo_model.py:training_step": "loss and gradient norm for the log, once a step",
 }
 
 ALLOWED_KINDS = {LOOP: "all that torch has on this GPU; the figures show how many"}

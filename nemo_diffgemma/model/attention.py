@@ -27,10 +27,10 @@ from nemo_diffgemma.parallel.sharding import declare, over_tensor
 
 
 def column_parallel(rows: int, config: TransformerConfig, groups: ProcessGroupCollection) -> ColumnParallelLinear:
-    """A linear of `rows` outputs cut over tensor parallelism whose input was gathered already.
+    """A linear of `rows` outputs cut over tensor parallelism whose input is all tokens.
 
-    Several projections share one gather of the sequence; its backward reduce-scatters the sum of their gradients, so
-    the linear itself must not reduce.
+    Several projections share one gather of the tokens (`model.gathered`, which reads the weights); its backward
+    reduce-scatters the sum of their gradients, so the linear itself must not reduce.
     """
     linear = ColumnParallelLinear(
         config.hidden_size,

@@ -38,8 +38,6 @@ from nemo_diffgemma.parallel.groups import current_layout, device, process_group
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.transfer import to_device
 
-RECOMPUTE = ("none", "selective", "full")
-
 
 class Pass(NamedTuple):
     """Result of one pass: final hidden states in the stream's order, and the context for later passes.

@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader
 
 from nemo_diffgemma import non_finite
 from nemo_diffgemma.checkpoint import nemo_archive
-from nemo_diffgemma.checkpoint.open import DTYPES
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches, collate
 from nemo_diffgemma.data.tasks import DataGroup, Task, default_data, fill_id, task_of
@@ -39,9 +38,9 @@ from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.diffusion.objective import Counts, Scored, choose_canvases, corrupt, count, objective
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
-from nemo_diffgemma.model.network import RECOMPUTE
 from nemo_diffgemma.parallel.groups import device, process_groups
 from nemo_diffgemma.schema import (
+    DTYPES,
     ConfigurationError,
     ModelGroup,
     OptimGroup,
@@ -331,7 +330,7 @@ class DiffusionGemmaModel(ModelPT):
 def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
     """The network that `group` describes, with its weights. Raises on every rank alike where there is none."""
     if group.checkpoint is not None:
-        _check(group)
+        group.check()
         network = DiffusionGemma.from_checkpoint(group.checkpoint, DTYPES[group.dtype])
         network.recompute = group.recompute
         return network
@@ -342,7 +341,7 @@ def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
 
 def empty_network(group: ModelGroup, assets: Path | None = None) -> DiffusionGemma:
     """The network without weights, of `group.architecture` or of the config.json in `assets`."""
-    _check(group)
+    group.check()
     try:
         model = ModelConfig(**group.architecture) if assets is None else ModelConfig.from_pretrained(assets)
     except TypeError as error:
@@ -352,13 +351,6 @@ def empty_network(group: ModelGroup, assets: Path | None = None) -> DiffusionGem
     network = DiffusionGemma(model, DTYPES[group.dtype])
     network.assets, network.recompute = assets, group.recompute
     return network
-
-
-def _check(group: ModelGroup) -> None:
-    if group.dtype not in DTYPES:
-        raise ConfigurationError(f"model.dtype={group.dtype!r}; use one of {', '.join(DTYPES)}")
-    if group.recompute not in RECOMPUTE:
-        raise ConfigurationError(f"model.recompute={group.recompute!r}; use one of {', '.join(RECOMPUTE)}")
 
 
 def _failure(name: str, value: float, step: int, where: str | None) -> TrainingError:

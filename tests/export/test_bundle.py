@@ -299,38 +299,6 @@ def test_a_bundle_of_format_2_is_opened_as_it_was_built(traces, tmp_path):
     assert found["verdict"] == "agrees" and found["agreement"]["routing"] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("model", "parallel", "quantization", "form"),
-    [
-        ("diffusiongemma_26b_a4b", ParallelGroup(), None, "sparse"),
-        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert=8), None, "sparse"),
-        ("diffusiongemma_26b_a4b", ParallelGroup(), "int4", "dense"),  # TensorRT would need 64 GB of memory
-        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert_tensor=8), "int4", "dense"),  # 88 columns: no block
-        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert=8), "nvfp4", "dense"),
-        ("sudoku", ParallelGroup(), None, "dense"),  # one round is all its experts
-    ],
-)
-def test_the_form_of_the_experts_suits_the_model(model, parallel, quantization, form):
-    architecture = yaml.safe_load((ROOT / f"conf/model/{model}.yaml").read_text())["architecture"]
-    group = ModelGroup(architecture=architecture)
-    config = BuildConfig(model=group, out="out", parallel=parallel, quantization=quantization)
-    chosen = _settings(config, ModelConfig(**architecture))
-    assert chosen.experts == form
-    assert _settings(replace(config, experts="dense"), ModelConfig(**architecture)).experts == "dense"
-    check_request(ModelConfig(**architecture), chosen, config.builder, (), ())
-
-
-def test_a_chunk_beyond_the_top_k_of_tensorrt_is_refused():
-    model = ModelConfig()
-    settings = Settings(experts="sparse", limits=Limits(batch=1, context=65536, chunk=20_481))
-    with pytest.raises(
-        ValueError, match="room for 3841 tokens of a row, .* use max_chunk=20480 or less, or exp.*dense"
-    ):
-        check_request(model, settings, "tensorrt_rtx", (), ())
-    check_request(model, settings, "onnx", (), ())
-    check_request(model, replace(settings, experts="dense"), "tensorrt_rtx", (), ())
-
-
 @pytest.mark.parametrize("positions", [1, 64, 8191, 262_144])
 @pytest.mark.parametrize("parallel", [ParallelGroup(), TWO], ids=["one rank", "two"])
 def test_what_nobody_asked_for_is_never_refused(positions, parallel):
