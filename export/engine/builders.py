@@ -79,7 +79,7 @@ class NetworkReport:
 class EngineReport:
     """An engine on disk: its bytes, seconds to parse and build, (least, optimal, most) shape of every dynamic input.
 
-    `scratch_bytes` of GPU memory are what it asks for beside weights, inputs and outputs; 0 where TensorRT does not say.
+    `scratch_bytes` of GPU memory are what it asks for beside weights, inputs and outputs; 0: TensorRT does not say.
     """
 
     bytes: int

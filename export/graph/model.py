@@ -66,7 +66,7 @@ def product(x: Tensor, weight: Tensor, experts: Tensor | None = None, *, turned:
         weight = weight.index_select(0, experts)
     if weight.dim() == 2:
         return F.linear(x, weight)
-    return (weight @ x.transpose(1, 2)).transpose(1, 2) if turned else x @ weight.transpose(1, 2)
+    return (weight @ x.transpose(-1, -2)).transpose(-1, -2) if turned else x @ weight.transpose(-1, -2)
 
 
 class Weights:
