@@ -53,6 +53,8 @@ class DiffusionGemma(Network):
     def from_checkpoint(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionGemma:
         """Load a checkpoint of any format, weights only: a released-format directory, a sharded one or a `.nemo`.
 
+        A directory with an adapter (adapter_config.json) is its base and the adapter.
+
         Collective. Raises `ConfigError`, `LayoutError` or `CheckpointError`, on every rank.
         """
         from nemo_diffgemma.checkpoint import nemo_archive, open, sharded  # they read what Megatron writes: seconds
@@ -60,6 +62,11 @@ class DiffusionGemma(Network):
         place, config = user_path(path), None
         with all_or_none():
             format = open.format_of(place)
+        if format == "adapter":
+            from nemo_diffgemma.lora import opening
+
+            return opening.load(cls, place, dtype)
+        with all_or_none():
             if format == "sharded":
                 config = ModelConfig.from_pretrained(place / sharded.ASSETS)
                 sharded.check(config, place)  # before memory is taken for sizes that may be wrong
@@ -72,8 +79,22 @@ class DiffusionGemma(Network):
         return model.eval()
 
     def save_huggingface(self, path: str | Path) -> huggingface.Written:
-        """Write what `from_huggingface` reads: every tensor back, in the dtype of the file it came from."""
+        """Write what `from_huggingface` reads: every tensor back, in the dtype of the file it came from.
+
+        Raises `UserError` for a network with adapters, which that format has no place for.
+        """
+        if self.lora is not None:
+            raise UserError("this network has adapters; call merge_adapters() before it is written as a whole")
         return huggingface.save(self, path)
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights, once to those that encoder and decoder share, and remove them."""
+        from nemo_diffgemma.lora import attach
+
+        if self.fixed_steps is not None:
+            self.fixed_steps.clear()
+        with all_or_none():
+            attach.merge(self)
 
     @property
     def sampler_defaults(self) -> SamplerConfig:

@@ -26,6 +26,7 @@ from nemo_diffgemma.diffusion.objective import ObjectiveConfig
 from nemo_diffgemma.errors import ConfigurationError as ConfigurationError
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.fields import group_of, options_of
+from nemo_diffgemma.lora.config import LoraGroup
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.repository import user_path
 
@@ -43,10 +44,13 @@ class ModelGroup:
     architecture: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     dtype: str = "float32"  # or bfloat16: weights and activations; the optimizer keeps float32
     recompute: str = "none"  # selective, full
+    freeze: list[str] = field(default_factory=list)  # router, embeddings, experts, or patterns over tensor names
+    lora: LoraGroup = field(default_factory=LoraGroup)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def check(self) -> None:
         """Raise `ConfigurationError` for a dtype or a recomputation that there is not."""
+        self.lora.check()
         if self.dtype not in DTYPES:
             raise ConfigurationError(f"model.dtype={self.dtype!r}; use one of {', '.join(DTYPES)}")
         if self.recompute not in RECOMPUTE:
@@ -97,7 +101,7 @@ class TrainerGroup:
         0  # checkpoints; all are kept unless keep_last, keep_best or keep_every says which, then one or more
     )
     keep_best: int = 0  # and so many, by keep_by
-    keep_by: str = "canvas_loss"  # of validation.jsonl: what has `loss` in its name is best when small, else when large
+    keep_by: str = "canvas_loss"  # of validation.jsonl; *loss*, *nelbo*, *bits*, *perplexity*, *error*: small is best
     keep_every: int = 0  # and those whose step is a multiple of it
     hang_minutes: float = 30.0  # without a step (start, validation and saving included) until the run ends itself
     threads: int = 0  # CPU threads of each process; 0: the machine's cores divided by the processes on it

@@ -246,7 +246,7 @@ def full_tensors(network: Network, names: list[str]) -> Iterator[tuple[str, Tens
     """
     tensors = dict(text_tensors(network))
     for name in names:
-        full = _gather(tensors[name].detach(), shard_of(tensors[name]))
+        full = gathered(tensors[name].detach(), shard_of(tensors[name]))
         if is_rank_zero():
             dtype = DTYPES.get(network.file_dtypes.get(released_name(name), ""), full.dtype)
             shape = released_shape(name, tuple(full.shape), network.model_config)
@@ -254,7 +254,7 @@ def full_tensors(network: Network, names: list[str]) -> Iterator[tuple[str, Tens
             yield name, full.to(dtype).cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _gather(tensor: Tensor, shard: Shard) -> Tensor:
+def gathered(tensor: Tensor, shard: Shard) -> Tensor:
     groups = process_groups()
     group = groups.tp_ep if shard.expert else groups.tp
     if not shard.cuts or group.size() == 1:

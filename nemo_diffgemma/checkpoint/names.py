@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import SLIDING, ModelConfig
+from nemo_diffgemma.lora.sizes import is_adapter
 
 _DECODER = "model.decoder."
 _OURS = (
@@ -47,7 +48,7 @@ def our_name(name: str) -> str:
 
 def text_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor of this rank) of everything that the released layout stores of the text model."""
-    yield from network.named_parameters()
+    yield from ((name, parameter) for name, parameter in network.named_parameters() if not is_adapter(name))
     yield from network.named_buffers()
 
 

@@ -1,4 +1,7 @@
-"""Any checkpoint by its path: a Hugging Face directory, a sharded checkpoint or a `.nemo`, told apart by looking."""
+"""Any checkpoint by its path: a Hugging Face directory, a sharded checkpoint or a `.nemo`, told apart by looking.
+
+A directory with an adapter (adapter_config.json) stands for its base and the adapter.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,12 @@ FORMATS = ("huggingface", "sharded", "nemo")
 
 
 def format_of(path: str | Path) -> str:
-    """One of `FORMATS`. Raises `CheckpointError` where `path` is none of them."""
+    """One of `FORMATS`, or `adapter`. Raises `CheckpointError` where `path` is none of them."""
     place = user_path(path)
     if not place.exists():
         raise CheckpointError(f"checkpoint {path} does not exist; give a directory or a .nemo file")
+    if place.is_dir() and (place / "adapter_config.json").is_file():
+        return "adapter"  # a run writes it beside the state of its optimizer
     if place.is_dir() and sharded.is_sharded(place):
         return "sharded"
     if place.is_dir() and (place / "config.json").is_file():
@@ -33,7 +38,8 @@ def format_of(path: str | Path) -> str:
         return "nemo"
     raise CheckpointError(
         f"checkpoint {path} is neither a Hugging Face directory (config.json, *.safetensors), nor a sharded checkpoint "
-        "(.metadata, assets/config.json), nor a .nemo archive; of a training run give run_dir/checkpoints/step-N"
+        "(.metadata, assets/config.json), nor a .nemo archive, nor an adapter (adapter_config.json); of a training run "
+        "give run_dir/checkpoints/step-N"
     )
 
 
@@ -42,6 +48,14 @@ def assets_of(path: str | Path) -> Path:
     with all_or_none():
         format = format_of(path)
     place = user_path(path)
+    if format == "adapter":
+        from nemo_diffgemma.lora import opening, peft_files
+
+        if (place / sharded.ASSETS / "config.json").is_file():  # of a run
+            return place / sharded.ASSETS
+        with all_or_none():
+            base = opening.base_of(peft_files.AdapterDirectory(place))
+        return assets_of(base)
     if format == "nemo":
         return nemo_archive.unpacked_weights(place)
     return place / sharded.ASSETS if format == "sharded" else place

@@ -77,7 +77,7 @@ class Source:
     def verify(self) -> None:
         """Read what is to be checked before anything is written. Collective; raises `CheckpointError`."""
         if self.assets.name == sharded.ASSETS and sharded.is_sharded(self.assets.parent):
-            sharded.verify(self.assets.parent, weights_only=True)
+            sharded.verify(self.assets.parent, kinds=[sharded.WEIGHTS])
         with all_or_none():
             for name in sorted(self.copies)[_rank() :: world_size()]:
                 _check_copy(name, self.copies[name], self.tensors[str(tied_to(name))])
@@ -111,9 +111,9 @@ class Source:
         return cls(config, tensors, carried, of_files, _common_dtype(tensors), assets, there)
 
     def identity(self) -> list[Any]:
-        """Changes with the files."""
+        """Changes with the files, also where one is copied over with the time of the old one. Raises OSError."""
         stats = [(str(file.absolute()), file.stat()) for file in self.files]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return [[name, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
 
 
 def _carried(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -158,10 +158,15 @@ def convert(source: str | Path, target: str | Path, format: str) -> None:
 
     Raises `CheckpointError` on every rank where the source is no sound checkpoint or the target cannot be written.
     """
-    opened, files = plan(source, format)
-    opened.verify()
-    place = user_path(target).absolute()
-    what = json.dumps({"version": _VERSION, "format": format, "files": files.names, "source": opened.identity()})
+    with sharded.in_use(user_path(source)):
+        opened, files = plan(source, format)
+        opened.verify()
+        _convert(opened, files, user_path(target).absolute(), format)
+
+
+def _convert(opened: Source, files: TargetFiles, place: Path, format: str) -> None:
+    identity = opened.identity()
+    what = json.dumps({"version": _VERSION, "format": format, "files": files.names, "source": identity})
     with _converting(place, what) as work:
         weights = work / "out" / nemo_archive.WEIGHTS if format == "nemo" else work / "out"
         with _kept(work):
@@ -177,6 +182,8 @@ def convert(source: str | Path, target: str | Path, format: str) -> None:
                 write_assets(opened, assets)
                 files.finish(weights, done)
                 follow_umask(work / "out")
+                if opened.identity() != identity:
+                    raise CheckpointError(f"{opened.files[0].parent} was changed meanwhile; convert it again")
                 _appear(work, place, format)
 
 
@@ -188,10 +195,11 @@ def _write_share(source: Source, files: TargetFiles, directory: Path, done: Path
     total, mine = sum(sizes.values()), is_rank_zero()
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, mininterval=1, disable=not mine) as bar:
         for name in names:
-            if _marker(done, name).is_file():
+            if _is_done(_marker(done, name), directory / name):
                 bar.update(sizes[name])
                 continue
             written = files.write(directory, name, lambda block, of: bar.update(_checked(source, block, of)))
+            written["size"] = (directory / name).stat().st_size
             partial = _marker(done, f"{name}.partial")
             partial.write_text(json.dumps(written))
             put_on_disk(partial)
@@ -200,6 +208,14 @@ def _write_share(source: Source, files: TargetFiles, directory: Path, done: Path
 
 def _marker(done: Path, name: str) -> Path:
     return done / f"{name.replace('/', '-')}.json"
+
+
+def _is_done(marker: Path, file: Path) -> bool:
+    """Whether a file is there as it was written: a conversion that was killed at its very end leaves markers only."""
+    try:
+        return json.loads(marker.read_text())["size"] == file.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _checked(source: Source, block: Tensor, name: str) -> int:
@@ -240,6 +256,11 @@ def _converting(target: Path, what: str) -> Iterator[Path]:
             work.mkdir(parents=True, exist_ok=True)
             held = _lock(work, target)
             if not (work / "plan.json").is_file() or (work / "plan.json").read_text() != what:
+                if any((work / "done").glob("*.json")):
+                    _log.warning(
+                        "%s was left by the conversion of another source, or of this one before it changed: what it "
+                        "had done is removed, and this one begins anew", work,
+                    )  # fmt: skip
                 for entry in work.iterdir():
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
                 (work / "plan.json").write_text(what)

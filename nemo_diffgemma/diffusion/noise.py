@@ -24,6 +24,7 @@ _GOLDEN, _MIX1, _MIX2 = (
 )
 # What a number is for; part of the key, so that no two uses share numbers.
 INITIAL, UNIFORM, REPLACEMENT, LEVEL, CORRUPTED, CORRUPTION, COIN, CHOICE = range(8)
+DROPOUT = 64  # of adapters
 
 
 class Noise(Protocol):
@@ -97,6 +98,11 @@ def _mix_int(value: int) -> int:
 def to_uniforms(bits: Tensor) -> Tensor:
     """float32 in [0, 1) from the upper 24 bits."""
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def crossed_uniforms(rows_N: Tensor, columns_M: Tensor) -> Tensor:
+    """[N, M] float32 in [0, 1) of every pair of 64 random bits, [N] and [M] int64 that `keyed_bits` has made."""
+    return to_uniforms(_mix(rows_N[:, None] ^ columns_M))
 
 
 def to_ids(bits: Tensor, vocab_size: int) -> Tensor:

@@ -263,7 +263,7 @@ class Scored:
         hidden = _denoised(network, rows, canvases, corrupted, config, seed, self._leaves)
         weights_N = _canvas_weights(rows, canvases, corrupted.noised_MC, config, totals)
         diffusion, gradient = network.cross_entropy_gradient(hidden.detach(), corrupted.clean_MC.flatten(), weights_N)
-        self._canvases = ([hidden], [gradient])
+        self._canvases = (hidden, gradient)
         if autoregressive is None:
             self.loss = Loss(diffusion, diffusion, torch.zeros_like(diffusion))
         else:
@@ -271,17 +271,18 @@ class Scored:
 
     def backward_canvases(self) -> None:
         """Gradients by the pass over the canvases; what it asks of the context's keys and values is kept."""
-        torch.autograd.backward(*self._canvases)
+        hidden, gradient = self._canvases
+        if hidden.requires_grad:
+            torch.autograd.backward([hidden], [gradient])
         del self._canvases
 
     def backward_context(self) -> None:
         """Gradients by the pass over the context."""
         states, gradients = self._context
-        pairs = zip(self._cache.tensors, self._leaves.tensors, strict=True)
-        asked = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
-        torch.autograd.backward(
-            states + [tensor for tensor, _ in asked], gradients + [gradient for _, gradient in asked]
-        )
+        pairs = zip(states + self._cache.tensors, gradients + [leaf.grad for leaf in self._leaves.tensors], strict=True)
+        asked = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None and tensor.requires_grad]
+        if asked:  # with some weights frozen, nothing before may have a gradient
+            torch.autograd.backward([tensor for tensor, _ in asked], [gradient for _, gradient in asked])
         del self._context, self._cache, self._leaves
 
 

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import GLOBAL, ModelConfig
+from nemo_diffgemma.model.adapters import AdapterPass, add_to_products, row_product
 from nemo_diffgemma.model.cache import KeyValue
 from nemo_diffgemma.model.gathered import products_of_all
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm
@@ -117,20 +118,28 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device())
         self.k_norm = RMSNorm(self.head_dim, self.eps, config.params_dtype, device())
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], adapters: AdapterPass | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the whole stream for this rank's heads, [T, heads, D] each."""
         linears = [self.q_proj, self.k_proj, *([] if self.v_proj is None else [self.v_proj])]
         weights = [linear.of_this_rank() if isinstance(linear, SharedKeyValue) else linear.weight for linear in linears]
-        q, k, *values = (
-            product.view(product.shape[0], -1, self.head_dim) for product in products_of_all(x, weights, self.group)
-        )
+        products = products_of_all(x, weights, self.group)
+        if adapters is not None:
+            products = add_to_products(list(products), x, linears, adapters)
+        q, k, *values = (product.view(product.shape[0], -1, self.head_dim) for product in products)
         v = values[0] if values else k
         return rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary), rms_norm(v, None, self.eps)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        stream: Stream,
+        past: KeyValue | None,
+        adapters: AdapterPass | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """This rank's tokens [T/tp, H] -> the same of the output, and keys and values of the context."""
-        q, k, v = self.project(x, rotary)
+        q, k, v = self.project(x, rotary, adapters)
         out, context = attend(q, k, v, stream, self.window, past)
-        return self.o_proj(out)[0], context
+        return row_product(self.o_proj, out, adapters), context

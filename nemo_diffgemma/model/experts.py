@@ -30,8 +30,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nemo_diffgemma.model.adapters import AdapterPass, adapters_of, local_product
 from nemo_diffgemma.model.dispatch import Counting, Rows, SortedChoices, sum_rows, take_rows
-from nemo_diffgemma.model.routing import choose, router_logits
+from nemo_diffgemma.model.routing import choose, router_input, router_logits
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_experts
 from nemo_diffgemma.transfer import HostCopy
@@ -59,9 +60,16 @@ class Router(TopKRouter):
         self.scale = learned(torch.ones(config.hidden_size, **like))
         self.per_expert_scale = learned(torch.ones(config.num_moe_experts, **like))
 
-    def gating(self, x: Tensor) -> Tensor:
+    def gating(self, x: Tensor, adapters: AdapterPass | None = None) -> Tensor:
         """Router logits of the raw residual stream, [T, H] -> [T, E]."""
-        return router_logits(x, self.weight, self.scale, self.config.layernorm_epsilon)
+        if adapters is None:
+            return router_logits(x, self.weight, self.scale, self.config.layernorm_epsilon)
+        scored = router_input(x, self.scale, self.config.layernorm_epsilon, self.weight.dtype)
+        return local_product(self, F.linear(scored, self.weight), scored, adapters)
+
+    def forward(self, x: Tensor, adapters: AdapterPass | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Weights [T, K] and chosen experts [T, K] of the raw residual stream."""
+        return self.routing(self.gating(x, adapters))
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] float32 and the chosen experts [T, K]."""
@@ -91,17 +99,26 @@ class Experts(nn.Module):
         self.gate_up_proj = weight(2, width, config.hidden_size, width_axis=2)
         self.down_proj = weight(config.hidden_size, width, width_axis=2)
 
-    def forward(self, x_RH: Tensor, weights_R: Tensor, ends_L: Tensor) -> Tensor:
+    def forward(self, x_RH: Tensor, weights_R: Tensor, ends_L: Tensor, is_canvas: Tensor | bool = False) -> Tensor:
         """Rows sorted by expert -> weighted expert outputs [R, H]; those behind the last expert's are undefined.
 
-        Expert-tensor ranks return partial sums.
+        Expert-tensor ranks return partial sums. `is_canvas` [R, 1], or one bool, is for adapters.
         """
         gate_up, down = self._aligned()
-        if x_RH.shape[0] == 0:  # grouped_mm has no gradient for no rows; the graph must still reach the other ranks
-            return F.linear(_GatedActivation.apply(F.linear(x_RH, gate_up[0]), weights_R), down[0])
-        hidden = F.grouped_mm(x_RH, gate_up.transpose(-2, -1), offs=ends_L)
+        hidden = self._product("gate_up_proj", x_RH, gate_up, ends_L, is_canvas)
         # the product is linear in the weight, so weighting before the down projection touches W columns instead of H
-        return F.grouped_mm(_GatedActivation.apply(hidden, weights_R), down.transpose(-2, -1), offs=ends_L)
+        active = _GatedActivation.apply(hidden, weights_R)
+        return self._product("down_proj", active, down, ends_L, is_canvas)
+
+    def _product(self, name: str, x: Tensor, weight: Tensor, ends_L: Tensor, is_canvas: Tensor | bool) -> Tensor:
+        if x.shape[0] == 0:  # grouped_mm has no gradient for no rows; the graph must still reach the other ranks
+            product = F.linear(x, weight[0])
+        else:
+            product = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends_L)
+        for adapters in adapters_of(self):
+            if name in adapters._modules:
+                product = adapters._modules[name].added(product, x, ends_L, is_canvas)  # type: ignore[union-attr, operator]
+        return product
 
     def _aligned(self) -> tuple[Tensor, Tensor]:
         """Weights as [L, 2W, H] and [L, H, W], W rounded up to whole 16-byte words as grouped_mm demands."""
@@ -169,23 +186,43 @@ class MixtureOfExperts(nn.Module):
         spans_replicas = self.group.size() > 1 and self.group.size() >= self.tp.size()
         return spans_replicas and call.replicas_alike and not torch.is_grad_enabled()
 
-    def forward(self, router_input_TH: Tensor, expert_input_TH: Tensor, call: ExpertPass) -> Tensor:
+    def forward(
+        self,
+        router_input_TH: Tensor,
+        expert_input_TH: Tensor,
+        call: ExpertPass,
+        adapters: AdapterPass | None = None,
+    ) -> Tensor:
         """[T, H] twice -> weighted sum of the chosen experts, [T, H].
 
         Where `needs_whole_stream`, the inputs are those of all tokens, without gradient; the result is this rank's.
         """
-        weights_TK, chosen_TK = self.router(router_input_TH)
+        weights_TK, chosen_TK = self.router(router_input_TH, adapters)
+        is_canvas = self._canvas_tokens(expert_input_TH, adapters)
         if self.group.size() == 1:
-            return self._compute(expert_input_TH, weights_TK, self._sorted(chosen_TK, call).all())
+            return self._compute(expert_input_TH, weights_TK, self._sorted(chosen_TK, call).all(), is_canvas)
         if self.needs_whole_stream(call):
-            return self._sum_of_alike(self._uncounted(expert_input_TH, weights_TK, self._local(chosen_TK), call))
+            local_TK = self._local(chosen_TK)
+            return self._sum_of_alike(self._uncounted(expert_input_TH, weights_TK, local_TK, call, is_canvas))
         tokens = expert_input_TH.shape[0]
-        everything = self._over_group(expert_input_TH, weights_TK, chosen_TK, call)
+        everything = self._over_group(expert_input_TH, weights_TK, chosen_TK, call, is_canvas)
         return reduce_scatter_to_sequence_parallel_region(everything, group=self.group)[:tokens]
 
-    def _over_group(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass) -> Tensor:
+    def _canvas_tokens(self, x_TH: Tensor, adapters: AdapterPass | None) -> Tensor | bool:
+        """[T, 1] or one bool; only adapters that differ between context and canvas ask for it."""
+        asked = any(
+            matrix.size.parts is not None for adapter in adapters_of(self.experts) for matrix in adapter.children()
+        )
+        return adapters.canvas_of(x_TH) if asked and adapters is not None else False
+
+    def _over_group(
+        self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass, is_canvas: Tensor | bool
+    ) -> Tensor:
         """This rank's share of the outputs for all tokens of the expert group, one rank's after the other."""
         missing = call.tokens - x_TH.shape[0]
+        if isinstance(is_canvas, Tensor):
+            is_canvas = F.pad(is_canvas.to(x_TH.dtype), (0, 0, 0, missing))
+            is_canvas = gather_from_sequence_parallel_region(is_canvas, group=self.group).bool()
         if missing:
             x_TH, weights_TK = (F.pad(x, (0, 0, 0, missing)) for x in (x_TH, weights_TK))
             chosen_TK = F.pad(chosen_TK, (0, 0, 0, missing), value=self.num_experts)  # no expert at all
@@ -193,17 +230,17 @@ class MixtureOfExperts(nn.Module):
         chosen_TK = self._local(gather_from_sequence_parallel_region(chosen_TK, group=self.group))
         if not torch.is_grad_enabled():
             x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)
-            return self._uncounted(x_TH, weights_TK, chosen_TK, call)
+            return self._uncounted(x_TH, weights_TK, chosen_TK, call, is_canvas)
         choices = self._sorted(chosen_TK, call)
         if call.recomputed and chosen_TK.numel() <= UNCOUNTED_WITH_GRADIENT:
             x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)
-            return self._compute(x_TH, weights_TK, choices.uncounted())
+            return self._compute(x_TH, weights_TK, choices.uncounted(), is_canvas)
         count = HostCopy(choices.count) if call.rows is None else None
         x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)  # meanwhile
         if count is not None:
             call.rows = int(count.numbers()[0])
         assert call.rows is not None
-        return self._compute(x_TH, weights_TK, choices.counted(call.rows))
+        return self._compute(x_TH, weights_TK, choices.counted(call.rows), is_canvas)
 
     def _local(self, chosen_TK: Tensor) -> Tensor:
         """Experts counted from the first of this rank: those of other ranks, and number E, come after its own."""
@@ -212,21 +249,27 @@ class MixtureOfExperts(nn.Module):
     def _sorted(self, local_TK: Tensor, call: ExpertPass) -> SortedChoices:
         return SortedChoices(local_TK, self.experts.down_proj.shape[0], call.counting)
 
-    def _uncounted(self, x_TH: Tensor, weights_TK: Tensor, local_TK: Tensor, call: ExpertPass) -> Tensor:
+    def _uncounted(
+        self, x_TH: Tensor, weights_TK: Tensor, local_TK: Tensor, call: ExpertPass, is_canvas: Tensor | bool
+    ) -> Tensor:
         """Without gradient: a row for every choice, some tokens at a time."""
         step = max(1, UNCOUNTED // local_TK.shape[1])
-        parts = [
-            self._compute(x, weights, self._sorted(local, call).uncounted())
-            for x, weights, local in zip(x_TH.split(step), weights_TK.split(step), local_TK.split(step), strict=True)
-        ]
+        parts = []
+        for start in range(0, max(1, x_TH.shape[0]), step):
+            cut = slice(start, start + step)
+            canvas = is_canvas if isinstance(is_canvas, bool) else is_canvas[cut]
+            rows = self._sorted(local_TK[cut], call).uncounted()
+            parts.append(self._compute(x_TH[cut], weights_TK[cut], rows, canvas))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _compute(self, x_TH: Tensor, weights_TK: Tensor, rows: Rows) -> Tensor:
+    def _compute(self, x_TH: Tensor, weights_TK: Tensor, rows: Rows, is_canvas: Tensor | bool = False) -> Tensor:
         """Weighted sum of this rank's experts for each token, [T, H]."""
         weights_R = weights_TK.flatten().index_select(0, rows.choices_R)
         if rows.absent is not None and weights_R.requires_grad:  # the gradient of undefined rows is undefined
             weights_R = weights_R.masked_fill(rows.is_undefined, 0.0)
-        return sum_rows(self.experts(take_rows(x_TH, rows), weights_R, rows.ends_L), rows)
+        if isinstance(is_canvas, Tensor):
+            is_canvas = is_canvas.index_select(0, rows.tokens_R)
+        return sum_rows(self.experts(take_rows(x_TH, rows), weights_R, rows.ends_L, is_canvas), rows)
 
     def _sum_of_alike(self, x_TH: Tensor) -> Tensor:
         """Sum over the expert group of what each rank has for all tokens -> this rank's tokens."""

@@ -30,7 +30,7 @@ def gather_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
 def products_of_all(x: Tensor, weights: Sequence[Tensor], group: ProcessGroup) -> Sequence[Tensor]:
     """`[T, H] @ weight.T` for each weight, from this rank's tokens [T/tp, H]."""
     if group.size() == 1:
-        return [F.linear(x, weight) for weight in weights]
+        return tuple(F.linear(x, weight) for weight in weights)
     return _ProductsOfAll.apply(group, x, *weights)
 
 
@@ -38,7 +38,7 @@ class _ProductsOfAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: ProcessGroup, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *weights)  # of frozen weights nobody asks
         x_TH = gather_tokens(x, group)
         return tuple(F.linear(x_TH, weight) for weight in weights)
 

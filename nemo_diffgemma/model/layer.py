@@ -6,6 +6,7 @@ decoder (canvas) have a copy each (transformers' modeling_diffusion_gemma).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.model.adapters import AdapterPass, add_to_products, row_product
 from nemo_diffgemma.model.attention import Attention, column_parallel, row_parallel
 from nemo_diffgemma.model.cache import KeyValue
 from nemo_diffgemma.model.experts import ExpertPass, MixtureOfExperts
@@ -43,15 +45,21 @@ class GatedMLP(nn.Module):
         self.up_proj = column_parallel(width, config, groups)
         self.down_proj = row_parallel(width, config, groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._output(*products_of_all(x, (self.gate_proj.weight, self.up_proj.weight), self.group))
+    def forward(self, x: Tensor, adapters: AdapterPass | None = None) -> Tensor:
+        products = products_of_all(x, (self.gate_proj.weight, self.up_proj.weight), self.group)
+        return self._output(x, products, adapters)
 
-    def of_gathered(self, x: Tensor) -> Tensor:
+    def of_gathered(self, x: Tensor, adapters: AdapterPass | None = None) -> Tensor:
         """All tokens of the stream -> this rank's tokens of the output."""
-        return self._output(self.gate_proj(x)[0], self.up_proj(x)[0])
+        return self._output(x, (self.gate_proj(x)[0], self.up_proj(x)[0]), adapters, is_whole=True)
 
-    def _output(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(gate, approximate="tanh") * up)[0]
+    def _output(
+        self, x: Tensor, products: Sequence[Tensor], adapters: AdapterPass | None, is_whole: bool = False
+    ) -> Tensor:
+        if adapters is not None:
+            products = add_to_products(list(products), x, [self.gate_proj, self.up_proj], adapters, is_whole)
+        gate, up = products
+        return row_product(self.down_proj, F.gelu(gate, approximate="tanh") * up, adapters)
 
 
 class Layer(nn.Module):
@@ -91,35 +99,44 @@ class Layer(nn.Module):
         past: KeyValue | None,
         experts: ExpertPass,
         selective: bool = False,
+        adapters: AdapterPass | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """This rank's tokens [T/tp, H] -> the same after the layer, and the context's keys and values.
 
         `is_canvas` is [T/tp, 1], or one bool where all tokens are of one kind; `past` holds cached keys and values,
         passed as an argument so that a recomputed layer keeps their gradient.
         """
-        attended, context = self._attend(self.input_layernorm(x), rotary, stream, past, selective)
+        attended, context = self._attend(self.input_layernorm(x), rotary, stream, past, selective, adapters)
         x = x + self.post_attention_layernorm(attended)
-        dense, mixed = self._feed_forward(x, experts, selective)
+        dense, mixed = self._feed_forward(x, experts, selective, adapters)
         mixed = self.post_feedforward_layernorm_2(mixed)
         x = x + self.post_feedforward_layernorm(self.post_feedforward_layernorm_1(dense) + mixed)
         return x * self._scalar(is_canvas), context
 
-    def _feed_forward(self, x: Tensor, experts: ExpertPass, selective: bool) -> tuple[Tensor, Tensor]:
+    def _feed_forward(
+        self, x: Tensor, experts: ExpertPass, selective: bool, adapters: AdapterPass | None
+    ) -> tuple[Tensor, Tensor]:
         """Dense MLP and experts, of the same residual stream."""
         if self.moe.needs_whole_stream(experts):  # then one gather serves both
             x = gather_tokens(x, self.group)
-            dense = self.mlp.of_gathered(self.pre_feedforward_layernorm(x))
+            dense = self.mlp.of_gathered(self.pre_feedforward_layernorm(x), adapters)
         else:
-            dense = self.mlp(self.pre_feedforward_layernorm(x))
-        args = (x, self.pre_feedforward_layernorm_2(x), experts)
+            dense = self.mlp(self.pre_feedforward_layernorm(x), adapters)
+        args = (x, self.pre_feedforward_layernorm_2(x), experts, adapters)
         return dense, recompute(self.moe, *args) if selective else self.moe(*args)
 
     def _attend(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream, past: KeyValue | None, selective: bool
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        stream: Stream,
+        past: KeyValue | None,
+        selective: bool,
+        adapters: AdapterPass | None,
     ) -> tuple[Tensor, KeyValue]:
         if selective:
-            return recompute(self.self_attn, x, rotary, stream, past)
-        return self.self_attn(x, rotary, stream, past)
+            return recompute(self.self_attn, x, rotary, stream, past, adapters)
+        return self.self_attn(x, rotary, stream, past, adapters)
 
     def _scalar(self, is_canvas: Tensor | bool) -> Tensor:
         if isinstance(is_canvas, bool):

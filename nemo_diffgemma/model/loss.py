@@ -127,12 +127,12 @@ def linear_cross_entropy_gradient(
 ) -> LossGradient:
     """`linear_cross_entropy` and its gradients at once: what training runs.
 
-    That of `weight` is added to its `main_grad`, or to `grad` where Megatron holds no gradient.
+    That of `weight` is added to its `main_grad`, or to `grad` where Megatron holds no gradient; a frozen one gets none.
     """
     weights_N = weights_N.float()
     hidden_gradient = torch.zeros_like(hidden_NH)
     sum_vH = main_gradient(weight)
-    if sum_vH is None:
+    if sum_vH is None and weight.requires_grad:
         weight.grad = sum_vH = torch.zeros_like(weight) if weight.grad is None else weight.grad
     losses_N = _losses(hidden_NH, weight, labels_N, weights_N, shard, softcap, hidden_gradient, sum_vH)
     return LossGradient((losses_N * weights_N).sum(), hidden_gradient)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model import loss, vocabulary
+from nemo_diffgemma.model.adapters import Adapted, AdapterPass, DropoutNoise
 from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.dispatch import Counting, most_of_all
 from nemo_diffgemma.model.embedding import TokenTable
@@ -69,6 +70,8 @@ class Network(MegatronModule):
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, dtype, device())
         self.self_conditioning = SelfConditioning(model, config, groups)
         self.assets: Path | None = None  # directory with tokenizer and carried tensors, if the model came from one
+        self.lora: Adapted | None = None  # what its adapters are (nemo_diffgemma.lora)
+        self.dropout_of: DropoutNoise | None = None  # keys of the rows of a training step
         self.file_dtypes: dict[str, str] = {}  # of the tensors on disk, so that writing gives the same bytes back
         # plain attributes, not buffers: casting the model must not round them
         self._frequencies = {kind: inverse_frequencies(model, kind, device()) for kind in set(model.layer_types)}
@@ -91,8 +94,9 @@ class Network(MegatronModule):
         canvases, unscaled; None is no signal. With gradient enabled the returned cache carries gradient.
         `replicas_alike` says that all replicas run the same stream, without gradient: then experts exchange less.
         """
-        x, is_canvas = self._embed(stream, tokens, soft_MCH)
-        x, layers = self._run_layers(x, is_canvas, stream, cache, replicas_alike)
+        adapters = None if self.lora is None else self._adapter_pass(stream)
+        x, is_canvas = self._embed(stream, tokens, soft_MCH, adapters)
+        x, layers = self._run_layers(x, is_canvas, stream, cache, replicas_alike, adapters)
         return self._finish(self.norm(x), stream, layers, need_context_hidden)
 
     def stream(
@@ -102,7 +106,9 @@ class Network(MegatronModule):
         places = tuple((sequence, start) for sequence, start in canvases)
         return stream_of(sequences, tuple(contexts), places, self.model_config.canvas_length, self.groups.tp.size())
 
-    def _embed(self, stream: Stream, tokens: Tensor, soft_MCH: Tensor | None) -> tuple[Tensor, Tensor | bool]:
+    def _embed(
+        self, stream: Stream, tokens: Tensor, soft_MCH: Tensor | None, adapters: AdapterPass | None
+    ) -> tuple[Tensor, Tensor | bool]:
         """This rank's tokens of the stream, [T/tp, H], and which of them are canvas tokens."""
         x = self.embed_tokens.look_up(
             nn.functional.pad(tokens, (0, stream.padding), value=self.model_config.pad_token_id)
@@ -114,14 +120,20 @@ class Network(MegatronModule):
             around = (stream.context_tokens, stream.padding)
             soft_TH = nn.functional.pad(soft_MCH.flatten(0, 1) * self.embed_tokens.scale, (0, 0, *around))
             soft_TH = self._scatter(soft_TH)
-        conditioned = self.self_conditioning(x, soft_TH)
+        conditioned = self.self_conditioning(x, soft_TH, adapters)
         if not stream.contexts:
             return conditioned, True
         is_canvas = self._local(stream.canvas_mask(x.device))[:, None]
         return torch.where(is_canvas, conditioned, x), is_canvas
 
     def _run_layers(
-        self, x: Tensor, is_canvas: Tensor | bool, stream: Stream, cache: Cache | None, replicas_alike: bool
+        self,
+        x: Tensor,
+        is_canvas: Tensor | bool,
+        stream: Stream,
+        cache: Cache | None,
+        replicas_alike: bool,
+        adapters: AdapterPass | None,
     ) -> tuple[Tensor, list[KeyValue]]:
         positions = stream.positions(x.device)
         rotary = {kind: cosine_and_sine(positions, f, self.dtype) for kind, f in self._frequencies.items()}
@@ -132,9 +144,22 @@ class Network(MegatronModule):
             past = cache.layers[index] if cache is not None and cache.layers else None
             tables, experts = rotary[self.model_config.layer_kind(index)], replace(shared)
             args = (x, is_canvas, tables, stream, past, experts)
-            x, context = recompute(layer, *args) if level == "full" else layer(*args, selective=level == "selective")
+            if level == "full":
+                x, context = recompute(layer, *args, False, adapters)
+            else:
+                x, context = layer(*args, level == "selective", adapters)
             kept.append(context)
         return x, kept
+
+    def _adapter_pass(self, stream: Stream) -> AdapterPass:
+        is_canvas: Tensor | bool = bool(stream.canvases)
+        if stream.canvases and stream.contexts:
+            is_canvas = stream.canvas_mask(device())[:, None]
+        noise = None
+        if self.dropout_of is not None and self.training and torch.is_grad_enabled():
+            noise = to_device(self.dropout_of.of_tokens(stream), device())
+        mine = stream.tokens // self.groups.tp.size()
+        return AdapterPass(is_canvas, noise, mine * self.groups.tp.rank(), mine)
 
     def _most_tokens(self, x: Tensor, replicas_alike: bool) -> int:
         """The most tokens that a rank of the expert group holds. Ranks of a replica hold equal parts of its stream."""

@@ -19,7 +19,12 @@ def router_logits(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tenso
 
     `x` may be of a wider dtype than the product.
     """
-    return F.linear(rms_norm(x, None, eps).to(weight.dtype) * scale * x.shape[-1] ** -0.5, weight)
+    return F.linear(router_input(x, scale, eps, weight.dtype), weight)
+
+
+def router_input(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """What the router's weight multiplies, [..., H]."""
+    return rms_norm(x, None, eps).to(dtype) * scale * x.shape[-1] ** -0.5
 
 
 def choose(logits_TE: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

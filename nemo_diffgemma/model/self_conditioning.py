@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.model.adapters import AdapterPass
 from nemo_diffgemma.model.layer import GatedMLP
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm
 from nemo_diffgemma.parallel.groups import device
@@ -25,8 +26,10 @@ class SelfConditioning(GatedMLP):
         self.eps = model.rms_norm_eps
         self.pre_norm = RMSNorm(model.hidden_size, self.eps, config.params_dtype, device())
 
-    def forward(self, embeddings_TH: Tensor, soft_TH: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, embeddings_TH: Tensor, soft_TH: Tensor | None = None, adapters: AdapterPass | None = None
+    ) -> Tensor:
         """This rank's canvas embeddings and signal, [T/tp, H] -> the decoder's input."""
         if soft_TH is not None:  # a zero signal adds exactly nothing, so none and zero are the same
-            embeddings_TH = embeddings_TH + super().forward(self.pre_norm(soft_TH))
+            embeddings_TH = embeddings_TH + super().forward(self.pre_norm(soft_TH), adapters)
         return rms_norm(embeddings_TH, None, self.eps)

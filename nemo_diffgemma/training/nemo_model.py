@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from nemo.core import ModelPT
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nemo_diffgemma import non_finite
-from nemo_diffgemma.checkpoint import nemo_archive
+from nemo_diffgemma.checkpoint import nemo_archive, sharded
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches, PackedBatches, collate, collate_packed
 from nemo_diffgemma.data.packing import Size
@@ -39,6 +40,9 @@ from nemo_diffgemma.diffusion.generate import Generation
 from nemo_diffgemma.diffusion.objective import Counts, Scored, choose_canvases, corrupt, count, objective
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.lora.opening import prepare, resume
+from nemo_diffgemma.lora.peft_files import is_adapter
+from nemo_diffgemma.model.adapters import DropoutNoise
 from nemo_diffgemma.parallel.groups import device, process_groups
 from nemo_diffgemma.schema import (
     DTYPES,
@@ -276,6 +280,7 @@ class DiffusionGemmaModel(ModelPT):
             corrupted = corrupt(
                 rows, canvases, length, network.model_config.vocab_size, settings.seed, noise_floor=config.noise_floor
             )
+            network.dropout_of = DropoutNoise(settings.seed, tuple(rows.samples))
             terms = (network, rows, canvases, corrupted, config, settings.seed, totals)
             scored = Scored(*terms) if backward else None
             shares += torch.stack([part.double() for part in (scored.loss if scored else objective(*terms))])
@@ -308,6 +313,16 @@ class DiffusionGemmaModel(ModelPT):
         self.configure_model()
         assert self.network is not None
         return self.network.generate(*args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def saved_tensors(self) -> dict[str, ShardedTensor]:
+        """What a run saves besides optimizer state, by keys `<kind>.<name>`; resuming fills the same.
+
+        Of a base with adapters nothing: they have a file of their own.
+        """
+        assert self.network is not None
+        return sharded.sharded_state_dict(self.network) if self.network.lora is None else {}
 
     # -- archives ------------------------------------------------------------------------------------------------
 
@@ -357,9 +372,24 @@ def build_network(group: ModelGroup, seed: int) -> DiffusionGemma:
         group.check()
         network = DiffusionGemma.from_checkpoint(group.checkpoint, DTYPES[group.dtype])
         network.recompute = group.recompute
+    else:
+        network = empty_network(group)
+        network.init_weights(seed)
+    prepare(network, group, seed)
+    return network
+
+
+def resumed_network(group: ModelGroup, seed: int, checkpoint: Path) -> DiffusionGemma:
+    """The network of a run that goes on from `checkpoint`, which Lightning then fills.
+
+    That of adapters is their base, loaded again. Raises on every rank alike.
+    """
+    if is_adapter(checkpoint):
+        network = build_network(group, seed)
+        resume(network, checkpoint)  # refuses another base here, before anything else is made
         return network
-    network = empty_network(group)
-    network.init_weights(seed)
+    network = empty_network(group, checkpoint / sharded.ASSETS)
+    prepare(network, group, seed)
     return network
 
 

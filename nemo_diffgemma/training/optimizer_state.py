@@ -59,9 +59,14 @@ def _held(optimizer: MegatronOptimizer) -> dict[Tensor, _Held]:
     return held
 
 
-def _kinds(network: nn.Module) -> tuple[str, ...]:
-    low = any(parameter.dtype != torch.float32 for parameter in network.parameters())
-    return (*MOMENTS, "main") if low else MOMENTS
+def _kept(network: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
+    """Each kind of state, and the parameters that have it: those that are trained; float32 ones are their own main."""
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    for kind in MOMENTS:
+        yield kind, trained
+    low = [(name, parameter) for name, parameter in trained if parameter.dtype != torch.float32]
+    if low:
+        yield "main", low
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
@@ -73,8 +78,8 @@ def state_tensors(network: nn.Module, optimizer: MegatronOptimizer) -> dict[str,
     _prime(optimizer)
     held, tensors = _held(optimizer), {}
     distributed = any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
-    for kind in _kinds(network):
-        for index, (name, parameter) in enumerate(network.named_parameters()):
+    for kind, parameters in _kept(network):
+        for index, (name, parameter) in enumerate(parameters):
             key = f"{PREFIX}{kind}.{name}"
             mine = held.get(parameter)
             part = None if mine is None else (mine.main if kind == "main" else mine.state[kind])
@@ -125,10 +130,10 @@ def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path
         _check_keys(network, directory)
     _prime(optimizer)
     held = _held(optimizer)
-    for kind in _kinds(network):  # one kind at a time: whole parameters are held while it is read
-        wanted = dict(_buffers(network, kind))
+    for kind, parameters in _kept(network):  # one kind at a time: whole parameters are held while it is read
+        wanted = dict(_buffers(parameters, kind))
         sharded.read_tensors(wanted, directory)
-        for name, parameter in network.named_parameters():
+        for name, parameter in parameters:
             mine = held.get(parameter)
             if mine is not None:
                 target = mine.main if kind == "main" else mine.state[kind]
@@ -139,18 +144,18 @@ def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path
 
 def _check_keys(network: nn.Module, directory: Path) -> None:
     keys = sharded.keys(directory)
-    for kind in _kinds(network):
-        missing = [name for name, _ in network.named_parameters() if f"{PREFIX}{kind}.{name}" not in keys]
+    for kind, parameters in _kept(network):
+        missing = [name for name, _ in parameters if f"{PREFIX}{kind}.{name}" not in keys]
         if missing:
             raise CheckpointError(
                 f"{directory} has no optimizer state `{kind}` for {len(missing)} parameters, first {missing[0]}: it "
-                "was saved without, or with another model.dtype; start a new run from its weights with "
-                f"model.checkpoint={directory}"
+                "was saved without, with another model.dtype, or when others were trained; start a new run from its "
+                f"weights with model.checkpoint={directory}"
             )
 
 
-def _buffers(network: nn.Module, kind: str) -> Iterator[tuple[str, ShardedTensor]]:
-    for name, parameter in network.named_parameters():
+def _buffers(parameters: list[tuple[str, nn.Parameter]], kind: str) -> Iterator[tuple[str, ShardedTensor]]:
+    for name, parameter in parameters:
         key = f"{PREFIX}{kind}.{name}"
         empty = torch.empty(parameter.shape, dtype=torch.float32)
         empty.shard = shard_of(parameter)  # type: ignore[attr-defined]

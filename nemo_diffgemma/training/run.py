@@ -40,8 +40,8 @@ from nemo_diffgemma.training.nemo_model import (
     DiffusionGemmaModel,
     ModelSettings,
     TrainingError,
-    empty_network,
     model_config,
+    resumed_network,
 )
 from nemo_diffgemma.training.run_directory import LOGS, lock_of
 from nemo_diffgemma.training.run_lock import RunLock
@@ -114,7 +114,7 @@ def _train(
     if resumed is None:
         model.configure_model()
     else:  # Lightning fills it, and the optimizer, from the checkpoint
-        model.network = empty_network(config.model, resumed / sharded.ASSETS)
+        model.network = resumed_network(config.model, config.seed, resumed)
     assert model.network is not None
     run_directory.write_assets(model.network, model.task, run_dir)
     saver = Saver(then=lambda: saving.remove_others(run_dir, config.trainer))
@@ -125,7 +125,7 @@ def _train(
         trainer = _trainer(config.trainer.max_steps, wanted, MegatronStrategy(saver))
         exp_manager(trainer, _exp_manager(config, run_dir, resumed))
         model.set_trainer(trainer)
-        last = _fit(trainer, model, run_dir)
+        last = _fit(trainer, model, saver, run_dir)
     finally:
         saver.close()
     if (report := model.task.report()) is not None and report.bad_rows:
@@ -152,9 +152,8 @@ def _prepare_data(config: TrainConfig, task: Task, run_dir: Path, resumed: Path 
     run_directory.keep_data_report(task.report(), run_dir, resumed)
 
 
-def _fit(trainer: Trainer, model: DiffusionGemmaModel, run_dir: Path) -> Path:
+def _fit(trainer: Trainer, model: DiffusionGemmaModel, saver: Saver, run_dir: Path) -> Path:
     """Train -> the last checkpoint."""
-    saver = trainer.strategy.saver
     try:
         trainer.fit(model)  # from the checkpoint that exp_manager has set
         saver.wait()

@@ -23,7 +23,7 @@ from nemo_diffgemma.schema import TrainConfig
 from nemo_diffgemma.training.callbacks import append_line, truncate_after
 
 CONFIG, CHANGES = "config.yaml", "changes.jsonl"
-_FIXED = ("model.checkpoint", "model.architecture", "seed", "data")
+_FIXED = ("model.checkpoint", "model.architecture", "model.lora", "model.freeze", "seed", "data")
 _FREE_OF_FIXED = ("data.micro_batch_size", "data.tokens_per_micro_batch")
 _NO_PART = ("exp_manager", "cluster", "dry_run", "trainer.progress", "trainer.threads", "parallel.replicas")
 

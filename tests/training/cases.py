@@ -316,20 +316,77 @@ def _share(like: Any, seed: int) -> Any:
 
 
 def messages_of_a_writer_that_fails(directory: str, rank: int, step: int) -> str:
-    """What a run says on this rank whose disk is full on one rank when the files of `step` are written."""
+    """What a run says on this rank whose disk is full on one rank when the files of `step` are written.
+
+    The step after the next one begins when that has happened.
+    """
     import errno
     from unittest import mock
 
     import torch.distributed as dist
 
     from nemo_diffgemma.checkpoint import sharded_writer
+    from nemo_diffgemma.training import callbacks
 
-    write = sharded_writer._Plan.write
+    write, written = sharded_writer._Plan.write, callbacks.MetricsFile.on_train_batch_end
+
+    def late(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == step + 1:
+            trainer.strategy.saver._thread.join()
+        written(self, trainer, *rest)
 
     def full(self: Any) -> Any:
         if dist.get_rank() == rank and f"step-{step}." in str(self.writer.path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self)
 
-    with mock.patch.object(sharded_writer._Plan, "write", full):
-        return message(directory, steps=8, every=2)
+    with (
+        mock.patch.object(sharded_writer._Plan, "write", full),
+        mock.patch.object(callbacks.MetricsFile, "on_train_batch_end", late),
+    ):
+        return message(directory, steps=10, every=3)
+
+
+def kept_beside(directory: str, frozen: str, **settings: Any) -> dict[str, Any]:
+    """Train while sums of weights are kept beside them and parameters with `frozen` in their name stay as they are.
+
+    Whole sums at the end, on rank 0, losses, and the names of the tensors of the last checkpoint.
+    """
+    from unittest import mock
+
+    from nemo_diffgemma.checkpoint import sharded
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel
+
+    tensors, step = DiffusionGemmaModel.saved_tensors, DiffusionGemmaModel.training_step
+    optimizers, seen = DiffusionGemmaModel.configure_optimizers, []
+
+    def configure_optimizers(self: Any) -> Any:
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+        self.__dict__["sums"] = {n: p.detach() * 0 for n, p in self.network.named_parameters()}
+        return optimizers(self)
+
+    def saved_tensors(self: Any) -> dict[str, Any]:
+        like, sums = dict(self.network.named_parameters()), self.__dict__["sums"]
+        return tensors(self) | {
+            f"sum.{name}": sharded.sharded_tensor(f"sum.{name}", sums[name], like[name]) for name in sums
+        }
+
+    def training_step(self: Any, *arguments: Any) -> None:
+        step(self, *arguments)
+        self.finish_gather()
+        for name, parameter in self.network.named_parameters():
+            self.__dict__["sums"][name].add_(parameter.detach())
+        seen[:] = [self]
+
+    with (
+        mock.patch.object(DiffusionGemmaModel, "configure_optimizers", configure_optimizers),
+        mock.patch.object(DiffusionGemmaModel, "saved_tensors", saved_tensors),
+        mock.patch.object(DiffusionGemmaModel, "training_step", training_step),
+    ):
+        lines = run(directory, **settings)
+    last = Path(directory) / "checkpoints" / f"step-{len(lines)}"
+    (model,) = seen
+    for name, parameter in model.network.named_parameters():
+        parameter.data.copy_(model.__dict__["sums"][name])
+    return {"sums": _whole(model.network), "keys": sorted(sharded.keys(last)), "losses": [one["loss"] for one in lines]}
