@@ -22,7 +22,7 @@ from omegaconf import MISSING
 
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.start import start
-from nemo_diffgemma.schema import ClusterGroup, ParallelGroup
+from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ParallelGroup
 
 
 @dataclass
@@ -32,6 +32,7 @@ class ConvertConfig:
     source: str = MISSING  # a checkpoint of any format
     target: str = MISSING  # a directory that is empty or does not exist; for nemo a file
     format: str = "huggingface"  # sharded, nemo
+    weights: str = "trained"  # ema: the average that a run with optim.ema has kept
     dry_run: bool = False  # say what would be converted; with a cluster, show its script
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
     cluster: ClusterGroup = field(default_factory=ClusterGroup)
@@ -40,19 +41,22 @@ class ConvertConfig:
 def convert(config: ConvertConfig, results: Results) -> dict[str, Any]:
     """Convert one checkpoint."""
     from nemo_diffgemma.checkpoint import streaming
+    from nemo_diffgemma.checkpoint.average import WEIGHTS
     from nemo_diffgemma.checkpoint.contents import contents
     from nemo_diffgemma.checkpoint.open import check_target
     from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 
+    if config.weights not in WEIGHTS:
+        raise ConfigurationError(f"weights={config.weights!r}; use one of {', '.join(WEIGHTS)}")
     check_target(config.target, config.format)  # before anything is read
     source = contents(config.source)
     if config.dry_run:
-        opened, files = streaming.plan(config.source, config.format)
+        opened, files = streaming.plan(config.source, config.format, config.weights)
         text, carried = len(opened.tensors), len(opened.carried)
         results.show(f"{text + carried} tensors, each with one place: {text} of text, {carried} carried as they are")
         results.show(f"{len(files.names)} files: {files.names[0]} to {files.names[-1]}")
     else:
-        streaming.convert(config.source, config.target, config.format)
+        streaming.convert(config.source, config.target, config.format, config.weights)
         written = contents(config.target)
         if (written.tensors, written.bytes) != (source.tensors, source.bytes):
             raise CheckpointError(

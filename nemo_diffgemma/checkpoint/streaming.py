@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded, stored
+from nemo_diffgemma.checkpoint import average, huggingface, nemo_archive, sharded, stored
 from nemo_diffgemma.checkpoint.assets import write_assets
 from nemo_diffgemma.checkpoint.names import CARRIED_PREFIXES, our_name, released_tensors
 from nemo_diffgemma.checkpoint.open import format_of
@@ -58,10 +58,11 @@ class Source:
     assets: Path
     files: list[Path]  # the checkpoint itself, for its identity
     copies: dict[str, StoredTensor] = field(default_factory=dict)  # of tied weights
+    averaged: bool = False  # trained weights are those of the run's average, which its optimizer's files hold
 
     @classmethod
-    def open(cls, path: str | Path) -> Source:
-        """From headers; a `.nemo` is unpacked. Collective.
+    def open(cls, path: str | Path, weights: str = "trained") -> Source:
+        """From headers; a `.nemo` is unpacked. `weights` "ema": the run's average in place of trained ones. Collective.
 
         Raises `CheckpointError` on every rank where a tensor is missing, foreign or of another shape.
         """
@@ -69,7 +70,9 @@ class Source:
         directory = nemo_archive.unpacked_weights(place) if kind == "nemo" else place
         source: list[Source] = []
         with all_or_none():
-            source.append(cls._of_sharded(place) if kind == "sharded" else cls._of_directory(directory))
+            if weights == "ema" and kind != "sharded":
+                raise average.no_average(place)
+            source.append(cls._of_sharded(place, weights) if kind == "sharded" else cls._of_directory(directory))
         if kind == "nemo":
             source[0].files = [place]
         return source[0]
@@ -77,7 +80,7 @@ class Source:
     def verify(self) -> None:
         """Read what is to be checked before anything is written. Collective; raises `CheckpointError`."""
         if self.assets.name == sharded.ASSETS and sharded.is_sharded(self.assets.parent):
-            sharded.verify(self.assets.parent, kinds=[sharded.WEIGHTS])
+            sharded.verify(self.assets.parent, kinds=[sharded.WEIGHTS, sharded.TRAINING][: 1 + self.averaged])
         with all_or_none():
             for name in sorted(self.copies)[_rank() :: world_size()]:
                 _check_copy(name, self.copies[name], self.tensors[str(tied_to(name))])
@@ -95,20 +98,28 @@ class Source:
         return cls(config, tensors, _carried(every), dtypes, _common_dtype(tensors), directory, there, copies)
 
     @classmethod
-    def _of_sharded(cls, directory: Path) -> Source:
+    def _of_sharded(cls, directory: Path, weights: str) -> Source:
         assets = directory / sharded.ASSETS
         config = ModelConfig.from_pretrained(assets)
         sharded.check(config, directory)
-        ours = stored.of_sharded(directory, sharded.read_metadata(directory), sharded.MODEL)
+        metadata = sharded.read_metadata(directory)
+        ours = stored.of_sharded(directory, metadata, sharded.MODEL)
         tensors = {name: ours[our_name(name)] for name in released_tensors(config)}
         dtypes = {name: stored.NAMES[tensor.dtype] for name, tensor in tensors.items()}
+        common = _common_dtype(tensors)
+        if weights == "ema":
+            averaged = stored.of_sharded(directory, metadata, average.PREFIX)
+            if not averaged:
+                raise average.no_average(directory)
+            ours |= averaged
+            tensors = {name: ours[our_name(name)] for name in tensors}
         carried = {}
         if any(assets.glob("*.safetensors")):
             with TensorFiles(assets) as files:
                 carried = _carried(stored.of_files(files))
         of_files = {**dtypes, **sharded.file_dtypes(directory)}
         there = sorted({part.file for tensor in ours.values() for part in tensor.parts})
-        return cls(config, tensors, carried, of_files, _common_dtype(tensors), assets, there)
+        return cls(config, tensors, carried, of_files, common, assets, there, averaged=weights == "ema")
 
     def identity(self) -> list[Any]:
         """Changes with the files, also where one is copied over with the time of the old one. Raises OSError."""
@@ -143,9 +154,9 @@ def _rank() -> int:
 # -- converting ------------------------------------------------------------------------------------------------------
 
 
-def plan(source: str | Path, format: str) -> tuple[Source, TargetFiles]:
+def plan(source: str | Path, format: str, weights: str = "trained") -> tuple[Source, TargetFiles]:
     """What would be converted into which files, from headers. Collective; raises `CheckpointError` on every rank."""
-    opened = Source.open(source)
+    opened = Source.open(source, weights)
     files: TargetFiles = ShardedFiles(opened) if format == "sharded" else ReleasedFiles(opened)
     mapping = files.mapping()
     assert mapping.keys() == opened.tensors.keys() | opened.carried.keys(), "a tensor has no place"
@@ -153,13 +164,15 @@ def plan(source: str | Path, format: str) -> tuple[Source, TargetFiles]:
     return opened, files
 
 
-def convert(source: str | Path, target: str | Path, format: str) -> None:
+def convert(source: str | Path, target: str | Path, format: str, weights: str = "trained") -> None:
     """Write `source`, of any format, to `target`. Collective; the caller has checked the target.
+
+    `weights` "ema" takes the average that a run has kept.
 
     Raises `CheckpointError` on every rank where the source is no sound checkpoint or the target cannot be written.
     """
     with sharded.in_use(user_path(source)):
-        opened, files = plan(source, format)
+        opened, files = plan(source, format, weights)
         opened.verify()
         _convert(opened, files, user_path(target).absolute(), format)
 

@@ -109,7 +109,7 @@ def _train(watch: Watch, network: Any, case: Case, progress: Callable[[str], Non
     from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
 
     class Model(DiffusionGemmaModel):
-        trainer = log_dict = optimizers = None  # Lightning's are properties
+        trainer = optimizers = None  # Lightning's are properties
 
     rows = len(case.prompts)
     settings = ModelSettings(network=case.model, data=default_data(), optim=case.optim)
@@ -120,9 +120,9 @@ def _train(watch: Watch, network: Any, case: Case, progress: Callable[[str], Non
     progress("building the optimizer")
     with watch.ledger.doing("build", "gradients and optimizer"):
         adapter = model.configure_optimizers()
-        optimizer_state._prime(adapter.megatron)  # the first step is then like any other
+        optimizer_state.prime(adapter.megatron)  # the first step is then like any other
     _split_static(watch, model)
-    model.optimizers, model.log_dict = (lambda: adapter), (lambda *_, **__: None)
+    model.optimizers = lambda: adapter
     for name, (phase, part) in FORWARD_PHASES.items():
         _label(watch, network, name, phase, part)
     _label(watch, adapter, "step", "optimizer", "update")

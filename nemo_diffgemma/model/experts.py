@@ -156,7 +156,8 @@ class ExpertPass:
 
     `replicas_alike`: every replica runs the same tokens, as at inference. Otherwise `tokens` is the most that any rank
     of the expert group holds. `recomputed`: nothing of the layer is kept for the backward pass. `counting` is shared by
-    all layers. `rows` are those of this rank's experts once the host knows them, for recomputation.
+    all layers. `rows` are those of this rank's experts once the host knows them, for recomputation. `loads` counts
+    the tokens of each expert, [E], of the first `counted` that this rank holds; once, however often a layer runs.
     """
 
     replicas_alike: bool
@@ -164,6 +165,8 @@ class ExpertPass:
     recomputed: bool
     counting: Counting
     rows: int | None = None
+    loads: Tensor | None = None
+    counted: int = 0
 
 
 class MixtureOfExperts(nn.Module):
@@ -198,6 +201,10 @@ class MixtureOfExperts(nn.Module):
         Where `needs_whole_stream`, the inputs are those of all tokens, without gradient; the result is this rank's.
         """
         weights_TK, chosen_TK = self.router(router_input_TH, adapters)
+        if call.loads is not None:
+            chosen = chosen_TK[: call.counted].flatten()
+            call.loads.scatter_add_(0, chosen, call.counting.ones(chosen.shape[0]))
+            call.loads = None  # recomputation comes here again
         is_canvas = self._canvas_tokens(expert_input_TH, adapters)
         if self.group.size() == 1:
             return self._compute(expert_input_TH, weights_TK, self._sorted(chosen_TK, call).all(), is_canvas)

@@ -189,7 +189,7 @@ def _check(config: TrainConfig) -> None:
     if config.trainer.max_steps < 1:
         raise ConfigurationError(f"trainer.max_steps={config.trainer.max_steps}; expected at least 1")
     optimizer.check(config.optim)
-    saving.check(config.trainer)
+    saving.check(config.trainer, task_of(config.data).validated)
     replicas = process_groups().dp_cp.size()
     Batches(config.data.global_batch_size, 0, replicas)  # raises where the batch cannot be shared
     share, micro = config.data.global_batch_size // replicas, config.data.micro_batch_size
@@ -203,7 +203,6 @@ def _check(config: TrainConfig) -> None:
             f"data.tokens_per_micro_batch={config.data.tokens_per_micro_batch} with data.micro_batch_size={micro}; use "
             "one of them, and 0 for the other"
         )
-    task_of(config.data)
 
 
 def _trainer(max_steps: int, wanted: list[Any], strategy: MegatronStrategy) -> Trainer:

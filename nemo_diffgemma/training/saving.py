@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
 from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero
 from nemo_diffgemma.schema import TrainerGroup
-from nemo_diffgemma.training.callbacks import VALIDATION
+from nemo_diffgemma.training.callbacks import MEASURED, VALIDATION
 from nemo_diffgemma.training.run_directory import checkpoint_of, complete_checkpoints, step_of
 
 _BEST_WHEN_SMALL = ("loss", "nelbo", "bits", "perplexity", "error")
@@ -95,8 +95,17 @@ class Checkpoints(Callback):
 # -- which are kept ----------------------------------------------------------------------------------------------------
 
 
-def check(config: TrainerGroup) -> None:
-    """Raise `ConfigurationError` for settings with which checkpoints cannot be chosen."""
+def check(config: TrainerGroup, measured: Sequence[str] = ()) -> None:
+    """Raise `ConfigurationError` for settings with which checkpoints cannot be chosen.
+
+    `measured` is what the task measures at each validation.
+    """
+    known = (*MEASURED, *measured)
+    if config.keep_best and config.keep_by not in known:
+        raise ConfigurationError(
+            f"trainer.keep_by={config.keep_by!r} is no measure of validation.jsonl with this data; use one of "
+            f"{', '.join(known)}"
+        )
     for key in ("checkpoint_every", "keep_last", "keep_best", "keep_every"):
         if getattr(config, key) < 0:
             raise ConfigurationError(f"trainer.{key}={getattr(config, key)}; expected 0 or more")

@@ -7,7 +7,7 @@ import torch
 
 from tests.distributed.layouts import LAYOUTS
 from tests.lora import cases
-from tests.parity import objectives, questions
+from tests.parity import objectives
 
 FORMS = {
     "each": dict(experts="each", dropout=0.2),

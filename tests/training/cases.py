@@ -390,3 +390,97 @@ def kept_beside(directory: str, frozen: str, **settings: Any) -> dict[str, Any]:
     for name, parameter in model.network.named_parameters():
         parameter.data.copy_(model.__dict__["sums"][name])
     return {"sums": _whole(model.network), "keys": sorted(sharded.keys(last)), "losses": [one["loss"] for one in lines]}
+
+
+def averages(directory: str, **settings: Any) -> dict[str, Any]:
+    """Of a run of 4 steps on rank 0: its average of weights, the same from all of its checkpoints, the last weights."""
+    import numpy as np
+
+    from nemo_diffgemma.training.average import decay_at
+
+    decay = settings["optim__ema"]
+    first = initial_weights(settings["layout"])
+    run(directory, steps=4, every=1, **settings)
+    weights = [weights_of(f"{directory}/checkpoints/step-{step}", settings["layout"]) for step in range(1, 5)]
+    expected = {name: value.astype(np.float64) for name, value in first.items()}
+    for step, values in enumerate(weights, start=1):
+        part = decay_at(decay, step)
+        expected = {name: part * value + (1 - part) * values[name] for name, value in expected.items()}
+    return dict(
+        average=average_of(f"{directory}/checkpoints/step-4", settings["layout"]),
+        expected={name: value.astype(np.float32) for name, value in expected.items()},
+        weights=weights[-1],
+    )
+
+
+def resumed_average(directory: str, **settings: Any) -> dict[str, Any]:
+    """The average of a run of 4 steps that stopped after 3 and went on from the checkpoint of step 2."""
+    interrupted(directory, stop_after=3, steps=4, every=2, **settings)
+    run(directory, steps=4, every=2, **settings)
+    return average_of(f"{directory}/checkpoints/step-4", settings["layout"])
+
+
+def initial_weights(layout: dict[str, int]) -> dict[str, Any]:
+    """Whole tensors of a network that no step has changed."""
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+    from nemo_diffgemma.training.nemo_model import build_network
+
+    initialize(ParallelLayout(**layout))
+    return _whole(build_network(config().model, seed=0))
+
+
+def average_of(checkpoint: str, layout: dict[str, int]) -> dict[str, Any]:
+    """Whole tensors of the average that a checkpoint has."""
+    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint import average
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+
+    initialize(ParallelLayout(**layout))
+    network = DiffusionGemma.from_checkpoint(checkpoint)
+    average.fill(network, Path(checkpoint))
+    return _whole(network)
+
+
+def first_step() -> dict[str, Any]:
+    """Of the first step of `config()`, without `Scored`: losses and accuracy by level, and what the routers chose."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from nemo_diffgemma.diffusion.levels import BINS
+    from nemo_diffgemma.diffusion.objective import choose_canvases, corrupt, self_conditioned
+    from nemo_diffgemma.evaluation.comparison import chosen_experts
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
+
+    initialize(ParallelLayout())
+    model = DiffusionGemmaModel(ModelSettings.of(config()))
+    model.configure_model()
+    network = model.network
+    assert network is not None
+    model.setup_training_data()
+    rows = next(iter(model._train_dl))
+    canvases = choose_canvases(rows, 16, 1, 0)
+    corrupted = corrupt(rows, canvases, 16, 64, 0)
+    places = [(canvas.row, canvas.start) for canvas in canvases]
+    with torch.no_grad():
+        with chosen_experts(network) as of_context:
+            cache = network.encode_clean(rows.tokens_T, rows.lengths).cache
+        first = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
+        shown = self_conditioned(rows, canvases, 0.5, 0)[:, None, None]
+        soft = network.soft_embedding(first).view(len(canvases), 16, -1) * shown
+        with chosen_experts(network) as of_canvases:
+            hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, soft)
+    z = 30 * torch.tanh(hidden @ network.embed_tokens.weight[:64].T / 30)
+    labels = corrupted.clean_MC.flatten()
+    losses, right = cross_entropy(z, labels, reduction="none").view(-1, 16), (z.argmax(1) == labels).view(-1, 16)
+    by_level: dict[str, list[int]] = {}
+    for canvas, level in enumerate(corrupted.levels_M.tolist()):
+        by_level.setdefault(str(min(BINS, key=lambda middle: abs(middle - level))), []).append(canvas)
+    by_level = {level: by_level[level] for level in sorted(by_level)}
+    chosen = [torch.cat(pair).flatten() for pair in zip(of_context, of_canvases, strict=True)]
+    return dict(
+        loss_by_level={level: float(losses[which].mean()) for level, which in by_level.items()},
+        accuracy_by_level={level: float(right[which].double().mean()) for level, which in by_level.items()},
+        canvas_accuracy=float(right.double().mean()),
+        loads=[torch.bincount(ids, minlength=8).tolist() for ids in chosen],
+    )
