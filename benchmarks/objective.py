@@ -44,6 +44,7 @@ def network(vocabulary: int) -> DiffusionGemma:
         top_k_experts=4,
         moe_intermediate_size=128,
         sliding_window=128,
+        initializer_range=256**-0.5,
         layer_types=("sliding_attention",) * 6,
         canvas_length=CANVAS,
     )
