@@ -82,18 +82,27 @@ def _layers_by_kind(config: ModelConfig) -> dict[str, int]:
 
 
 class CudaGraphs:
-    """Records calls as CUDA graphs. They share memory: one runs at a time, and its results are copied at once."""
+    """Records calls as CUDA graphs. They share memory: one runs at a time, and its results are copied at once.
+
+    torch keeps memory apart by stream, so all are recorded on one. A pool that no graph has any more is gone: torch
+    refuses to record into it.
+    """
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool = self._stream = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, function: Callable[[], Results]) -> tuple[Any, Results]:
         """(graph, what it fills). `function` has run before, so that nothing is initialised while recording."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        recording = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(stream), recording:  # the outer one restores the caller's stream after errors as well
-            return graph, function()
+        self._stream = self._stream or torch.cuda.Stream()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(self._stream), recording:  # the outer one restores the caller's stream after errors too
+            results = function()
+        self._graphs.add(graph)
+        return graph, results
 
 
 class FixedSteps:
