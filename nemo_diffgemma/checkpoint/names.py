@@ -32,7 +32,11 @@ def released_name(name: str) -> str:
 
 
 def text_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor of this rank) of everything that the released layout stores of the text model."""
+    """(our name, tensor of this rank) of everything that the released layout stores of the text model.
+
+    Waits for weights that a training step is still gathering: whatever reads or writes them is here.
+    """
+    getattr(network, "finish_gather", lambda: None)()
     yield from network.named_parameters()
     yield from network.named_buffers()
 
