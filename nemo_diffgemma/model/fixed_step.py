@@ -31,6 +31,7 @@ from nemo_diffgemma.diffusion.generate import Settled, StepInputs
 from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.segments import FixedStream, Kind, Segment, Span
 from nemo_diffgemma.parallel.agreement import all_ranks
+from nemo_diffgemma.parallel.groups import end_with_groups
 from nemo_diffgemma.transfer import to_device
 
 FEWEST = 256  # columns of the smallest bucket
@@ -115,6 +116,7 @@ class FixedSteps:
     def __init__(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
         self._steps: OrderedDict[Geometry, _FixedStep] = OrderedDict()
+        end_with_groups(self)
 
     def clear(self) -> None:
         """Give all buffers and recordings back, for memory or because weights have moved: replays read the old ones."""
