@@ -31,13 +31,6 @@ def followed(ledger: Ledger) -> Iterator[None]:
     def synchronise(*_: Any, **__: Any) -> None:
         waits.record(ledger, waits.SYNCHRONISE)
 
-    def begin(graph: torch.cuda.CUDAGraph, pool: Any = None, **_: Any) -> None:
-        if ledger.captured is not None:
-            raise RuntimeError("a CUDA graph is captured inside of another")
-        if pool is not None:
-            pools.take(pool, graph)
-        ledger.captured = Counter()
-
     def end(graph: torch.cuda.CUDAGraph) -> None:
         graph.__dict__["_dry_run_counts"], ledger.captured = ledger.captured, None
 
@@ -45,11 +38,7 @@ def followed(ledger: Ledger) -> Iterator[None]:
         ledger.replay(graph.__dict__["_dry_run_counts"])
         ledger.add("graph_launches")
 
-    pools, handles = _Pools(ledger), itertools.count(1)
-
-    def handle() -> tuple[int, int]:
-        return 0, next(handles)
-
+    pools = _Pools(ledger)
     record_event, recorded = torch.cuda.Event.record, weakref.WeakKeyDictionary[torch.cuda.Event, int]()
 
     def record(event: torch.cuda.Event, *args: Any, **kwargs: Any) -> None:
@@ -67,13 +56,13 @@ def followed(ledger: Ledger) -> Iterator[None]:
         (torch.cuda.Stream, "synchronize", synchronise),
         (torch.cuda, "is_current_stream_capturing", lambda: ledger.captured is not None),
         (torch.cuda.graphs, "is_current_stream_capturing", lambda: ledger.captured is not None),
-        (torch.cuda.CUDAGraph, "capture_begin", begin),
+        (torch.cuda.CUDAGraph, "capture_begin", lambda graph, pool=None, **_: pools.begin(graph, pool)),
         (torch.cuda.CUDAGraph, "capture_end", end),
         (torch.cuda.CUDAGraph, "replay", replay),
         (torch.cuda.CUDAGraph, "reset", lambda graph: None),
         (torch.cuda.CUDAGraph, "pool", lambda graph: (0, 0)),
-        (torch.cuda, "graph_pool_handle", handle),
-        (torch.cuda.graphs, "graph_pool_handle", handle),
+        (torch.cuda, "graph_pool_handle", pools.handle),
+        (torch.cuda.graphs, "graph_pool_handle", pools.handle),
         (torch.cuda, "empty_cache", functools.partial(int, 0)),
     ]
     with ExitStack() as stack:
@@ -89,9 +78,21 @@ class _Pools:
         self._ledger = ledger
         self._graphs: dict[Any, weakref.WeakSet[torch.cuda.CUDAGraph]] = {}
         self._streams: dict[Any, torch.cuda.Stream] = {}
+        self._numbers = itertools.count(1)
 
-    def take(self, pool: Any, graph: torch.cuda.CUDAGraph) -> None:
-        """A capture into a pool begins. Raises RuntimeError where torch would."""
+    def handle(self) -> tuple[int, int]:
+        """A new pool."""
+        return 0, next(self._numbers)
+
+    def begin(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """A capture begins, into a pool or one of its own. Raises RuntimeError where torch would."""
+        if self._ledger.captured is not None:
+            raise RuntimeError("a CUDA graph is captured inside of another")
+        if pool is not None:
+            self._take(pool, graph)
+        self._ledger.captured = Counter()
+
+    def _take(self, pool: Any, graph: torch.cuda.CUDAGraph) -> None:
         stream = torch.cuda.current_stream()
         if pool in self._graphs and not self._graphs[pool]:
             raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: a pool that no CUDA graph has any more")

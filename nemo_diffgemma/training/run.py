@@ -140,8 +140,6 @@ def _quiet() -> None:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     # says at each checkpoint that asynchronous writing, which is not used, has another way now
     logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
-    # says at each start that it divides the optimizer's state by itself
-    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     telemetry = CallbackGroup.get_instance()._callbacks
     telemetry[:] = [callback for callback in telemetry if not isinstance(callback, OneLoggerNeMoCallback)]
 
