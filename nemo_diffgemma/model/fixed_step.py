@@ -90,7 +90,8 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
-        self._pool = self._stream = None
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, function: Callable[[], Results]) -> tuple[Any, Results]:
