@@ -200,6 +200,7 @@ def _released_format(checkpoint: Path, folder: Path, layout: ParallelLayout, tea
     from nemo_diffgemma.checkpoint.contents import contents
 
     network = DiffusionGemma.from_checkpoint(checkpoint, DTYPES[contents(str(checkpoint)).dtype])
+    network.merge_adapters()
     network.save_huggingface(folder / "checkpoint")
     return folder / "checkpoint"
 

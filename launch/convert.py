@@ -3,6 +3,7 @@
     python launch/convert.py source=runs/sudoku_cpu/mine/checkpoints/step-1300 target=/tmp/sudoku format=huggingface
     python launch/convert.py source=<directory> target=model.nemo format=nemo
     python launch/convert.py source=<directory> target=out format=sharded dry_run=true   # headers; unpacks a .nemo
+    python launch/convert.py source=<adapter> target=merged format=huggingface           # merged into its base
 
 A few blocks are held at a time, whatever the size; processes (parallel.tensor=4) share the files. Interrupted, the same
 command goes on. The last line is JSON: tensors, bytes (as a Hugging Face directory holds them), peak_memory (of the
@@ -29,7 +30,7 @@ from nemo_diffgemma.schema import ClusterGroup, ConfigurationError, ParallelGrou
 class ConvertConfig:
     """Configuration of `launch/convert.py`."""
 
-    source: str = MISSING  # a checkpoint of any format
+    source: str = MISSING  # a checkpoint of any format, or an adapter
     target: str = MISSING  # a directory that is empty or does not exist; for nemo a file
     format: str = "huggingface"  # sharded, nemo
     weights: str = "trained"  # ema: the average that a run with optim.ema has kept

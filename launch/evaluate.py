@@ -33,7 +33,7 @@ from nemo_diffgemma.schema import BUDGETS, LEVELS, ClusterGroup, ConfigurationEr
 class EvaluateConfig:
     """Configuration of `launch/evaluate.py`."""
 
-    checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint or .nemo
+    checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint, .nemo, or an adapter: with its base
     weights: str = "trained"  # ema: the average that a run with optim.ema has kept
     data: DataGroup = field(default_factory=default_data)
     levels: list[float] = field(default_factory=lambda: list(LEVELS))  # share of replaced tokens

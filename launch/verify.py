@@ -96,6 +96,7 @@ def _released_format(checkpoint: str, network: Any, folder: Path) -> Path:
     directory = user_path(checkpoint)
     if format_of(directory) != "huggingface":
         directory = folder / "huggingface"
+        network.merge_adapters()
         network.save_huggingface(directory)
     return directory
 

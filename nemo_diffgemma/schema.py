@@ -40,7 +40,7 @@ RECOMPUTE = ("none", "selective", "full")
 class ModelGroup:
     """The source of the network. `checkpoint` wins; without one, `architecture` is trained from scratch."""
 
-    checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo
+    checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint, .nemo, or an adapter: trained on
     architecture: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     dtype: str = "float32"  # or bfloat16: weights and activations; the optimizer keeps float32
     recompute: str = "none"  # selective, full

@@ -13,6 +13,8 @@ from nemo_diffgemma.checkpoint.names import released_name, released_shape
 from nemo_diffgemma.checkpoint.open import format_of
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles, read_header
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.lora.opening import base_of
+from nemo_diffgemma.lora.peft_files import AdapterDirectory
 from nemo_diffgemma.repository import user_path
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what a text model can have on disk
@@ -28,8 +30,13 @@ class Contents:
 
 
 def contents(checkpoint: str) -> Contents:
-    """What a checkpoint holds, from headers; a `.nemo` is unpacked to get at them. Raises `CheckpointError`."""
+    """What a checkpoint holds, or an adapter merged, from headers; a `.nemo` is unpacked to get at them.
+
+    Raises `CheckpointError`.
+    """
     kind, place = format_of(checkpoint), user_path(checkpoint)
+    if kind == "adapter":  # with its base
+        return contents(str(base_of(AdapterDirectory(place))))
     if kind == "sharded":
         return _of_sharded(place)
     return _of_directory(nemo_archive.unpacked_weights(place) if kind == "nemo" else place)

@@ -9,6 +9,7 @@ disk, the same conversion goes on there with the file that it was at, as long as
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -34,6 +35,9 @@ from nemo_diffgemma.checkpoint.streamed_files import ReleasedFiles, ShardedFiles
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, TensorFiles, tied_to
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.lora import merging
+from nemo_diffgemma.lora.opening import base_of, verify
+from nemo_diffgemma.lora.peft_files import AdapterDirectory
 from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
 from nemo_diffgemma.parallel.agreement import all_or_none, gather, is_rank_zero, on_rank_zero, world_size
 from nemo_diffgemma.repository import user_path
@@ -59,14 +63,19 @@ class Source:
     files: list[Path]  # the checkpoint itself, for its identity
     copies: dict[str, StoredTensor] = field(default_factory=dict)  # of tied weights
     averaged: bool = False  # trained weights are those of the run's average, which its optimizer's files hold
+    adapter: AdapterDirectory | None = None  # of which `tensors` have what it adds
 
     @classmethod
     def open(cls, path: str | Path, weights: str = "trained") -> Source:
-        """From headers; a `.nemo` is unpacked. `weights` "ema": the run's average in place of trained ones. Collective.
+        """From headers; a `.nemo` is unpacked, and an adapter is its base with what it adds. Collective.
+
+        `weights` "ema" are the run's average in place of trained ones.
 
         Raises `CheckpointError` on every rank where a tensor is missing, foreign or of another shape.
         """
         kind, place = format_of(path), user_path(path)
+        if kind == "adapter" and weights == "trained":
+            return cls._of_adapter(place)
         directory = nemo_archive.unpacked_weights(place) if kind == "nemo" else place
         source: list[Source] = []
         with all_or_none():
@@ -77,10 +86,25 @@ class Source:
             source[0].files = [place]
         return source[0]
 
+    @classmethod
+    def _of_adapter(cls, directory: Path) -> Source:
+        with all_or_none():
+            adapter = AdapterDirectory(directory)
+            base = base_of(adapter)
+        source = cls.open(base)
+        with all_or_none():
+            sizes = adapter.sizes(source.model_config)
+            tensors = merging.merged(source.tensors, adapter, sizes, source.model_config.num_experts)
+        files = source.files + merging.files_of(directory)
+        return dataclasses.replace(source, tensors=tensors, files=files, adapter=adapter)
+
     def verify(self) -> None:
         """Read what is to be checked before anything is written. Collective; raises `CheckpointError`."""
         if self.assets.name == sharded.ASSETS and sharded.is_sharded(self.assets.parent):
             sharded.verify(self.assets.parent, kinds=[sharded.WEIGHTS, sharded.TRAINING][: 1 + self.averaged])
+        if self.adapter is not None:
+            verify(self.adapter)
+            merging.check_base(self.tensors, self.adapter, self.adapter.base)
         with all_or_none():
             for name in sorted(self.copies)[_rank() :: world_size()]:
                 _check_copy(name, self.copies[name], self.tensors[str(tied_to(name))])

@@ -25,6 +25,7 @@ from nemo_diffgemma.dry_run.ledger import Ledger, Numbers
 from nemo_diffgemma.dry_run.memory import GB, Memory
 from nemo_diffgemma.dry_run.mode import DryRun, MixedDevicesError
 from nemo_diffgemma.dry_run.world import one_rank
+from nemo_diffgemma.lora.opening import prepare_sizes
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.schema import DTYPES
 
@@ -78,6 +79,7 @@ def measure(
     with watch.ledger.doing("build", "weights"):
         network = DiffusionGemma(case.config, DTYPES[case.model.dtype])
         network.recompute = case.model.recompute
+        prepare_sizes(network, case.model)
         fill(network)
     verb = _train if case.verb == "train" else _generate
     return verb(watch, network, case, progress)

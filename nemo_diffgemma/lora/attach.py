@@ -153,8 +153,8 @@ def report(network: Network, masters: bool) -> str:
     each = 4 + 8 + (4 if masters else 0)
     return (
         f"{trained:,} parameters are trained and {frozen:,} frozen, of those that this process holds: "
-        f"{frozen * each / 1e9:.2f} GB of gradients and optimizer state less ({each} bytes each, of which a distributed "
-        "optimizer would share all but 4 over replicas)"
+        f"{frozen * each / 1e9:.2f} GB of gradients and optimizer state less ({each} bytes each, of which a "
+        "distributed optimizer would share all but 4 over replicas)"
     )
 
 

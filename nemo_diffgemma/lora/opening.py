@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nemo_diffgemma.checkpoint import manifest
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.lora import base as bases
 from nemo_diffgemma.lora.attach import attach, check_mergeable, freeze, initialise, log_report
-from nemo_diffgemma.lora.peft_files import CONFIG, AdapterDirectory, fill, is_adapter
+from nemo_diffgemma.lora.peft_files import CONFIG, WEIGHTS, AdapterDirectory, fill, is_adapter
 from nemo_diffgemma.lora.sizes import AdapterSize
 from nemo_diffgemma.lora.sizes import is_adapter as is_of_adapter
 from nemo_diffgemma.model.adapters import Adapted
@@ -34,11 +35,17 @@ def base_of(directory: AdapterDirectory) -> Path:
     return base
 
 
+def verify(directory: AdapterDirectory) -> None:
+    """Compare the files with the manifest, if a run has written one. Collective; raises `CheckpointError`."""
+    manifest.verify(directory.directory, lambda name: name in (CONFIG, WEIGHTS))
+
+
 def load(kind: type[DiffusionGemma], path: Path, dtype: torch.dtype) -> DiffusionGemma:
     """The base of an adapter, with the adapter beside its weights. Collective; raises `CheckpointError`."""
     with all_or_none():
         directory = AdapterDirectory(path)
         base = base_of(directory)
+    verify(directory)
     network = kind.from_checkpoint(base, dtype)
     _load_onto(network, directory, base)
     return network.eval()

@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.model.adapters import AdapterPass, adapters_of, local_product
+from nemo_diffgemma.model.adapters import AdapterPass, adapters_of, has_parts, local_product
 from nemo_diffgemma.model.dispatch import Counting, Rows, SortedChoices, sum_rows, take_rows
 from nemo_diffgemma.model.routing import choose, router_input, router_logits
 from nemo_diffgemma.parallel.groups import device
@@ -67,7 +67,7 @@ class Router(TopKRouter):
         scored = router_input(x, self.scale, self.config.layernorm_epsilon, self.weight.dtype)
         return local_product(self, F.linear(scored, self.weight), scored, adapters)
 
-    def forward(self, x: Tensor, adapters: AdapterPass | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, adapters: AdapterPass | None = None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] and chosen experts [T, K] of the raw residual stream."""
         return self.routing(self.gating(x, adapters))
 
@@ -217,10 +217,9 @@ class MixtureOfExperts(nn.Module):
 
     def _canvas_tokens(self, x_TH: Tensor, adapters: AdapterPass | None) -> Tensor | bool:
         """[T, 1] or one bool; only adapters that differ between context and canvas ask for it."""
-        asked = any(
-            matrix.size.parts is not None for adapter in adapters_of(self.experts) for matrix in adapter.children()
-        )
-        return adapters.canvas_of(x_TH) if asked and adapters is not None else False
+        if adapters is None or not any(has_parts(adapter) for adapter in adapters_of(self.experts)):
+            return False
+        return adapters.canvas_of(x_TH)
 
     def _over_group(
         self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass, is_canvas: Tensor | bool

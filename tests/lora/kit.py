@@ -62,3 +62,14 @@ def by_peft(reference: Any, directory: Path) -> Any:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         return PeftModel.from_pretrained(copy.deepcopy(reference), str(directory)).eval()
+
+
+def with_base(adapter: Path, copy: Path, base: str | Path) -> Path:
+    """A copy of an adapter that names another base."""
+    import json
+    import shutil
+
+    shutil.copytree(adapter, copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    return copy
