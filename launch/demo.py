@@ -35,6 +35,7 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
     from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.checkpoint.open import dtype_of
     from nemo_diffgemma.cli.measures_view import measure
+    from nemo_diffgemma.evaluation.measures import held_out_rows
     from nemo_diffgemma.training import run  # NeMo: ten seconds
 
     done = run.train(config, config.exp_manager.run_dir)
@@ -44,7 +45,9 @@ def demo(config: TrainConfig, results: Results) -> dict[str, Any]:
         return trained
     network = DiffusionGemma.from_checkpoint(trained["checkpoint"], dtype_of(config.model.dtype))
     results.show(f"trained {trained['step']} steps, loss {trained['loss']:.4f}\n")
-    measures = measure(network, task_of(config.data), LEVELS, BUDGETS, config.seed, results)
+    task = task_of(config.data)
+    rows = held_out_rows(task, network.model_config)
+    measures = measure(network, task, rows, LEVELS, BUDGETS, results, seed=config.seed)
     prompt = solve_one(network, config, results)
     run_dir = Path(trained["run_dir"])
     if results.is_rank_zero:

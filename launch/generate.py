@@ -31,7 +31,7 @@ from nemo_diffgemma.schema import ParallelGroup
 class GenerateConfig(PromptOptions):
     """Configuration of `launch/generate.py`."""
 
-    checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint or .nemo
+    checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint, .nemo, or an adapter: with its base
     dtype: str = "float32"  # or bfloat16
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
 

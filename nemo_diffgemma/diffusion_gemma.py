@@ -81,10 +81,8 @@ class DiffusionGemma(Network):
     def save_huggingface(self, path: str | Path) -> huggingface.Written:
         """Write what `from_huggingface` reads: every tensor back, in the dtype of the file it came from.
 
-        Raises `UserError` for a network with adapters, which that format has no place for.
+        Raises `CheckpointError` for a network with adapters, which that format has no place for.
         """
-        if self.lora is not None:
-            raise UserError("this network has adapters; call merge_adapters() before it is written as a whole")
         return huggingface.save(self, path)
 
     def merge_adapters(self) -> None:

@@ -15,6 +15,7 @@ from nemo_diffgemma.schema import ConfigurationError, validate
 
 GPUS = CONF / "gpu"
 PEAKS = ("float32", "tf32", "bfloat16", "float16", "fp8", "nvfp4", "int8")
+_DEVICES = {"dgx_spark": "gb10"}  # what torch calls a GPU that is not named as its file
 _PCIE_GB_S = {4: 31.5, 5: 63.0, 6: 121.0}  # 16 lanes, one direction, after encoding
 
 
@@ -69,6 +70,18 @@ def check_gpu(key: str, name: str) -> None:
     """Raise `ConfigurationError` where conf/gpu has no such file; `key` is what the user has set to `name`."""
     if name not in gpu_names():
         raise ConfigurationError(f"{key}={name!r} is no file of conf/gpu; use one of {', '.join(gpu_names())}")
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The GPU that torch calls `name`, such as "NVIDIA H100 80GB HBM3"; None where conf/gpu has no file of it.
+
+    Cards with other peaks under the same number (PCIe, NVL, MAX-Q) are none of these.
+    """
+    words = f" {name.lower().replace('-', ' ')} "
+    if any(f" {other} " in words for other in ("pcie", "nvl", "max q", "laptop", "d")):
+        return None
+    found = [file for file in gpu_names() if f" {_DEVICES.get(file, file.replace('_', ' '))} " in words]
+    return load_gpu(found[0]) if found else None
 
 
 def load_gpu(name: str) -> Gpu:

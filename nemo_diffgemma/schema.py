@@ -40,7 +40,7 @@ RECOMPUTE = ("none", "selective", "full")
 class ModelGroup:
     """The source of the network. `checkpoint` wins; without one, `architecture` is trained from scratch."""
 
-    checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo
+    checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint, .nemo, or an adapter: trained on
     architecture: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     dtype: str = "float32"  # or bfloat16: weights and activations; the optimizer keeps float32
     recompute: str = "none"  # selective, full
@@ -69,7 +69,8 @@ class OptimGroup:
     weight_decay: float = 0.0  # on matrices only
     betas: tuple[float, float] = (0.95, 0.99)
     eps: float = 1e-8
-    clip_grad: float = 1.0
+    clip_grad: float = 1.0  # largest norm of the gradient; 0: any
+    ema: float = 0.0  # decay of an average of the weights, kept beside them; 0: none
     distributed: bool = True  # optimizer state cut over replicas
 
 
@@ -101,7 +102,7 @@ class TrainerGroup:
         0  # checkpoints; all are kept unless keep_last, keep_best or keep_every says which, then one or more
     )
     keep_best: int = 0  # and so many, by keep_by
-    keep_by: str = "canvas_loss"  # of validation.jsonl: what has `loss` in its name is best when small, else when large
+    keep_by: str = "canvas_loss"  # or bits_per_token, or what the task measures, such as solve_rate
     keep_every: int = 0  # and those whose step is a multiple of it
     hang_minutes: float = 30.0  # without a step (start, validation and saving included) until the run ends itself
     threads: int = 0  # CPU threads of each process; 0: the machine's cores divided by the processes on it

@@ -6,14 +6,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
 
 from nemo_diffgemma.checkpoint.tensor_files import INDEX, CheckpointError
+from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler import SamplerConfig
 from nemo_diffgemma.json_files import read_object
-
-if TYPE_CHECKING:
-    from nemo_diffgemma.model.network import Network
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 FOLDERS = ("additional_chat_templates",)  # that belong to a checkpoint: processors have theirs in files
@@ -25,7 +25,18 @@ _LARGEST = 1 << 30  # bytes of one file that may belong to a checkpoint
 _log = logging.getLogger(__name__)
 
 
-def write_assets(network: Network, directory: Path) -> None:
+class HasAssets(Protocol):
+    """A network, or a checkpoint that is converted without one."""
+
+    @property
+    def model_config(self) -> ModelConfig: ...
+    @property
+    def assets(self) -> Path | None: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def write_assets(network: HasAssets, directory: Path) -> None:
     """Everything that belongs to `network` beside its tensors, into `directory`; rank 0 only.
 
     Files come from the checkpoint that the network was read from. Logs what is left out.
@@ -60,7 +71,7 @@ def _copy(source: Path, directory: Path) -> list[str]:
     return left_out
 
 
-def complete_generation(directory: Path, network: Network) -> dict[str, Any] | None:
+def complete_generation(directory: Path, network: HasAssets) -> dict[str, Any] | None:
     """The generation_config.json of `directory` with all that neighbours ask for, or None where nothing is missing."""
     file = directory / GENERATION
     there = read_object(file, CheckpointError) if file.is_file() else {}

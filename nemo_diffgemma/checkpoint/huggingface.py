@@ -170,8 +170,11 @@ class Written:
 def save(network: Network, directory: str | Path) -> Written:
     """Write a released-format directory from any layout; tensors keep the dtype of the file they came from.
 
-    Raises `CheckpointError` on every rank when `directory` exists and is not empty, or cannot be written.
+    Raises `CheckpointError` on every rank when `directory` exists and is not empty, or cannot be written, and for a
+    network with adapters.
     """
+    if network.lora is not None:  # the same on every rank
+        raise CheckpointError("this network has adapters; call merge_adapters() before it is written as a whole")
     target = user_path(directory)
     written = Written(0, 0)
     with new_directory(target) as partial:

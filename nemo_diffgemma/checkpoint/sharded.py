@@ -6,6 +6,7 @@ that loading and initialisation use. A directory is complete in itself:
     .metadata, metadata.json     description of the tensors in the files
     weights_<rank>.distcp        tensors `model.<name>`, and plain values of training
     training_<rank>.distcp       tensors `optimizer.<kind>.<name>`, if training wrote it
+    <kind>_<rank>.distcp         tensors `<kind>.<name>`, whatever else a run keeps (DiffusionGemmaModel.saved_tensors)
     assets/                      config.json, tokenizer, generation_config.json, carried vision tensors
     dtypes.json                  dtype of each tensor in the released files, for writing those back
     manifest.json                lengths and checksums: manifest.py
@@ -16,8 +17,11 @@ the tensors, and that only after checking that it names no other class.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import pickle
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, is_fault_of_
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.json_files import brief, read_object
 from nemo_diffgemma.model.network import Network
+from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import process_groups
@@ -56,15 +61,34 @@ def is_sharded(path: str | Path) -> bool:
     return all((Path(path) / name).is_file() for name in _FILES)
 
 
-def verify(directory: Path, weights_only: bool = False) -> None:
+def file_kind(key: str) -> str:
+    """What the name of the file begins with that has the tensor `key`."""
+    kind = key.partition(".")[0]
+    return {"model": WEIGHTS, "optimizer": TRAINING}.get(kind, kind)
+
+
+def verify(directory: Path, kinds: Collection[str] | None = None) -> None:
     """Check that every file is there, in full length, and has the checksum of the manifest, if there is one.
+
+    With `kinds` only tensors of these kinds of file are read, and what is beside tensors.
 
     Collective: the ranks share the files. Raises `CheckpointError` on every rank, or OSError where the disk fails.
     """
     with all_or_none():
         check_complete(directory)
-        _check_sizes(directory, read_metadata(directory))
-    manifest.verify(directory, lambda name: not (weights_only and name.startswith(TRAINING)))
+    manifest.verify(directory, lambda name: kinds is None or _kind_of_file(name) in (*kinds, None))
+    with all_or_none():
+        metadata = read_metadata(directory)
+        _check_sizes(directory, metadata)
+        is_older = not any(part.relative_path.startswith(f"{WEIGHTS}_") for part in metadata.storage_data.values())
+        if not is_older and not (directory / manifest.MANIFEST).is_file():
+            raise CheckpointError(
+                f"{directory} lacks {manifest.MANIFEST}, which tells whether its files are whole; copy it again"
+            )
+
+
+def _kind_of_file(name: str) -> str | None:
+    return name.rpartition("_")[0] if name.endswith(".distcp") else None
 
 
 def check_complete(directory: Path) -> None:
@@ -74,6 +98,30 @@ def check_complete(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} is not a complete sharded checkpoint: it lacks {', '.join(missing)}; copy it again"
         )
+
+
+@contextlib.contextmanager
+def in_use(directory: Path) -> Iterator[None]:
+    """A run that keeps only some of its checkpoints (training/saving.py) leaves this one until the block ends."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # not there: who reads it says so; or a file system without locks
+            stream = stack.enter_context((directory / ".metadata").open("rb"))
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+@contextlib.contextmanager
+def unused(directory: Path) -> Iterator[bool]:
+    """Whether nobody reads it, nor begins to until the block ends: the opposite of `in_use`. Raises OSError."""
+    with (directory / ".metadata").open("r+b") as stream:  # NFS locks what is open for writing
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
 
 
 # -- describing ------------------------------------------------------------------------------------------------------
@@ -121,8 +169,9 @@ def load_sharded(network: Network, directory: str | Path) -> None:
     Raises `CheckpointError` on every rank, before any weight is set unless a weight is NaN or infinite, or a file of
     the right size is damaged inside and there is no manifest to tell.
     """
-    verify(Path(directory), weights_only=True)
-    fill(network, directory)
+    with in_use(Path(directory)):
+        verify(Path(directory), kinds=[WEIGHTS])
+        fill(network, directory)
 
 
 def fill(network: Network, directory: str | Path) -> None:
@@ -130,11 +179,39 @@ def fill(network: Network, directory: str | Path) -> None:
     source = Path(directory)
     with all_or_none():
         check(network.model_config, source)
-    read_tensors(sharded_state_dict(network), source)
-    with all_or_none():
-        huggingface.check_finite(network, source)
+    restore(sharded_state_dict(network), source)
     network.file_dtypes = file_dtypes(source)
     network.assets = source / ASSETS
+
+
+def restore(state: dict[str, ShardedTensor], directory: Path) -> None:
+    """`read_tensors` of what must be there, in these shapes and finite. Raises `CheckpointError` on every rank."""
+    with all_or_none():
+        there = keys(directory)
+        missing = [key for key in state if key not in there]
+        if missing:
+            raise CheckpointError(
+                f"{directory} lacks {len(missing)} of {len(state)} tensors of this run, first {missing[0]}: it was "
+                "saved with other settings (adapters, average of weights); use those it was saved with, or start a "
+                "new run"
+            )
+        for key, tensor in state.items():
+            if there[key] != tuple(tensor.global_shape):
+                raise CheckpointError(
+                    f"tensor {key} has shape {list(there[key])} in {directory}, but {list(tensor.global_shape)} in "
+                    "this run; use the settings it was saved with, or start a new run"
+                )
+    if state:
+        read_tensors(state, directory)
+    with all_or_none():
+        weight = first_non_finite((_told(tensor.key), tensor.data) for tensor in state.values())
+        if weight is not None:
+            raise CheckpointError(f"{weight}, in {directory}: {DAMAGED}")
+
+
+def _told(key: str) -> str:
+    """A weight has the name that users know from released files."""
+    return released_name(key.removeprefix(MODEL)) if key.startswith(MODEL) else key
 
 
 def read_tensors(state: dict[str, ShardedTensor], directory: Path) -> None:

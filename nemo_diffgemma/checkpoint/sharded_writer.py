@@ -2,7 +2,7 @@
 
     SaveInProgress(network, directory).write()                       # here and now
 
-    save = SaveInProgress(network, directory, tensors, common, group, copies=True)
+    save = SaveInProgress(network, directory, copies(tensors), common, group)
     threading.Thread(target=save.write).start()                      # while steps change the tensors
 
 Planning asks Megatron and torch where everything goes, over the default process group; `write` needs no other rank but
@@ -13,6 +13,7 @@ leave the interpreter's lock; a forked process would be none that may have touch
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -62,11 +63,20 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 
-class SaveInProgress:
-    """A checkpoint that is planned, with its values where `copies` has copied them; `write` makes it appear.
+def copies(tensors: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    """With a copy of the data of those that this rank writes; the others are only described."""
+    return {
+        key: dataclasses.replace(one, data=copy_to_host(one.data)) if is_main_replica(one.replica_id) else one
+        for key, one in tensors.items()
+    }
 
-    `tensors` and `common`, plain values of which rank 0's are kept, is what training adds; with `copies` its tensors
-    are copies already. Collective. Raises `CheckpointError` on every rank when `directory` cannot be written.
+
+class SaveInProgress:
+    """A checkpoint that is planned; `write` makes it appear.
+
+    `tensors` are what it holds, else the weights of `network`: copies where something changes them before `write` ends.
+    `common` are plain values, of which rank 0's are kept. Collective. Raises `CheckpointError` on every rank when
+    `directory` cannot be written.
     """
 
     def __init__(
@@ -76,7 +86,6 @@ class SaveInProgress:
         tensors: Mapping[str, ShardedTensor] | None = None,
         common: Mapping[str, Any] | None = None,
         group: dist.ProcessGroup | None = None,
-        copies: bool = False,
     ) -> None:
         megatron_cpu.enable()
         self.directory = user_path(directory)
@@ -86,11 +95,10 @@ class SaveInProgress:
             self._shared = from_rank_zero(self._partial)
             assert self._shared is not None
             self._adapter = None if network.lora is None else collected(network)
-            weights = {} if network.lora is not None else sharded.sharded_state_dict(network)
-            if copies:
-                weights = {key: _copied(tensor) for key, tensor in weights.items()}
-            self._plan = self._planned({**weights, **(tensors or {}), **(common or {})})
-            self._copied = torch.cuda.Event() if copies and torch.cuda.is_available() else None
+            if tensors is None:
+                tensors = sharded.sharded_state_dict(network) if network.lora is None else {}
+            self._plan = self._planned({**tensors, **copy.deepcopy(dict(common or {}))})
+            self._copied = torch.cuda.Event() if torch.cuda.is_available() else None
             if self._copied is not None:
                 self._copied.record()
             self._end = stack.pop_all()
@@ -119,13 +127,6 @@ class SaveInProgress:
                 if self._partial is not None:
                     self._plan.describe(results)
                     seal(self._partial, {name: digest for part in parts for name, digest in part.items()})
-
-
-def _copied(tensor: ShardedTensor) -> ShardedTensor:
-    """With a copy of its data where this rank is the one that writes them."""
-    if not is_main_replica(tensor.replica_id):
-        return tensor
-    return dataclasses.replace(tensor, data=copy_to_host(tensor.data))
 
 
 def _write_beside(network: Network, directory: Path) -> None:
@@ -181,19 +182,18 @@ class _Plan:
     def write(self) -> dict[str, tuple[list[WriteResult], Digest]]:
         """Write this rank's files, one tensor after the other -> what is in each.
 
-        Optimizer state has a file of its own: who wants the weights reads and verifies nothing else.
+        Each kind has a file of its own: who wants the weights reads and verifies nothing else.
         """
         rank, written = dist.get_rank(), {}
-        items_of: dict[str, list[WriteItem]] = {sharded.WEIGHTS: [], sharded.TRAINING: []}
+        items_of: dict[str, list[WriteItem]] = {}
         for item in self.writer.plan.items:
-            is_weight = item.type == WriteItemType.BYTE_IO or item.index.fqn.startswith(sharded.MODEL)
-            items_of[sharded.WEIGHTS if is_weight else sharded.TRAINING].append(item)
+            plain = item.type == WriteItemType.BYTE_IO
+            items_of.setdefault(sharded.WEIGHTS if plain else sharded.file_kind(item.index.fqn), []).append(item)
         for kind, items in items_of.items():
             name = f"{kind}_{rank}.distcp"
-            if items:
-                with HashedFile(Path(self.writer.path) / name) as stream:
-                    results = [self._write(item, name, stream) for item in items]
-                written[name] = (results, stream.digest)
+            with HashedFile(Path(self.writer.path) / name) as stream:
+                results = [self._write(item, name, stream) for item in items]
+            written[name] = (results, stream.digest)
         return written
 
     def _write(self, item: WriteItem, name: str, stream: HashedFile) -> WriteResult:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -197,11 +197,11 @@ class ShardedFiles:
             for tensor in self._tensors[name]:
                 for start, block in self._pieces(tensor, progress):
                     place = stream.tell()
-                    torch.save(block, stream)
+                    torch.save(block, cast(IO[bytes], stream))
                     pieces.append([our_name(tensor), start, list(block.shape), place, stream.tell() - place])
             plain = stream.tell() if name == self.names[0] else None
             if plain is not None:  # Megatron's plain values, of which there are none
-                torch.save([{}], stream)
+                torch.save([{}], cast(IO[bytes], stream))
         return {"digest": stream.digest, "pieces": pieces, "plain": plain and [plain, stream.tell() - plain]}
 
     def _pieces(self, name: str, progress: Progress) -> Iterator[tuple[int, Tensor]]:

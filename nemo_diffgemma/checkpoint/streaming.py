@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_diffgemma.checkpoint import huggingface, nemo_archive, sharded, stored
+from nemo_diffgemma.checkpoint import average, huggingface, nemo_archive, sharded, stored
 from nemo_diffgemma.checkpoint.assets import write_assets
 from nemo_diffgemma.checkpoint.names import CARRIED_PREFIXES, our_name, released_tensors
 from nemo_diffgemma.checkpoint.open import format_of
@@ -62,21 +62,26 @@ class Source:
     assets: Path
     files: list[Path]  # the checkpoint itself, for its identity
     copies: dict[str, StoredTensor] = field(default_factory=dict)  # of tied weights
+    averaged: bool = False  # trained weights are those of the run's average, which its optimizer's files hold
     adapter: AdapterDirectory | None = None  # of which `tensors` have what it adds
 
     @classmethod
-    def open(cls, path: str | Path) -> Source:
+    def open(cls, path: str | Path, weights: str = "trained") -> Source:
         """From headers; a `.nemo` is unpacked, and an adapter is its base with what it adds. Collective.
+
+        `weights` "ema" are the run's average in place of trained ones.
 
         Raises `CheckpointError` on every rank where a tensor is missing, foreign or of another shape.
         """
         kind, place = format_of(path), user_path(path)
-        if kind == "adapter":
+        if kind == "adapter" and weights == "trained":
             return cls._of_adapter(place)
         directory = nemo_archive.unpacked_weights(place) if kind == "nemo" else place
         source: list[Source] = []
         with all_or_none():
-            source.append(cls._of_sharded(place) if kind == "sharded" else cls._of_directory(directory))
+            if weights == "ema" and kind != "sharded":
+                raise average.no_average(place)
+            source.append(cls._of_sharded(place, weights) if kind == "sharded" else cls._of_directory(directory))
         if kind == "nemo":
             source[0].files = [place]
         return source[0]
@@ -96,7 +101,7 @@ class Source:
     def verify(self) -> None:
         """Read what is to be checked before anything is written. Collective; raises `CheckpointError`."""
         if self.assets.name == sharded.ASSETS and sharded.is_sharded(self.assets.parent):
-            sharded.verify(self.assets.parent, weights_only=True)
+            sharded.verify(self.assets.parent, kinds=[sharded.WEIGHTS, sharded.TRAINING][: 1 + self.averaged])
         if self.adapter is not None:
             verify(self.adapter)
             merging.check_base(self.tensors, self.adapter, self.adapter.base)
@@ -117,25 +122,33 @@ class Source:
         return cls(config, tensors, _carried(every), dtypes, _common_dtype(tensors), directory, there, copies)
 
     @classmethod
-    def _of_sharded(cls, directory: Path) -> Source:
+    def _of_sharded(cls, directory: Path, weights: str) -> Source:
         assets = directory / sharded.ASSETS
         config = ModelConfig.from_pretrained(assets)
         sharded.check(config, directory)
-        ours = stored.of_sharded(directory, sharded.read_metadata(directory), sharded.MODEL)
+        metadata = sharded.read_metadata(directory)
+        ours = stored.of_sharded(directory, metadata, sharded.MODEL)
         tensors = {name: ours[our_name(name)] for name in released_tensors(config)}
         dtypes = {name: stored.NAMES[tensor.dtype] for name, tensor in tensors.items()}
+        common = _common_dtype(tensors)
+        if weights == "ema":
+            averaged = stored.of_sharded(directory, metadata, average.PREFIX)
+            if not averaged:
+                raise average.no_average(directory)
+            ours |= averaged
+            tensors = {name: ours[our_name(name)] for name in tensors}
         carried = {}
         if any(assets.glob("*.safetensors")):
             with TensorFiles(assets) as files:
                 carried = _carried(stored.of_files(files))
         of_files = {**dtypes, **sharded.file_dtypes(directory)}
         there = sorted({part.file for tensor in ours.values() for part in tensor.parts})
-        return cls(config, tensors, carried, of_files, _common_dtype(tensors), assets, there)
+        return cls(config, tensors, carried, of_files, common, assets, there, averaged=weights == "ema")
 
     def identity(self) -> list[Any]:
-        """Changes with the files."""
+        """Changes with the files, also where one is copied over with the time of the old one. Raises OSError."""
         stats = [(str(file.absolute()), file.stat()) for file in self.files]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return [[name, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
 
 
 def _carried(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -165,9 +178,9 @@ def _rank() -> int:
 # -- converting ------------------------------------------------------------------------------------------------------
 
 
-def plan(source: str | Path, format: str) -> tuple[Source, TargetFiles]:
+def plan(source: str | Path, format: str, weights: str = "trained") -> tuple[Source, TargetFiles]:
     """What would be converted into which files, from headers. Collective; raises `CheckpointError` on every rank."""
-    opened = Source.open(source)
+    opened = Source.open(source, weights)
     files: TargetFiles = ShardedFiles(opened) if format == "sharded" else ReleasedFiles(opened)
     mapping = files.mapping()
     assert mapping.keys() == opened.tensors.keys() | opened.carried.keys(), "a tensor has no place"
@@ -175,15 +188,22 @@ def plan(source: str | Path, format: str) -> tuple[Source, TargetFiles]:
     return opened, files
 
 
-def convert(source: str | Path, target: str | Path, format: str) -> None:
+def convert(source: str | Path, target: str | Path, format: str, weights: str = "trained") -> None:
     """Write `source`, of any format, to `target`. Collective; the caller has checked the target.
+
+    `weights` "ema" takes the average that a run has kept.
 
     Raises `CheckpointError` on every rank where the source is no sound checkpoint or the target cannot be written.
     """
-    opened, files = plan(source, format)
-    opened.verify()
-    place = user_path(target).absolute()
-    what = json.dumps({"version": _VERSION, "format": format, "files": files.names, "source": opened.identity()})
+    with sharded.in_use(user_path(source)):
+        opened, files = plan(source, format, weights)
+        opened.verify()
+        _convert(opened, files, user_path(target).absolute(), format)
+
+
+def _convert(opened: Source, files: TargetFiles, place: Path, format: str) -> None:
+    identity = opened.identity()
+    what = json.dumps({"version": _VERSION, "format": format, "files": files.names, "source": identity})
     with _converting(place, what) as work:
         weights = work / "out" / nemo_archive.WEIGHTS if format == "nemo" else work / "out"
         with _kept(work):
@@ -199,6 +219,8 @@ def convert(source: str | Path, target: str | Path, format: str) -> None:
                 write_assets(opened, assets)
                 files.finish(weights, done)
                 follow_umask(work / "out")
+                if opened.identity() != identity:
+                    raise CheckpointError(f"{opened.files[0].parent} was changed meanwhile; convert it again")
                 _appear(work, place, format)
 
 
@@ -210,10 +232,11 @@ def _write_share(source: Source, files: TargetFiles, directory: Path, done: Path
     total, mine = sum(sizes.values()), is_rank_zero()
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, mininterval=1, disable=not mine) as bar:
         for name in names:
-            if _marker(done, name).is_file():
+            if _is_done(_marker(done, name), directory / name):
                 bar.update(sizes[name])
                 continue
             written = files.write(directory, name, lambda block, of: bar.update(_checked(source, block, of)))
+            written["size"] = (directory / name).stat().st_size
             partial = _marker(done, f"{name}.partial")
             partial.write_text(json.dumps(written))
             put_on_disk(partial)
@@ -222,6 +245,14 @@ def _write_share(source: Source, files: TargetFiles, directory: Path, done: Path
 
 def _marker(done: Path, name: str) -> Path:
     return done / f"{name.replace('/', '-')}.json"
+
+
+def _is_done(marker: Path, file: Path) -> bool:
+    """Whether a file is there as it was written: a conversion that was killed at its very end leaves markers only."""
+    try:
+        return json.loads(marker.read_text())["size"] == file.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _checked(source: Source, block: Tensor, name: str) -> int:
@@ -262,6 +293,11 @@ def _converting(target: Path, what: str) -> Iterator[Path]:
             work.mkdir(parents=True, exist_ok=True)
             held = _lock(work, target)
             if not (work / "plan.json").is_file() or (work / "plan.json").read_text() != what:
+                if any((work / "done").glob("*.json")):
+                    _log.warning(
+                        "%s was left by the conversion of another source, or of this one before it changed: what it "
+                        "had done is removed, and this one begins anew", work,
+                    )  # fmt: skip
                 for entry in work.iterdir():
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
                 (work / "plan.json").write_text(what)

@@ -51,6 +51,7 @@ class Sudoku(Task):
     """The same split into trained and held-out grids whatever the seed of the run."""
 
     keys = SudokuData
+    validated = ("solve_rate", "tokens_per_forward")
     eos_token_id, pad_token_id = EOS_ID, PAD_ID
 
     def __init__(self, data: SudokuData) -> None:

@@ -75,6 +75,7 @@ class Task(ABC):
     keys: ClassVar[type[DataGroup]]  # the dataclass of this kind's keys
     eos_token_id: int | list[int]  # sampler settings of a network trained from scratch
     pad_token_id: int
+    validated: ClassVar[tuple[str, ...]] = ()  # what `validate` measures, which may choose the best checkpoint
     fills_rows: ClassVar[bool] = True  # an answer that ends its row is filled up to whole canvases in the context, too
 
     chat_template: str | None = None  # that came with the data, not with the checkpoint; known after `open`
@@ -134,6 +135,14 @@ class Task(ABC):
     def measures(self, network: DiffusionGemma, budgets: Sequence[int], seed: int, batch_size: int = 400) -> Measures:
         """What `launch/evaluate.py` reports beside the canvas loss, by budget of denoising steps. Collective."""
         return Measures({})
+
+    def answer_start(self, example: Example, canvas_length: int) -> int:
+        """Where the answer begins that a network is asked for: the tokens before are its prompt."""
+        return example.answers[-1][0]
+
+    def is_right(self, example: Example, answer: Sequence[int], reference: Sequence[int]) -> bool | None:
+        """Whether an answer is right, both without what ends them; None where nobody can say."""
+        return list(answer) == list(reference)
 
     def validate(self, network: DiffusionGemma, examples: int, seed: int) -> dict[str, float]:
         """What goes into a line of `validation.jsonl` beside the canvas loss, on so many examples. Collective."""

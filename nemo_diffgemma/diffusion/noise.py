@@ -23,7 +23,7 @@ _GOLDEN, _MIX1, _MIX2 = (
     0x94D049BB133111EB - (1 << 64),
 )
 # What a number is for; part of the key, so that no two uses share numbers.
-INITIAL, UNIFORM, REPLACEMENT, LEVEL, CORRUPTED, CORRUPTION, COIN, CHOICE = range(8)
+INITIAL, UNIFORM, REPLACEMENT, LEVEL, CORRUPTED, CORRUPTION, COIN, CHOICE, ROTATION = range(9)
 DROPOUT = 64  # of adapters
 
 

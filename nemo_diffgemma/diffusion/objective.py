@@ -23,11 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.levels import Shift, leave_one_out_shift, reciprocal_weights, spread, sums_by_level
 from nemo_diffgemma.diffusion.noise import (
     CHOICE,
     COIN,
@@ -39,8 +40,12 @@ from nemo_diffgemma.diffusion.noise import (
     to_uniforms,
 )
 from nemo_diffgemma.diffusion.rows import Rows, check_answers
+from nemo_diffgemma.diffusion.trainable import Encoded, TrainableNetwork
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.transfer import to_device
+
+PREDICTIONS = ("denoiser", "leave_one_out")
+LEVEL_WEIGHTINGS = ("none", "reciprocal")
 
 
 @dataclass
@@ -51,9 +56,18 @@ class ObjectiveConfig:
     autoregressive_weight: float = 1.0
     self_conditioning_probability: float = 0.5  # of an example; 0 leaves the first pass out
     noise_floor: float = 1e-3  # noise levels are uniform in [noise_floor, 1)
+    spread_levels: bool = False  # evenly over the batch of a step; else each canvas draws its own
+    prediction: str = "denoiser"  # what logits stand for; leave_one_out: a token's posterior without its own noise
+    level_weighting: str = "none"  # reciprocal: 1 / (1 - noise level), ...
+    largest_level_weight: float = 10.0  # ... at most this
     reduction: str = "example"  # mean over examples of means over tokens; "token": mean over all tokens
 
     def __post_init__(self) -> None:
+        for name, choices in (("prediction", PREDICTIONS), ("level_weighting", LEVEL_WEIGHTINGS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"objective.{name}={getattr(self, name)!r}; use one of {', '.join(choices)}")
+        if not 1.0 <= self.largest_level_weight < math.inf:
+            raise UserError(f"objective.largest_level_weight={self.largest_level_weight}; expected 1 or more")
         if self.reduction not in ("example", "token"):
             raise UserError(f"objective.reduction={self.reduction!r}; use 'example' or 'token'")
         if not 0.0 <= self.self_conditioning_probability <= 1.0:
@@ -66,37 +80,6 @@ class ObjectiveConfig:
             raise UserError(f"objective.canvases_per_example={self.canvases_per_example}; expected 0 (all) or more")
         if not 0.0 <= self.autoregressive_weight < math.inf:
             raise UserError(f"objective.autoregressive_weight={self.autoregressive_weight}; expected 0 or more")
-
-
-class Encoded(Protocol):
-    """Result of encoding clean rows: states [T, H] of all tokens, and what canvases need of them."""
-
-    @property
-    def context_hidden(self) -> Tensor | None: ...
-
-    @property
-    def cache(self) -> Any: ...  # keys and values: `tensors`, and `cut_off()` for leaves in their place
-
-
-class TrainableNetwork(Protocol):
-    """What the objective needs of a network."""
-
-    def encode_clean(self, tokens_T: Tensor, lengths: Sequence[int]) -> Encoded:
-        """Causal pass with gradient over rows of these lengths."""
-
-    def canvas_hidden(
-        self, canvas_MC: Tensor, canvases: Sequence[tuple[int, int]], cache: Any, soft_MCH: Tensor | None
-    ) -> Tensor:
-        """Final hidden states [M*C, H] of canvases (row, start)."""
-
-    def soft_embedding(self, hidden_NH: Tensor) -> Tensor:
-        """Self-conditioning signal, differentiable in the token table only."""
-
-    def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sum of cross-entropies, and the cross-entropies."""
-
-    def cross_entropy_gradient(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sum of cross-entropies, and its gradient; that of the token table is added to the table's."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +98,7 @@ class Corrupted(NamedTuple):
     noised_MC: Tensor
     clean_MC: Tensor
     levels_M: Tensor  # on the host
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -168,11 +152,13 @@ def corrupt(
     seed: int,
     *,
     noise_floor: float = 1e-3,
+    spread_over: int = 0,
     level: float | None = None,
 ) -> Corrupted:
     """Uniform corruption: each token of a canvas is replaced with probability t by an id uniform over the vocabulary.
 
-    t is uniform in [noise_floor, 1) for each canvas, or `level` for all. The new id may be the old one.
+    t is uniform in [noise_floor, 1) for each canvas, or `level` for all. The new id may be the old one. With
+    `spread_over`, the examples of a step, levels are spread evenly over these.
     """
     offsets, inside = rows.offsets, torch.arange(canvas_length)
     numbers = [(rows.samples[c.row], c.index, offsets[c.row] + c.start, c.size) for c in canvases]
@@ -182,7 +168,10 @@ def corrupt(
         return keyed_bits(seed, samples_M1, purpose, index_M1, position)
 
     if level is None:
-        levels_M1 = noise_floor + (1.0 - noise_floor) * to_uniforms(bits(LEVEL, 0))
+        uniforms_M1 = to_uniforms(bits(LEVEL, 0))
+        if spread_over:
+            uniforms_M1 = spread(uniforms_M1, samples_M1, _ranks(canvases)[:, None], spread_over, seed)
+        levels_M1 = noise_floor + (1.0 - noise_floor) * uniforms_M1
     else:
         levels_M1 = torch.full(samples_M1.shape, level)
     replaced_MC = to_uniforms(bits(CORRUPTED, inside)) < levels_M1
@@ -192,7 +181,13 @@ def corrupt(
     clean_MC = rows.tokens_T[places_MC]
     if any(canvas.size < canvas_length for canvas in canvases):
         clean_MC = clean_MC.masked_fill(places_MC < 0, rows.fill_id)
-    return Corrupted(torch.where(new_MC < 0, clean_MC, new_MC), clean_MC, levels_M1[:, 0])
+    return Corrupted(torch.where(new_MC < 0, clean_MC, new_MC), clean_MC, levels_M1[:, 0], vocab_size)
+
+
+def _ranks(canvases: Sequence[Canvas]) -> Tensor:
+    """Which of its row's chosen canvases each is, [M], counted from 0; those of a row stand together."""
+    firsts: dict[int, int] = {}
+    return torch.tensor([place - firsts.setdefault(canvas.row, place) for place, canvas in enumerate(canvases)])
 
 
 def count(rows: Rows, canvases: Sequence[Canvas], canvas_length: int) -> Counts:
@@ -220,8 +215,9 @@ def objective(
     """
     encoded = _encoded(network, rows, canvases, config)
     hidden = _denoised(network, rows, canvases, corrupted, config, seed, encoded.cache)
-    weights = _canvas_weights(rows, canvases, corrupted.noised_MC, config, totals)
-    diffusion, _ = network.cross_entropy(hidden, corrupted.clean_MC.flatten(), weights)
+    weights = _canvas_weights(rows, canvases, corrupted, config, totals)
+    shift = prediction_shift(corrupted, config.prediction)
+    diffusion, _ = network.cross_entropy(hidden, corrupted.clean_MC.flatten(), weights, shift)
     total, autoregressive = diffusion, diffusion.new_zeros(())
     if config.autoregressive_weight > 0:
         assert encoded.context_hidden is not None
@@ -233,6 +229,8 @@ def objective(
 
 class Scored:
     """A micro-batch after its forward passes: `loss`, none of which has a graph, and backward in two passes.
+
+    `by_level` has the sums of `sums_by_level` over its canvas tokens, each of weight one.
 
     `backward_canvases`, then `backward_context`: the second completes the gradient of every weight that the context
     uses. Gradients of the token table by the losses are added in the forward pass already.
@@ -255,15 +253,19 @@ class Scored:
             assert encoded.context_hidden is not None
             tokens_N, labels_N, weights_N = _next_tokens(rows, config, totals)
             scored_NH = encoded.context_hidden.index_select(0, tokens_N)
-            autoregressive, gradient_NH = network.cross_entropy_gradient(
+            autoregressive, gradient_NH, _, _ = network.cross_entropy_gradient(
                 scored_NH.detach(), labels_N, weights_N * config.autoregressive_weight
             )
             self._context = ([scored_NH], [gradient_NH])
         self._cache, self._leaves = encoded.cache, encoded.cache.cut_off()
         hidden = _denoised(network, rows, canvases, corrupted, config, seed, self._leaves)
-        weights_N = _canvas_weights(rows, canvases, corrupted.noised_MC, config, totals)
-        diffusion, gradient = network.cross_entropy_gradient(hidden.detach(), corrupted.clean_MC.flatten(), weights_N)
+        weights_N = _canvas_weights(rows, canvases, corrupted, config, totals)
+        shift = prediction_shift(corrupted, config.prediction)
+        diffusion, gradient, losses_N, correct_N = network.cross_entropy_gradient(
+            hidden.detach(), corrupted.clean_MC.flatten(), weights_N, shift
+        )
         self._canvases = (hidden, gradient)
+        self.by_level = sums_by_level(corrupted.levels_M, losses_N, correct_N)
         if autoregressive is None:
             self.loss = Loss(diffusion, diffusion, torch.zeros_like(diffusion))
         else:
@@ -287,13 +289,18 @@ class Scored:
 
 
 def _encoded(network: TrainableNetwork, rows: Rows, canvases: Sequence[Canvas], config: ObjectiveConfig) -> Encoded:
-    """The context; without the encoder's loss nobody reads what comes after a row's last canvas."""
-    lengths = list(rows.lengths)
-    if config.autoregressive_weight == 0:
-        lengths = [0] * len(rows)
-        for canvas in canvases:
-            lengths[canvas.row] = max(lengths[canvas.row], canvas.start)
+    lengths = context_lengths(rows, canvases, config)
     return network.encode_clean(rows.prefixes(lengths), lengths)
+
+
+def context_lengths(rows: Rows, canvases: Sequence[Canvas], config: ObjectiveConfig) -> list[int]:
+    """How much of each row is encoded: without the encoder's loss nobody reads what comes after its last canvas."""
+    if config.autoregressive_weight > 0:
+        return list(rows.lengths)
+    lengths = [0] * len(rows)
+    for canvas in canvases:
+        lengths[canvas.row] = max(lengths[canvas.row], canvas.start)
+    return lengths
 
 
 def _denoised(
@@ -326,17 +333,28 @@ def self_conditioned(rows: Rows, canvases: Sequence[Canvas], probability: float,
 # -- what is scored, and how much it weighs ----------------------------------------------------------------------------
 
 
+def prediction_shift(corrupted: Corrupted, prediction: str) -> Shift | None:
+    """What turns logits into those of the denoiser, which the cross-entropy is of."""
+    if prediction == "denoiser":
+        return None
+    return leave_one_out_shift(corrupted.noised_MC, corrupted.levels_M, corrupted.vocab_size)
+
+
 def _canvas_weights(
-    rows: Rows, canvases: Sequence[Canvas], noised_MC: Tensor, config: ObjectiveConfig, totals: Counts
+    rows: Rows, canvases: Sequence[Canvas], corrupted: Corrupted, config: ObjectiveConfig, totals: Counts
 ) -> Tensor:
     """Weight of each canvas position, [M*C]."""
-    device = noised_MC.device
+    noised_MC = corrupted.noised_MC
     if config.reduction == "token":
-        return _one_over(torch.ones(1), totals.canvas_tokens, device).expand(noised_MC.numel())
-    scored = [0] * len(rows)
-    for canvas in canvases:
-        scored[canvas.row] += noised_MC.shape[1]
-    weights_M = _one_over(torch.tensor([scored[canvas.row] for canvas in canvases]), totals.examples, device)
+        parts_M, total = torch.ones(len(canvases)), totals.canvas_tokens
+    else:
+        scored = [0] * len(rows)
+        for canvas in canvases:
+            scored[canvas.row] += noised_MC.shape[1]
+        parts_M, total = torch.tensor([scored[canvas.row] for canvas in canvases]), totals.examples
+    if config.level_weighting == "reciprocal":
+        parts_M = parts_M / reciprocal_weights(corrupted.levels_M, config.largest_level_weight)
+    weights_M = _one_over(parts_M, total, noised_MC.device)
     return weights_M[:, None].expand(noised_MC.shape).flatten()
 
 

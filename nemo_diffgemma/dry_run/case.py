@@ -12,6 +12,7 @@ import yaml
 from nemo_diffgemma.config import GLOBAL, SLIDING, ModelConfig
 from nemo_diffgemma.dry_run.ledger import Numbers
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.lora.config import LoraGroup
 from nemo_diffgemma.parallel.layout import ParallelLayout
 from nemo_diffgemma.repository import CONF
 from nemo_diffgemma.schema import ModelGroup, OptimGroup
@@ -87,13 +88,19 @@ class Case:
 
 
 def released(
-    layout: ParallelLayout, verb: str = "train", recompute: str = "full", canvases: int = 1, **more: Any
+    layout: ParallelLayout,
+    verb: str = "train",
+    recompute: str = "full",
+    canvases: int = 1,
+    lora: LoraGroup | None = None,
+    **more: Any,
 ) -> Case:
     """The released network on rank 0 of the smallest world; `canvases` are scored of a row, `more` are other fields.
 
     One row: prompt 256 and response 768 to train, prompt 1024 to generate.
     """
     model = ModelGroup(**yaml.safe_load((CONF / "model" / "diffusiongemma_26b_a4b.yaml").read_text()))
+    model.lora = lora or model.lora
     model.recompute, model.objective.canvases_per_example = recompute, canvases
     fields: dict[str, Any] = dict(world=layout.world_size, rank=0, prompts=PROMPTS[verb], responses=RESPONSES)
     return Case(**{**dict(verb=verb, model=model, optim=OptimGroup(), layout=layout), **fields, **more})

@@ -20,10 +20,12 @@ from torch import nn
 
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.dry_run.case import Case, Measured
+from nemo_diffgemma.dry_run.driver import check_loaded
 from nemo_diffgemma.dry_run.ledger import Ledger, Numbers
 from nemo_diffgemma.dry_run.memory import GB, Memory
 from nemo_diffgemma.dry_run.mode import DryRun, MixedDevicesError
 from nemo_diffgemma.dry_run.world import one_rank
+from nemo_diffgemma.lora.opening import prepare_sizes
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.schema import DTYPES
 
@@ -46,6 +48,7 @@ class Watch(Protocol):
 
 def play(case: Case, progress: Callable[[str], None] = lambda what: None) -> Measured:
     """One training step like any but the first, or an encoding and a generation."""
+    check_loaded()
     _clear_caches()
     gc.freeze()  # what imports have made, half a second of every collection
     dry = DryRun(DTYPES[case.model.dtype])
@@ -76,6 +79,7 @@ def measure(
     with watch.ledger.doing("build", "weights"):
         network = DiffusionGemma(case.config, DTYPES[case.model.dtype])
         network.recompute = case.model.recompute
+        prepare_sizes(network, case.model)
         fill(network)
     verb = _train if case.verb == "train" else _generate
     return verb(watch, network, case, progress)
@@ -109,7 +113,7 @@ def _train(watch: Watch, network: Any, case: Case, progress: Callable[[str], Non
     from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
 
     class Model(DiffusionGemmaModel):
-        trainer = log_dict = optimizers = None  # Lightning's are properties
+        trainer = optimizers = None  # Lightning's are properties
 
     rows = len(case.prompts)
     settings = ModelSettings(network=case.model, data=default_data(), optim=case.optim)
@@ -120,9 +124,9 @@ def _train(watch: Watch, network: Any, case: Case, progress: Callable[[str], Non
     progress("building the optimizer")
     with watch.ledger.doing("build", "gradients and optimizer"):
         adapter = model.configure_optimizers()
-        optimizer_state._prime(adapter.megatron)  # the first step is then like any other
+        optimizer_state.prime(adapter.megatron)  # the first step is then like any other
     _split_static(watch, model)
-    model.optimizers, model.log_dict = (lambda: adapter), (lambda *_, **__: None)
+    model.optimizers = lambda: adapter
     for name, (phase, part) in FORWARD_PHASES.items():
         _label(watch, network, name, phase, part)
     _label(watch, adapter, "step", "optimizer", "update")

@@ -17,7 +17,7 @@ import torch
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import collate
 from nemo_diffgemma.data.tasks import Task, fill_id
-from nemo_diffgemma.diffusion.objective import choose_canvases, corrupt
+from nemo_diffgemma.diffusion.objective import choose_canvases, corrupt, prediction_shift
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.parallel.agreement import all_ranks
@@ -38,20 +38,25 @@ def held_out_rows(task: Task, model: ModelConfig, wanted: int | None = None) -> 
 
 
 @torch.no_grad()
-def canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], seed: int) -> dict[float, float]:
+def canvas_losses(
+    network: DiffusionGemma, rows: Rows, levels: Sequence[float], seed: int, prediction: str = "denoiser"
+) -> dict[float, float]:
     """Mean cross-entropy (nats) of all canvas tokens, all replaced with the same probability; by that probability.
 
     Without self-conditioning: what the first denoising step of a canvas with that much noise has to go by.
+    `prediction` is what logits stand for (`ObjectiveConfig`).
     """
-    losses = _canvas_losses(network, rows, levels, seed)
+    losses = _canvas_losses(network, rows, levels, seed, prediction)
     if not all_ranks(all(map(math.isfinite, losses.values())), device()):
-        network.raise_non_finite(lambda: _canvas_losses(network, rows, levels, seed))
+        network.raise_non_finite(lambda: _canvas_losses(network, rows, levels, seed, prediction))
     return losses
 
 
-def _canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float], seed: int) -> dict[float, float]:
+def _canvas_losses(
+    network: DiffusionGemma, rows: Rows, levels: Sequence[float], seed: int, prediction: str
+) -> dict[float, float]:
     length, vocabulary = network.model_config.canvas_length, network.model_config.vocab_size
-    parts = [(part, choose_canvases(part, length, 0, seed)) for part in rows.split(_passes(rows, length))]
+    parts = [(part, choose_canvases(part, length, 0, seed)) for part in rows.split(passes_of(rows, length))]
     total = length * sum(len(canvases) for _, canvases in parts)
     losses = {float(level): 0.0 for level in levels}
     for part, canvases in parts:
@@ -62,11 +67,12 @@ def _canvas_losses(network: DiffusionGemma, rows: Rows, levels: Sequence[float],
             hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
             labels = corrupted.clean_MC.flatten()
             weights = torch.full(labels.shape, 1.0 / total, device=labels.device)
-            losses[level] += float(network.cross_entropy(hidden, labels, weights)[0])
+            shift = prediction_shift(corrupted, prediction)
+            losses[level] += float(network.cross_entropy(hidden, labels, weights, shift)[0])
     return losses
 
 
-def _passes(rows: Rows, canvas_length: int) -> list[int]:
+def passes_of(rows: Rows, canvas_length: int) -> list[int]:
     """Rows of each pass: as many as have no more than `_TOKENS` tokens with their canvases, at least one."""
     counts, tokens = [0], 0
     for length, answers in zip(rows.lengths, rows.answers, strict=True):

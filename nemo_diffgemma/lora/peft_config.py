@@ -21,7 +21,7 @@ _NO_MATTER = set(
     eva_config base_model_name_or_path runtime_config""".split()
 )
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
-_PLAIN = (None, False, "none", [], {})  # values of a feature that is not used
+_PLAIN: tuple[Any, ...] = (None, False, "none", [], {})  # values of a feature that is not used
 _INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # that leave the weights of the base as they are
 
 

@@ -30,8 +30,10 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.lora import peft_config
 from nemo_diffgemma.lora.attach import adapters
 from nemo_diffgemma.lora.sizes import AdapterSize
+from nemo_diffgemma.lora.sizes import is_adapter as is_of_adapter
 from nemo_diffgemma.lora.targets import DECODER, ENCODER, EXPERTS, expert_matrices, is_tied, linears, paths
 from nemo_diffgemma.model.network import Network
+from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero
 from nemo_diffgemma.parallel.sharding import shard_of
 
@@ -187,6 +189,9 @@ class AdapterDirectory:
                 )
             else:
                 found[path] = ranks // copies
+            partner = key.replace(f"lora_{named[2]}", f"lora_{'B' if named[2] == 'A' else 'A'}")
+            if partner not in self._shapes:
+                raise CheckpointError(f"{self.directory / WEIGHTS} holds {key}, but no {partner}; copy it again")
         return found
 
     def _path(self, module: str) -> str:
@@ -212,7 +217,7 @@ class AdapterDirectory:
         parts = tuple((one.rank, one.scale) if one else (0, 0.0) for one in reversed(of_paths))
         assert len(parts) == 2
         rank = parts[0][0] + parts[1][0]
-        return AdapterSize(rank, float(rank), parts=parts)  # type: ignore[arg-type]
+        return AdapterSize(rank, float(rank), parts=(parts[0], parts[1]))
 
     def _alike(self, module: str) -> bool:
         decoder, encoder = (self._pair(path) for path in paths(module))
@@ -252,6 +257,9 @@ def fill(network: Network, directory: AdapterDirectory) -> None:
             pair = directory.pair(module, adapter.size, experts)
             for parameter, whole in _with_our_shapes(module, adapter, pair, directory):
                 parameter.copy_(whole[shard_of(parameter).slices(tuple(parameter.shape))])
+        weight = first_non_finite((name, tensor) for name, tensor in network.named_parameters() if is_of_adapter(name))
+        if weight is not None:
+            raise CheckpointError(f"{weight}, in {directory.directory}: {DAMAGED}")
 
 
 def _with_our_shapes(

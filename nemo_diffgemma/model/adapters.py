@@ -106,6 +106,11 @@ def adapters_of(linear: nn.Module) -> Iterator[nn.Module]:
     yield from linear._modules.get(CHILD, nn.ModuleDict()).values()  # type: ignore[union-attr, operator]
 
 
+def has_parts(adapters: nn.Module) -> bool:
+    """Whether one of the adapters of a module differs between context and canvas tokens."""
+    return any(isinstance(adapter, _Sized) and adapter.size.parts is not None for adapter in adapters.modules())
+
+
 class _Sized(nn.Module):
     """Scale and parts of an adapter."""
 

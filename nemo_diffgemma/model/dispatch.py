@@ -52,6 +52,12 @@ class Counting:
             self._made[end, step] = torch.arange(0, end, step, device=self._device)
         return self._made[end, step]
 
+    def ones(self, count: int) -> Tensor:
+        """So many ones."""
+        if (count, 0) not in self._made:
+            self._made[count, 0] = torch.ones(count, dtype=torch.long, device=self._device)
+        return self._made[count, 0]
+
 
 class SortedChoices:
     """Choices in the order of the experts; those of this rank, numbers below L, come first."""

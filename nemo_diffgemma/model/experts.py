@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.model.adapters import AdapterPass, adapters_of, local_product
+from nemo_diffgemma.model.adapters import AdapterPass, adapters_of, has_parts, local_product
 from nemo_diffgemma.model.dispatch import Counting, Rows, SortedChoices, sum_rows, take_rows
 from nemo_diffgemma.model.routing import choose, router_input, router_logits
 from nemo_diffgemma.parallel.groups import device
@@ -67,7 +67,7 @@ class Router(TopKRouter):
         scored = router_input(x, self.scale, self.config.layernorm_epsilon, self.weight.dtype)
         return local_product(self, F.linear(scored, self.weight), scored, adapters)
 
-    def forward(self, x: Tensor, adapters: AdapterPass | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, adapters: AdapterPass | None = None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] and chosen experts [T, K] of the raw residual stream."""
         return self.routing(self.gating(x, adapters))
 
@@ -156,7 +156,8 @@ class ExpertPass:
 
     `replicas_alike`: every replica runs the same tokens, as at inference. Otherwise `tokens` is the most that any rank
     of the expert group holds. `recomputed`: nothing of the layer is kept for the backward pass. `counting` is shared by
-    all layers. `rows` are those of this rank's experts once the host knows them, for recomputation.
+    all layers. `rows` are those of this rank's experts once the host knows them, for recomputation. `loads` counts
+    the tokens of each expert, [E], of the first `counted` that this rank holds; once, however often a layer runs.
     """
 
     replicas_alike: bool
@@ -164,6 +165,8 @@ class ExpertPass:
     recomputed: bool
     counting: Counting
     rows: int | None = None
+    loads: Tensor | None = None
+    counted: int = 0
 
 
 class MixtureOfExperts(nn.Module):
@@ -198,6 +201,10 @@ class MixtureOfExperts(nn.Module):
         Where `needs_whole_stream`, the inputs are those of all tokens, without gradient; the result is this rank's.
         """
         weights_TK, chosen_TK = self.router(router_input_TH, adapters)
+        if call.loads is not None:
+            chosen = chosen_TK[: call.counted].flatten()
+            call.loads.scatter_add_(0, chosen, call.counting.ones(chosen.shape[0]))
+            call.loads = None  # recomputation comes here again
         is_canvas = self._canvas_tokens(expert_input_TH, adapters)
         if self.group.size() == 1:
             return self._compute(expert_input_TH, weights_TK, self._sorted(chosen_TK, call).all(), is_canvas)
@@ -210,10 +217,9 @@ class MixtureOfExperts(nn.Module):
 
     def _canvas_tokens(self, x_TH: Tensor, adapters: AdapterPass | None) -> Tensor | bool:
         """[T, 1] or one bool; only adapters that differ between context and canvas ask for it."""
-        asked = any(
-            matrix.size.parts is not None for adapter in adapters_of(self.experts) for matrix in adapter.children()
-        )
-        return adapters.canvas_of(x_TH) if asked and adapters is not None else False
+        if adapters is None or not any(has_parts(adapter) for adapter in adapters_of(self.experts)):
+            return False
+        return adapters.canvas_of(x_TH)
 
     def _over_group(
         self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass, is_canvas: Tensor | bool

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.levels import Shift
 from nemo_diffgemma.model.table_gradient import add_product, input_of, main_gradient
 from nemo_diffgemma.model.vocabulary import (
     CHUNK,
@@ -49,7 +50,9 @@ class _SoftEmbedding(torch.autograd.Function):
         softcap: float,
     ) -> Tensor:
         with reused_scratch():
-            parts = [statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(_positions(weight))]
+            parts = [
+                statistics(part, weight, shard, softcap=softcap) for part in hidden_NH.split(positions_at_once(weight))
+            ]
         ctx.save_for_backward(hidden_NH, weight, torch.cat([part.log_sum_exp_N for part in parts]))
         ctx.sum_vH, ctx.shard, ctx.softcap = sum_vH, shard, softcap
         return torch.cat([part.soft_embedding_NH for part in parts if part.soft_embedding_NH is not None])
@@ -78,10 +81,15 @@ def soft_embedding(hidden_NH: Tensor, weight: Tensor, shard: VocabularyShard, so
 
 
 class LossGradient(NamedTuple):
-    """A loss whose gradient is known: of the table it is where it belongs already, of the hidden states it is here."""
+    """A loss whose gradient is known: of the table it is where it belongs already, of the hidden states it is here.
+
+    `losses_N` are the cross-entropies, and `correct_N` says where no id has a larger logit than the label.
+    """
 
     loss: Tensor
     hidden_gradient_NH: Tensor
+    losses_N: Tensor
+    correct_N: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -96,34 +104,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights_N: Tensor,
         shard: VocabularyShard,
         softcap: float,
+        shift: Shift | None,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden_NH) if need_hidden else None
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        losses_N = _losses(hidden_NH, weight, labels_N, weights_N, shard, softcap, hidden_gradient, weight_gradient)
+        losses_N, _ = _losses(
+            hidden_NH, weight, labels_N, weights_N, shard, softcap, hidden_gradient, weight_gradient, shift
+        )
         ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Any) -> tuple:
-        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
+        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), *[None] * 5
 
 
 def linear_cross_entropy(
-    hidden_NH: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, shard: VocabularyShard, softcap: float
+    hidden_NH: Tensor,
+    weight: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    shard: VocabularyShard,
+    softcap: float,
+    shift: Shift | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over positions of `weights_N` times the cross-entropy of softcapped logits, and the cross-entropies [N].
 
     Differentiable in `hidden_NH` (this rank's share of its gradient, to be summed over tensor parallelism) and in
     `weight`, through the first result only. The gradient of the table is held from the forward to the backward pass.
     """
-    return _LinearCrossEntropy.apply(hidden_NH, weight, labels_N, weights_N.float(), shard, softcap)
+    return _LinearCrossEntropy.apply(hidden_NH, weight, labels_N, weights_N.float(), shard, softcap, shift)
 
 
 @torch.no_grad()
 def linear_cross_entropy_gradient(
-    hidden_NH: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, shard: VocabularyShard, softcap: float
+    hidden_NH: Tensor,
+    weight: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    shard: VocabularyShard,
+    softcap: float,
+    shift: Shift | None = None,
 ) -> LossGradient:
     """`linear_cross_entropy` and its gradients at once: what training runs.
 
@@ -134,8 +157,10 @@ def linear_cross_entropy_gradient(
     sum_vH = main_gradient(weight)
     if sum_vH is None and weight.requires_grad:
         weight.grad = sum_vH = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    losses_N = _losses(hidden_NH, weight, labels_N, weights_N, shard, softcap, hidden_gradient, sum_vH)
-    return LossGradient((losses_N * weights_N).sum(), hidden_gradient)
+    losses_N, correct_N = _losses(
+        hidden_NH, weight, labels_N, weights_N, shard, softcap, hidden_gradient, sum_vH, shift
+    )
+    return LossGradient((losses_N * weights_N).sum(), hidden_gradient, losses_N, correct_N)
 
 
 def _losses(
@@ -147,14 +172,22 @@ def _losses(
     softcap: float,
     hidden_gradient: Tensor | None,
     weight_gradient: Tensor | None,
-) -> Tensor:
-    """The cross-entropies, [N] float32; gradients of their weighted sum are added to what is given for them."""
-    rows, step = weight[: shard.size], _positions(weight)
+    shift: Shift | None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies [N] float32 and where the label has the largest logit, [N] bool.
+
+    Gradients of their weighted sum are added to what is given for them.
+    """
+    rows, step = weight[: shard.size], positions_at_once(weight)
     losses_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
+    correct_N = torch.empty_like(losses_N, dtype=torch.bool)
     for start in range(0, hidden_NH.shape[0], step):
         cut = slice(start, start + step)
         z_nv = capped_logits(hidden_NH[cut], rows, softcap, softcap)
-        p_nv, losses_N[cut] = _probabilities_and_losses(z_nv, labels_N[cut], shard)
+        shifted = None if shift is None else _Shifted(z_nv, shift.part(cut), shard)
+        p_nv, losses_N[cut], correct_N[cut] = probabilities_and_losses(z_nv, labels_N[cut], shard)
+        if shifted is not None:
+            shifted.undo()
         if hidden_gradient is None and weight_gradient is None:
             continue
         gradient_nv = _logit_gradient(p_nv, z_nv, labels_N[cut], weights_N[cut], shard, softcap).to(weight.dtype)
@@ -163,15 +196,30 @@ def _losses(
             hidden_gradient[cut] = gradient_nv @ rows
         if weight_gradient is not None:
             add_product(weight_gradient[: shard.size], gradient_nv, hidden_NH[cut])
-    return losses_N
+    return losses_N, correct_N
 
 
-def _positions(weight: Tensor) -> int:
+class _Shifted:
+    """Logits with a shift in them, until `undo`: the softcap's derivative is that of the logits before."""
+
+    def __init__(self, z_nv: Tensor, shift: Shift, shard: VocabularyShard) -> None:
+        self._z_nv, (self._local_n, mine_n) = z_nv, _local(shift.ids_N, shard)
+        if shard.size:
+            self._before_n1 = z_nv.gather(1, self._local_n[:, None])
+            z_nv.scatter_(1, self._local_n[:, None], self._before_n1 + (shift.amounts_N * mine_n)[:, None])
+
+    def undo(self) -> None:
+        if self._z_nv.shape[1]:
+            self._z_nv.scatter_(1, self._local_n[:, None], self._before_n1)
+
+
+def positions_at_once(weight: Tensor) -> int:
     """How many positions have their logits made at a time."""
     return max(1, LOSS_BYTES // (4 * max(1, weight.shape[0])))
 
 
-def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+def probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities [n, v], cross-entropies [n], and where no logit is larger than the label's [n]."""
     maximum_n1 = z_nv.amax(1, keepdim=True) if shard.size else z_nv.new_full((z_nv.shape[0], 1), MASKED_LOGIT)
     if shard.parallel:
         dist.all_reduce(maximum_n1, op=dist.ReduceOp.MAX, group=shard.group)
@@ -185,7 +233,26 @@ def _probabilities_and_losses(z_nv: Tensor, labels_n: Tensor, shard: VocabularyS
     sums_2n = torch.stack([e_nv.sum(1), picked_n])
     if shard.parallel:
         dist.all_reduce(sums_2n, group=shard.group)
-    return e_nv.div_(sums_2n[0][:, None]), sums_2n[0].log() + maximum_n1[:, 0] - sums_2n[1]
+    maximum_n, mass_n, label_n = maximum_n1[:, 0], *sums_2n
+    return e_nv.div_(mass_n[:, None]), mass_n.log() + maximum_n - label_n, label_n >= maximum_n
+
+
+def shifted_logits(
+    hidden_nH: Tensor, rows: Tensor, softcap: float, shift: Shift | None, shard: VocabularyShard
+) -> Tensor:
+    """Softcapped logits of this rank's ids with the shift in them, [n, v] float32."""
+    z_nv = capped_logits(hidden_nH, rows, softcap, softcap)
+    if shift is not None:
+        _Shifted(z_nv, shift, shard)
+    return z_nv
+
+
+def probability_of(p_nv: Tensor, ids_n: Tensor, shard: VocabularyShard) -> Tensor:
+    """The probabilities of one id a position, [n]; 0 where another rank has the id."""
+    if not shard.size:
+        return torch.zeros_like(ids_n, dtype=torch.float32)
+    local_n, mine_n = _local(ids_n, shard)
+    return torch.where(mine_n, p_nv.gather(1, local_n[:, None])[:, 0], 0.0)
 
 
 def _logit_gradient(

@@ -9,7 +9,7 @@ Shapes: B rows, S prompt columns, M canvases of C tokens, T tokens of the stream
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.levels import Shift
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model import loss, vocabulary
+from nemo_diffgemma.model import likelihood, loss, vocabulary
 from nemo_diffgemma.model.adapters import Adapted, AdapterPass, DropoutNoise
 from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.dispatch import Counting, most_of_all
@@ -65,6 +66,7 @@ class Network(MegatronModule):
         groups = process_groups()
         self.model_config, self.dtype, self.groups = model, dtype, groups
         self.recompute = "none"
+        self.expert_loads: Tensor | None = None  # [layers, experts]: where passes with gradient count their tokens
         self.embed_tokens = TokenTable(model, config, groups)
         self.layers = nn.ModuleList(Layer(model, i, config, groups) for i in range(model.num_hidden_layers))
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, dtype, device())
@@ -72,6 +74,7 @@ class Network(MegatronModule):
         self.assets: Path | None = None  # directory with tokenizer and carried tensors, if the model came from one
         self.lora: Adapted | None = None  # what its adapters are (nemo_diffgemma.lora)
         self.dropout_of: DropoutNoise | None = None  # keys of the rows of a training step
+        self.finish_gather: Callable[[], None] = lambda: None  # weights are whole afterwards; training sets it
         self.file_dtypes: dict[str, str] = {}  # of the tensors on disk, so that writing gives the same bytes back
         # plain attributes, not buffers: casting the model must not round them
         self._frequencies = {kind: inverse_frequencies(model, kind, device()) for kind in set(model.layer_types)}
@@ -139,10 +142,17 @@ class Network(MegatronModule):
         rotary = {kind: cosine_and_sine(positions, f, self.dtype) for kind, f in self._frequencies.items()}
         level = self.recompute if torch.is_grad_enabled() else "none"
         kept = []
-        shared = ExpertPass(replicas_alike, self._most_tokens(x, replicas_alike), level == "full", Counting(x.device))
+        shared = ExpertPass(
+            replicas_alike,
+            self._most_tokens(x, replicas_alike),
+            level == "full",
+            Counting(x.device),
+            counted=self._without_padding(x.shape[0], stream),
+        )
         for index, layer in enumerate(self.layers):
             past = cache.layers[index] if cache is not None and cache.layers else None
-            tables, experts = rotary[self.model_config.layer_kind(index)], replace(shared)
+            loads = self.expert_loads[index] if self.expert_loads is not None and torch.is_grad_enabled() else None
+            tables, experts = rotary[self.model_config.layer_kind(index)], replace(shared, loads=loads)
             args = (x, is_canvas, tables, stream, past, experts)
             if level == "full":
                 x, context = recompute(layer, *args, False, adapters)
@@ -150,6 +160,11 @@ class Network(MegatronModule):
                 x, context = layer(*args, level == "selective", adapters)
             kept.append(context)
         return x, kept
+
+    def _without_padding(self, held: int, stream: Stream) -> int:
+        """How many of the tokens that this rank holds are of a sequence; padding is behind the last."""
+        tokens = stream.context_tokens + stream.canvas_tokens
+        return min(held, max(0, tokens - held * self.groups.tp.rank()))
 
     def _adapter_pass(self, stream: Stream) -> AdapterPass:
         is_canvas: Tensor | bool = bool(stream.canvases)
@@ -261,7 +276,9 @@ class Network(MegatronModule):
             hidden_NH, self.embed_tokens.weight, self.embed_tokens.shard, self.model_config.final_logit_softcapping
         )
 
-    def cross_entropy(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, shift: Shift | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross-entropies of softcapped logits, and the cross-entropies [N]."""
         return loss.linear_cross_entropy(
             hidden_NH,
@@ -270,9 +287,12 @@ class Network(MegatronModule):
             weights_N,
             self.embed_tokens.shard,
             self.model_config.final_logit_softcapping,
+            shift,
         )
 
-    def cross_entropy_gradient(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> loss.LossGradient:
+    def cross_entropy_gradient(
+        self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, shift: Shift | None = None
+    ) -> loss.LossGradient:
         """Weighted sum of the cross-entropies and its gradient; that of the table is added to the table's."""
         return loss.linear_cross_entropy_gradient(
             hidden_NH,
@@ -281,7 +301,16 @@ class Network(MegatronModule):
             weights_N,
             self.embed_tokens.shard,
             self.model_config.final_logit_softcapping,
+            shift,
         )
+
+    def mixture(
+        self, hidden_NH: Tensor, noised_N: Tensor, clean_N: Tensor, factors_N: Tensor, shift: Shift | None
+    ) -> likelihood.Mixture:
+        """What a bound on likelihood needs of the predictions for some positions."""
+        table = self.embed_tokens
+        softcap = self.model_config.final_logit_softcapping
+        return likelihood.mixture(hidden_NH, table.weight, noised_N, clean_N, factors_N, table.shard, softcap, shift)
 
     # -- input checks --------------------------------------------------------------------------------------------
 

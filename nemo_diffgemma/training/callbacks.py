@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from tqdm import tqdm
 
+from nemo_diffgemma.evaluation.likelihood import bits_per_token
 from nemo_diffgemma.evaluation.measures import LEVELS, canvas_losses, held_out_rows
+from nemo_diffgemma.training.step_result import scalars
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
+MEASURED = ("canvas_loss", "bits_per_token")  # by every validation, whatever the data
 
 
 def truncate_after(file: Path, last_step: int) -> None:
@@ -40,7 +42,7 @@ def append_line(file: Path, values: dict[str, Any]) -> None:
 
 
 class MetricsFile(Callback):
-    """Exactly one line an optimizer step, from step 1, also over interruptions."""
+    """Exactly one line an optimizer step, from step 1, also over interruptions; the same to the trainer's loggers."""
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / METRICS
@@ -51,11 +53,18 @@ class MetricsFile(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.is_global_zero:
-            append_line(self.file, asdict(pl_module.result))
+            append_line(self.file, pl_module.result.line())
+            _log(trainer, pl_module.result.scalars())
+
+
+def _log(trainer: Any, values: dict[str, float]) -> None:
+    """To TensorBoard and others. Lightning's own `log` would send each number to the GPU, and wait for it."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
 
 
 class Validation(Callback):
-    """Every `every` steps: held-out canvas loss at fixed noise levels, and what the task measures."""
+    """Every `every` steps: held-out canvas loss at fixed noise levels, bits a token, and what the task measures."""
 
     def __init__(self, run_dir: Path, every: int, examples: int) -> None:
         self.file, self.every, self.examples = run_dir / VALIDATION, every, examples
@@ -70,6 +79,7 @@ class Validation(Callback):
         measures = self.evaluate(pl_module)
         if trainer.is_global_zero:
             append_line(self.file, {"step": trainer.global_step, **measures})
+            _log(trainer, dict(scalars(measures, "validation/")))
 
     @torch.no_grad()
     def evaluate(self, module: Any) -> dict[str, Any]:
@@ -78,8 +88,10 @@ class Validation(Callback):
         network.eval()
         try:
             rows = held_out_rows(task, network.model_config, self.examples)
-            losses = canvas_losses(network, rows, LEVELS, seed)
-            return {"canvas_loss": losses, **task.validate(network, self.examples, seed)}
+            prediction = module.settings.network.objective.prediction
+            losses = canvas_losses(network, rows, LEVELS, seed, prediction)
+            bits = bits_per_token(network, rows, seed, prediction)
+            return {"canvas_loss": losses, "bits_per_token": bits, **task.validate(network, self.examples, seed)}
         finally:
             network.train()
 

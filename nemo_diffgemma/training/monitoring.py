@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from nemo_diffgemma.parallel.agreement import is_rank_zero, reported
+from nemo_diffgemma.parallel.agreement import any_rank, is_rank_zero, reported
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.training.signals import StopRequest
 from nemo_diffgemma.transfer import LateFlag, to_device
@@ -38,19 +38,21 @@ class Preemption(Callback):
     """Ends the run after the step in which any rank was asked to stop; `run.train` then saves the checkpoint.
 
     Ranks vote ahead of the update, so that at the end of the step the result is there: who is asked to stop later than
-    that stops a step later.
+    that stops a step later. A save that has failed on some rank asks as well, and its error ends the run.
     """
 
     def __init__(self, request: StopRequest) -> None:
         self.request, self.preempted = request, False
         self._asked: LateFlag | None = None
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        received = to_device(torch.tensor(self.request.received is not None), device())
-        self._asked = LateFlag(reported(received))
+    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        asked = self.request.received is not None or trainer.strategy.saver.failed
+        self._asked = LateFlag(reported(to_device(torch.tensor(asked), device())))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if self._asked and trainer.global_step < trainer.max_steps:
+            if any_rank(trainer.strategy.saver.failed, device()):
+                trainer.strategy.saver.wait()  # raises on all
             self.preempted = trainer.should_stop = True
 
 

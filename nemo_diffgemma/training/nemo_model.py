@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from nemo.core import ModelPT
@@ -30,20 +30,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nemo_diffgemma import non_finite
-from nemo_diffgemma.checkpoint import nemo_archive
-from nemo_diffgemma.checkpoint.sharded import ASSETS
+from nemo_diffgemma.checkpoint import nemo_archive, sharded
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import Batches, PackedBatches, collate, collate_packed
 from nemo_diffgemma.data.packing import Size
 from nemo_diffgemma.data.tasks import DataGroup, Task, default_data, fill_id, task_of
 from nemo_diffgemma.diffusion.generate import Generation
-from nemo_diffgemma.diffusion.objective import Counts, Scored, choose_canvases, corrupt, count, objective
+from nemo_diffgemma.diffusion.objective import Scored
 from nemo_diffgemma.diffusion.rows import Rows
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.lora.opening import prepare, resume
 from nemo_diffgemma.lora.peft_files import is_adapter
-from nemo_diffgemma.model.adapters import DropoutNoise
-from nemo_diffgemma.parallel.groups import device, process_groups
+from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.schema import (
     DTYPES,
     ConfigurationError,
@@ -54,9 +52,10 @@ from nemo_diffgemma.schema import (
     data_group,
     structured,
 )
+from nemo_diffgemma.training import average, flops, overlap
 from nemo_diffgemma.training import optimizer as optimizers
-from nemo_diffgemma.training import overlap
-from nemo_diffgemma.transfer import HostCopy, to_device
+from nemo_diffgemma.training.step import StepSums, accumulate
+from nemo_diffgemma.training.step_result import StepResult
 
 
 class TrainingError(RuntimeError):
@@ -86,20 +85,6 @@ class ModelSettings:
             return OmegaConf.to_object(OmegaConf.merge(structured(cls, data_group(cls, known)), known))  # type: ignore[return-value]
         except Exception as error:  # OmegaConf's many kinds
             raise ConfigurationError(f"the model's configuration cannot be used: {error}") from None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Result of a step; `loss` is the mean over the global batch before the update."""
-
-    step: int
-    loss: float
-    grad_norm: float  # global, before clipping
-    lr: float
-    diffusion: float
-    autoregressive: float
-    tokens_per_second: float
-    seconds: float
 
 
 class DiffusionGemmaModel(ModelPT):
@@ -214,12 +199,14 @@ class DiffusionGemmaModel(ModelPT):
         wrapped: DistributedDataParallel = self.__dict__["_wrapped"]
         wrapped.zero_grad_buffer()
         self._adapter.zero_grad()
-        sums = self.accumulate(batch, backward=True, micro_batch_size=settings.data.micro_batch_size)
-        *loss, tokens = sums.numbers()  # waits for the losses, on a GPU not for the backward passes
-        if not math.isfinite(loss[0]):  # equal on every rank, as the norm is: a sum over replicas
-            raise _failure("loss", loss[0], step, self._origin_of_loss(batch))
+        numbers = self.accumulate(batch, self._backward, settings.data.micro_batch_size).read()
+        # that waited for the losses, on a GPU not for the backward passes
+        if not math.isfinite(numbers.loss):  # equal on every rank, as the norm is: a sum over all
+            raise _failure("loss", numbers.loss, step, self._origin_of_loss(batch))
         overlap.finalize_gradients(wrapped)
         self._adapter.lr = optimizers.learning_rate(settings.optim, step, settings.trainer.max_steps)
+        if settings.optim.ema:
+            self._adapter.average_decay = average.decay_at(settings.optim.ema, step)
         self.optimizers().step()
         overlap.start_gather(wrapped)
         grad_norm = self._adapter.grad_norm  # waits for it, on a GPU not for the update
@@ -228,69 +215,44 @@ class DiffusionGemmaModel(ModelPT):
             where = None if gradient is None else f"the gradient of {gradient}"
             raise _failure("gradient norm", grad_norm, step, where)
         seconds = time.perf_counter() - started
-        self.result = StepResult(
-            step=step,
-            loss=loss[0],
-            grad_norm=grad_norm,
-            lr=self._adapter.lr,
-            diffusion=loss[1],
-            autoregressive=loss[2],
-            tokens_per_second=tokens / seconds,
-            seconds=seconds,
-        )
-        logged = {name: float(value) for name, value in asdict(self.result).items() if name != "step"}
-        self.log_dict(logged, batch_size=1)
+        self.result = StepResult.of(step, numbers, grad_norm, self._adapter.lr, seconds, settings.network.dtype)
 
     def _origin_of_loss(self, batch: Rows) -> str | None:
         """The first weight, or else the first output, that is not finite. Collective."""
         assert self.network is not None
-        self.finish_gather()
         weight = non_finite.non_finite_weight(self.network)
         if weight is not None:
             return f"the weight {weight}"
         size = self.settings.data.micro_batch_size
-        output = non_finite.non_finite_output(
-            self.network, lambda: self.accumulate(batch, backward=False, micro_batch_size=size)
-        )
+        output = non_finite.non_finite_output(self.network, lambda: self.accumulate(batch, micro_batch_size=size))
         return None if output is None else f"the output of {output}"
 
     @torch.no_grad()
     def validation_step(self, batch: Rows, batch_idx: int) -> dict[str, Tensor]:
         """The objective on held-out rows, which every replica holds alike."""
-        value = torch.tensor(self.accumulate(batch, backward=False).numbers()[0])
+        value = torch.tensor(self.accumulate(batch).read().loss)
         self.log("val_loss", value, batch_size=len(batch))
         return {"val_loss": value}
 
-    def accumulate(self, batch: Rows, backward: bool, micro_batch_size: int = 0) -> HostCopy:
-        """Total, diffusion and autoregressive loss of the global batch, and its tokens; gradients if `backward`.
-
-        Each is a mean over the rows of all replicas, also where these hold the same ones.
-        """
+    def accumulate(
+        self, batch: Rows, backward: Callable[[Scored, bool], None] | None = None, micro_batch_size: int = 0
+    ) -> StepSums:
+        """The passes of a step: losses of the global batch and more, with gradients by `backward`. Collective."""
         assert self.network is not None
-        network, settings = self.network, self.settings
-        config, length = settings.network.objective, network.model_config.canvas_length
-        parts = [
-            (rows, choose_canvases(rows, length, config.canvases_per_example, settings.seed))
-            for rows in micro_batches(batch, micro_batch_size)
-        ]
-        counts = sum((count(rows, canvases, length) for rows, canvases in parts), Counts(0, 0, 0))
-        totals = Counts(*_sum_over_replicas(to_device(torch.tensor(astuple(counts)), device())).unbind())
-        shares = torch.zeros(3, dtype=torch.float64, device=device())
-        for index, (rows, canvases) in enumerate(parts):
-            corrupted = corrupt(
-                rows, canvases, length, network.model_config.vocab_size, settings.seed, noise_floor=config.noise_floor
-            )
-            network.dropout_of = DropoutNoise(settings.seed, tuple(rows.samples))
-            terms = (network, rows, canvases, corrupted, config, settings.seed, totals)
-            scored = Scored(*terms) if backward else None
-            shares += torch.stack([part.double() for part in (scored.loss if scored else objective(*terms))])
-            last = index + 1 == len(parts)
-            if last:  # ahead of the last backward, so that nobody waits for that one
-                tokens = totals.next_tokens + totals.examples
-                sums = HostCopy(torch.cat([_sum_over_replicas(shares), torch.as_tensor(tokens).double()[None]]))
-            if scored:
-                self._backward(scored, last)
-        return sums
+        return accumulate(
+            self.network,
+            batch,
+            self.settings.network.objective,
+            self.settings.seed,
+            global_batch_size=self.settings.data.global_batch_size,
+            micro_batch_size=micro_batch_size,
+            weight_gradients=self._trained_share,
+            backward=backward,
+        )
+
+    @cached_property
+    def _trained_share(self) -> float:
+        return flops.trained_share(self.network)
 
     def _backward(self, scored: Scored, last: bool) -> None:
         """Gradients of a micro-batch; the last pass of the last one lets them be summed over replicas."""
@@ -304,15 +266,25 @@ class DiffusionGemmaModel(ModelPT):
         self.finish_gather()
 
     def finish_gather(self) -> None:
-        """Weights are whole afterwards; whoever reads them in a run, and not by a pass of the network, calls it."""
-        if "_wrapped" in self.__dict__:
-            overlap.finish_gather(self.__dict__["_wrapped"])
+        """Weights are whole afterwards."""
+        if self.network is not None:
+            self.network.finish_gather()
 
     def generate(self, *args: Any, **kwargs: Any) -> Generation:
         """`DiffusionGemma.generate` of the network."""
         self.configure_model()
         assert self.network is not None
         return self.network.generate(*args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def saved_tensors(self) -> dict[str, ShardedTensor]:
+        """What a run saves besides optimizer state, by keys `<kind>.<name>`; resuming fills the same.
+
+        Of a base with adapters nothing: they have a file of their own.
+        """
+        assert self.network is not None
+        return sharded.sharded_state_dict(self.network) if self.network.lora is None else {}
 
     # -- archives ------------------------------------------------------------------------------------------------
 
@@ -378,7 +350,7 @@ def resumed_network(group: ModelGroup, seed: int, checkpoint: Path) -> Diffusion
         network = build_network(group, seed)
         resume(network, checkpoint)  # refuses another base here, before anything else is made
         return network
-    network = empty_network(group, checkpoint / ASSETS)
+    network = empty_network(group, checkpoint / sharded.ASSETS)
     prepare(network, group, seed)
     return network
 
@@ -407,21 +379,3 @@ def _failure(name: str, value: float, step: int, where: str | None) -> TrainingE
         f"the {name} of step {step} is {value}{place}; the last checkpoint is from before it. Use a smaller optim.lr "
         "or optim.clip_grad, or more optim.warmup_steps"
     )
-
-
-def micro_batches(batch: Rows, size: int) -> list[Rows]:
-    """The rows of a batch as they were packed, else `size` at a time (0: all)."""
-    if batch.passes:
-        return batch.split(batch.passes)
-    size = size or len(batch)
-    if len(batch) % size:
-        raise ConfigurationError(
-            f"data.micro_batch_size={size} does not divide the {len(batch)} examples that each replica has of a batch; "
-            "use a divisor, or 0 for all at once"
-        )
-    return batch.split(size)
-
-
-def _sum_over_replicas(values: Tensor) -> Tensor:
-    dist.all_reduce(values, group=process_groups().dp_cp)
-    return values

@@ -6,6 +6,7 @@ function of the step alone, so nothing of the schedule needs saving.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +18,12 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel import megatron_cpu
 from nemo_diffgemma.schema import ConfigurationError, OptimGroup
-from nemo_diffgemma.training import overlap
+from nemo_diffgemma.training import average, optimizer_state, overlap
 from nemo_diffgemma.training.update import fuse, update
 from nemo_diffgemma.transfer import HostCopy
+
+# says at each start that it divides the optimizer's state by itself
+logging.getLogger(DistributedDataParallel.__module__).setLevel(logging.ERROR)
 
 DECAYS = ("constant", "linear", "cosine")
 
@@ -34,6 +38,10 @@ def check(optim: OptimGroup) -> None:
         )
     if not 0.0 <= optim.decay_start <= 1.0:
         raise ConfigurationError(f"optim.decay_start={optim.decay_start}; expected a part of the run, 0 to 1")
+    if optim.clip_grad < 0.0 or not 0.0 <= optim.ema < 1.0:
+        raise ConfigurationError(
+            f"optim.clip_grad={optim.clip_grad}, optim.ema={optim.ema}; expected 0 or more, and 0 to below 1"
+        )
     if optim.warmup_steps < 0:  # more than max_steps is fine: a short trial of a long run ends inside its warm-up
         raise ConfigurationError(f"optim.warmup_steps={optim.warmup_steps}; expected 0 or more")
 
@@ -88,19 +96,21 @@ def build(wrapped: DistributedDataParallel, optim: OptimGroup, dtype: torch.dtyp
     for group in optimizer.param_groups:  # left to Megatron's own scheduler, which we do not use
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     fuse(optimizer)
+    optimizer_state.keep_average(optimizer, optim.ema > 0.0)
     return optimizer
 
 
 class MegatronAdapter(torch.optim.Optimizer):
     """What Lightning sees of Megatron's optimizer: `step` advances `trainer.global_step` by one.
 
-    `lr` goes to every parameter group at the next step.
+    `lr` goes to every parameter group at the next step; then the average of weights moves by 1 - `average_decay`.
     """
 
     def __init__(self, megatron: MegatronOptimizer) -> None:
         super().__init__([torch.nn.Parameter(torch.zeros(()))], {})
         self.megatron = megatron
         self.lr = 0.0
+        self.average_decay: float | None = None
         self._grad_norm: HostCopy | None = None
 
     @property
@@ -113,7 +123,11 @@ class MegatronAdapter(torch.optim.Optimizer):
             closure()
         for group in self.megatron.param_groups:
             group["lr"] = self.lr
+        if self.average_decay is not None:
+            optimizer_state.prime(self.megatron)  # from the weights before the first update
         self._grad_norm = HostCopy(update(self.megatron))
+        if self.average_decay is not None:
+            average.update(self.megatron, self.average_decay)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.megatron.zero_grad(set_to_none)

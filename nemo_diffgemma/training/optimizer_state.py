@@ -28,6 +28,8 @@ from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import process_groups
 from nemo_diffgemma.parallel.sharding import shard_of
+from nemo_diffgemma.training import average
+from nemo_diffgemma.training.average import EMA
 from nemo_diffgemma.training.update import is_torchs, parts_of
 
 PREFIX = "optimizer."
@@ -59,14 +61,23 @@ def _held(optimizer: MegatronOptimizer) -> dict[Tensor, _Held]:
     return held
 
 
-def _trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter of what has a state."""
-    return [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+def _kept(network: nn.Module, optimizer: MegatronOptimizer) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
+    """Each kind of state, and the parameters that have it: those that are trained; float32 ones are their own main."""
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    for kind in (*MOMENTS, EMA) if keeps_average(optimizer) else MOMENTS:
+        yield kind, trained
+    low = [(name, parameter) for name, parameter in trained if parameter.dtype != torch.float32]
+    if low:
+        yield "main", low
 
 
-def _kinds(network: nn.Module) -> tuple[str, ...]:
-    low = any(parameter.dtype != torch.float32 for _, parameter in _trained(network))
-    return (*MOMENTS, "main") if low else MOMENTS
+def keep_average(optimizer: MegatronOptimizer, wanted: bool) -> None:
+    """Whether an average of the weights is part of the state (average.py); on every rank, whatever it holds."""
+    optimizer.keeps_average = wanted
+
+
+def keeps_average(optimizer: MegatronOptimizer) -> bool:
+    return getattr(optimizer, "keeps_average", False)
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
@@ -75,11 +86,11 @@ def _kinds(network: nn.Module) -> tuple[str, ...]:
 @torch.no_grad()
 def state_tensors(network: nn.Module, optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
     """Copies of this rank's share of the optimizer's state, to be saved beside the weights. Collective."""
-    _prime(optimizer)
+    prime(optimizer)
     held, tensors = _held(optimizer), {}
     distributed = any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
-    for kind in _kinds(network):
-        for index, (name, parameter) in enumerate(_trained(network)):
+    for kind, parameters in _kept(network, optimizer):
+        for index, (name, parameter) in enumerate(parameters):
             key = f"{PREFIX}{kind}.{name}"
             mine = held.get(parameter)
             part = None if mine is None else (mine.main if kind == "main" else mine.state[kind])
@@ -127,13 +138,13 @@ def steps_taken(optimizer: MegatronOptimizer) -> int:
 def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path, steps: int) -> None:
     """Fill the optimizer from a checkpoint of any layout. Collective; raises `CheckpointError` on every rank."""
     with all_or_none():
-        _check_keys(network, directory)
-    _prime(optimizer)
+        _check_keys(network, optimizer, directory)
+    prime(optimizer)
     held = _held(optimizer)
-    for kind in _kinds(network):  # one kind at a time: whole parameters are held while it is read
-        wanted = dict(_buffers(network, kind))
+    for kind, parameters in _kept(network, optimizer):  # one kind at a time: whole parameters are held while it is read
+        wanted = dict(_buffers(parameters, kind))
         sharded.read_tensors(wanted, directory)
-        for name, parameter in _trained(network):
+        for name, parameter in parameters:
             mine = held.get(parameter)
             if mine is not None:
                 target = mine.main if kind == "main" else mine.state[kind]
@@ -142,27 +153,27 @@ def load_state(network: nn.Module, optimizer: MegatronOptimizer, directory: Path
     _set_steps(optimizer, steps)
 
 
-def _check_keys(network: nn.Module, directory: Path) -> None:
+def _check_keys(network: nn.Module, optimizer: MegatronOptimizer, directory: Path) -> None:
     keys = sharded.keys(directory)
-    for kind in _kinds(network):
-        missing = [name for name, _ in _trained(network) if f"{PREFIX}{kind}.{name}" not in keys]
+    for kind, parameters in _kept(network, optimizer):
+        missing = [name for name, _ in parameters if f"{PREFIX}{kind}.{name}" not in keys]
         if missing:
             raise CheckpointError(
                 f"{directory} has no optimizer state `{kind}` for {len(missing)} parameters, first {missing[0]}: it "
-                "was saved without, or with another model.dtype; start a new run from its weights with "
-                f"model.checkpoint={directory}"
+                "was saved without, with another model.dtype, or when others were trained; start a new run from its "
+                f"weights with model.checkpoint={directory}"
             )
 
 
-def _buffers(network: nn.Module, kind: str) -> Iterator[tuple[str, ShardedTensor]]:
-    for name, parameter in _trained(network):
+def _buffers(parameters: list[tuple[str, nn.Parameter]], kind: str) -> Iterator[tuple[str, ShardedTensor]]:
+    for name, parameter in parameters:
         key = f"{PREFIX}{kind}.{name}"
         empty = torch.empty(parameter.shape, dtype=torch.float32)
         empty.shard = shard_of(parameter)  # type: ignore[attr-defined]
         yield key, sharded.sharded_tensor(key, empty, parameter)
 
 
-def _prime(optimizer: MegatronOptimizer) -> None:
+def prime(optimizer: MegatronOptimizer) -> None:
     """AdamW makes its state at its first update; make it now where there was none."""
     for part in parts_of(optimizer):
         for group in part.optimizer.param_groups:
@@ -173,6 +184,8 @@ def _prime(optimizer: MegatronOptimizer) -> None:
                         state[kind] = torch.zeros_like(main)
                 if is_torchs(part) and "step" not in state:
                     state["step"] = torch.zeros((), device=main.device)  # where the fused kernel wants it
+    if keeps_average(optimizer):
+        average.start(optimizer)
 
 
 def _set_steps(optimizer: MegatronOptimizer, steps: int) -> None:

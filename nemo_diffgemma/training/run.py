@@ -125,7 +125,7 @@ def _train(
         trainer = _trainer(config.trainer.max_steps, wanted, MegatronStrategy(saver))
         exp_manager(trainer, _exp_manager(config, run_dir, resumed))
         model.set_trainer(trainer)
-        last = _fit(trainer, model, run_dir)
+        last = _fit(trainer, model, saver, run_dir)
     finally:
         saver.close()
     if (report := model.task.report()) is not None and report.bad_rows:
@@ -152,9 +152,8 @@ def _prepare_data(config: TrainConfig, task: Task, run_dir: Path, resumed: Path 
     run_directory.keep_data_report(task.report(), run_dir, resumed)
 
 
-def _fit(trainer: Trainer, model: DiffusionGemmaModel, run_dir: Path) -> Path:
+def _fit(trainer: Trainer, model: DiffusionGemmaModel, saver: Saver, run_dir: Path) -> Path:
     """Train -> the last checkpoint."""
-    saver = trainer.strategy.saver
     try:
         trainer.fit(model)  # from the checkpoint that exp_manager has set
         saver.wait()
@@ -179,8 +178,6 @@ def _quiet() -> None:
     nemo_logging.setLevel(logging.WARNING)
     for talkative in ("megatron.core", "lightning.pytorch"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
-    # says at each start that it divides the optimizer's state by itself
-    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     telemetry = CallbackGroup.get_instance()._callbacks
     telemetry[:] = [callback for callback in telemetry if not isinstance(callback, OneLoggerNeMoCallback)]
 
@@ -190,7 +187,7 @@ def _check(config: TrainConfig) -> None:
     if config.trainer.max_steps < 1:
         raise ConfigurationError(f"trainer.max_steps={config.trainer.max_steps}; expected at least 1")
     optimizer.check(config.optim)
-    saving.check(config.trainer)
+    saving.check(config.trainer, task_of(config.data).validated)
     replicas = process_groups().dp_cp.size()
     Batches(config.data.global_batch_size, 0, replicas)  # raises where the batch cannot be shared
     share, micro = config.data.global_batch_size // replicas, config.data.micro_batch_size
@@ -204,7 +201,6 @@ def _check(config: TrainConfig) -> None:
             f"data.tokens_per_micro_batch={config.data.tokens_per_micro_batch} with data.micro_batch_size={micro}; use "
             "one of them, and 0 for the other"
         )
-    task_of(config.data)
 
 
 def _trainer(max_steps: int, wanted: list[Any], strategy: MegatronStrategy) -> Trainer:

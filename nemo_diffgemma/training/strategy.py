@@ -20,14 +20,15 @@ from nemo.utils.app_state import AppState
 from torch import Tensor
 
 from nemo_diffgemma.checkpoint import sharded
-from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
+from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress, copies
 from nemo_diffgemma.lora.opening import resume
 from nemo_diffgemma.parallel.agreement import all_ranks, any_rank, from_rank_zero
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.training import optimizer_state
 from nemo_diffgemma.training.saving import Saver
 
-_KEPT = ("epoch", "global_step", "loops", "pytorch-lightning_version")  # of Lightning's own state
+# of Lightning's own state; `model` is what DiffusionGemmaModel.on_save_checkpoint puts there
+_KEPT = ("epoch", "global_step", "loops", "pytorch-lightning_version", "model")
 _COMMON = "lightning"
 
 
@@ -109,11 +110,10 @@ class MegatronStrategy(Strategy):
         common = {name: checkpoint[name] for name in _KEPT if name in checkpoint}
         common["optimizer_steps"] = optimizer_state.steps_taken(optimizer)
         self.saver.wait()
-        tensors = optimizer_state.state_tensors(model.network, optimizer)
-        save = SaveInProgress(
-            model.network, _directory(filepath), tensors, {_COMMON: common}, self.saver.group, copies=True
+        tensors = copies(model.saved_tensors()) | optimizer_state.state_tensors(model.network, optimizer)
+        self.saver.start(
+            SaveInProgress(model.network, _directory(filepath), tensors, {_COMMON: common}, self.saver.group)
         )
-        self.saver.start(save)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Lightning's part of a checkpoint; weights and optimizer state are read straight into their places."""
@@ -124,18 +124,16 @@ class MegatronStrategy(Strategy):
                 f"{directory} holds weights only, so no run can be resumed from it; start a new one with "
                 f"model.checkpoint={directory}"
             )
-        ours = {"state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}}
+        ours: dict[str, Any] = {"state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}}
         return {**common, **ours, "directory": directory}
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         model: Any = self.lightning_module
-        assets = model.network.assets
         directory = checkpoint["directory"]  # the run has verified it: run_directory.enter
         if model.network.lora is not None:
             resume(model.network, directory)
-        else:
-            sharded.fill(model.network, directory)
-        model.network.assets = assets or model.network.assets  # those of the run outlive a removed checkpoint
+        sharded.restore(model.saved_tensors(), directory)
+        model.network.file_dtypes = sharded.file_dtypes(directory)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         model: Any = self.lightning_module

@@ -38,3 +38,25 @@ def converted_by_all(source: str, directory: str) -> list[str]:
         streaming.convert(source, f"{directory}/sharded", "sharded")
         streaming.convert(f"{directory}/sharded", f"{directory}/back", "huggingface")
     return written
+
+
+def verified(directories: list[str]) -> list[str] | str:
+    """Verify the directory of this rank -> the files that it has read, or what it says."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from nemo_diffgemma.checkpoint import manifest, sharded
+
+    directory, read, digest = Path(directories[dist.get_rank()]), [], manifest._digest
+
+    def noted(file: Path) -> Any:
+        read.append(str(file.relative_to(directory)))
+        return digest(file)
+
+    with mock.patch.object(manifest, "_digest", noted):
+        try:
+            sharded.verify(directory)
+        except Exception as error:
+            return str(error)
+    return read

@@ -26,6 +26,9 @@ def written(single, checkpoint, tmp_path_factory) -> Path:
     return path
 
 
+KINDS = ("missing", "empty", "cut", "longer", "zeros from a block on", "one byte doubled", "two halves turned")
+
+
 def files(directory: Path) -> list[str]:
     return sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
 
@@ -52,6 +55,91 @@ def test_one_bit_of_any_file_is_noticed(written, data):
         assert "copy it again" in str(told.value) and "\n" not in str(told.value)
     finally:
         (written / name).write_bytes(content)
+
+
+def damage(content: bytes, kind: str, at: int) -> bytes | None:
+    """What a disk, a copy or a power cut make of a file; None: it is not there."""
+    half = min(at, len(content) - 1)
+    return {
+        "missing": None,
+        "empty": b"",
+        "cut": content[:half],
+        "longer": content + content[:1],
+        "zeros from a block on": content[:half] + bytes(len(content) - half) if any(content[half:]) else b"",
+        "one byte doubled": content[:half] + content[half : half + 1] + content[half:],
+        "two halves turned": content[half:] + content[:half] if content[half:] + content[:half] != content else b"",
+    }[kind]
+
+
+@given(data=st.data())
+def test_whatever_happens_to_any_file_is_noticed(written, data):
+    """To the manifest as well."""
+    name = data.draw(st.sampled_from(files(written)))
+    content = (written / name).read_bytes()
+    kind = data.draw(st.sampled_from(KINDS))
+    damaged = damage(content, kind, data.draw(st.integers(0, len(content) - 1)))
+    try:
+        (written / name).unlink() if damaged is None else (written / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=str(written)) as told:
+            sharded.verify(written)
+        assert name in str(told.value) and "copy it again" in str(told.value) and "\n" not in str(told.value)
+    finally:
+        (written / name).write_bytes(content)
+    sharded.verify(written)
+
+
+@given(data=st.data())
+def test_one_bit_of_the_manifest_is_noticed_or_says_the_same(written, data):
+    file = written / manifest.MANIFEST
+    content = file.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
+    flipped = content[position] ^ data.draw(st.sampled_from([1 << number for number in range(8)]))
+    try:
+        file.write_bytes(bytes([*content[:position], flipped, *content[position + 1 :]]))
+        try:
+            same = json.loads(file.read_bytes()) == json.loads(content)
+        except ValueError:
+            same = False
+        if same:  # a space
+            sharded.verify(written)
+        else:
+            with pytest.raises(CheckpointError, match=manifest.MANIFEST):
+                sharded.verify(written, kinds=[sharded.WEIGHTS])
+    finally:
+        file.write_bytes(content)
+
+
+def test_a_file_that_was_changed_on_purpose_is_sealed_anew(written, tmp_path):
+    changed = tmp_path / "model"
+    shutil.copytree(written, changed)
+    settings = changed / "assets" / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_new_tokens": 8}))
+    with pytest.raises(CheckpointError, match=f"if you changed it: python -m {manifest.__name__} {changed}"):
+        DiffusionGemma.from_checkpoint(changed)
+    manifest.seal(changed, {})
+    sharded.verify(changed)
+    DiffusionGemma.from_checkpoint(changed)
+
+
+def test_a_copy_of_each_machine_is_verified_there(pool, written, tmp_path):
+    """Ranks that see one directory share its files; a copy elsewhere that is damaged is named, on every rank."""
+    places = [tmp_path / "one", tmp_path / "two"]
+    for place in places:
+        shutil.copytree(written, place)
+    job = "tests.checkpoint.cases:verified"
+    read = pool(2).run(job, directories=[str(places[0])] * 2)
+    assert (
+        sorted(read[0] + read[1]) == sorted(set(read[0] + read[1])) == sorted(set(files(written)) - {"manifest.json"})
+    )
+    apart = pool(2).run(job, directories=[str(place) for place in places])
+    assert sorted(apart[0]) == sorted(apart[1]) == sorted(read[0] + read[1])
+    for rank in (0, 1):
+        file = places[rank] / "weights_0.distcp"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        told = pool(2).run(job, directories=[str(place) for place in places])
+        assert all(f"{places[rank]} is damaged: weights_0.distcp" in message for message in told)
+        file.write_bytes(content)
 
 
 def test_a_damaged_weight_is_refused_where_a_model_is_loaded(written, tmp_path):

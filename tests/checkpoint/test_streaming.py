@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
+import time
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from nemo_diffgemma.checkpoint.open import FORMATS, save_network
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError, tied_to
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.repository import ROOT
+from tests.commands import Command
 from tests.distributed import cases
 from tests.distributed.layouts import LAYOUTS
 from tests.launch import verbs
@@ -181,7 +185,7 @@ def test_an_interrupted_conversion_goes_on(single, source, small, tmp_path, monk
     assert_same(tmp_path / "back", source)
 
 
-def test_another_source_begins_anew(single, source, small, tmp_path, monkeypatch):
+def test_another_source_begins_anew(single, source, small, tmp_path, monkeypatch, caplog):
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
     with monkeypatch.context() as patch:
@@ -193,8 +197,116 @@ def test_another_source_begins_anew(single, source, small, tmp_path, monkeypatch
     changed = {name: tensor * 2 for name, tensor in load_file(file).items()}
     save_file(changed, file, metadata={"format": "pt"})
     streaming.convert(copy, tmp_path / "out", "sharded")
+    assert f"{tmp_path / '.out.converting'} was left by the conversion of another source" in caplog.text
     streaming.convert(tmp_path / "out", tmp_path / "back", "huggingface")
     assert_same(tmp_path / "back", copy)
+
+
+SLOWLY = """
+import sys, time
+from nemo_diffgemma.checkpoint import huggingface, stored, streamed_files, streaming
+
+stored.BLOCK, huggingface.SHARD_BYTES, streamed_files.SHARDED_BYTES = 1000, 40_000, 40_000
+rows = stored.StoredTensor.rows
+
+
+def slowly(*arguments):
+    time.sleep(0.002)
+    return rows(*arguments)
+
+
+stored.StoredTensor.rows = slowly
+streaming.convert(*sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_conversion_that_is_killed_goes_on(single, source, small, tmp_path, monkeypatch, caplog, format):
+    """Files that were complete are not written again, and the result is that of an undisturbed one."""
+    target = tmp_path / name_of(format)
+    done = tmp_path / f".{target.name}.converting" / "done"
+    process = Command(SLOWLY, str(source), str(target), format)
+    while len(list(done.glob("*.json"))) < 2:
+        assert process.poll() is None, process.communicate(10)
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(60)
+    assert process.returncode == -signal.SIGKILL and not target.exists()
+    complete = {path.name.removesuffix(".json") for path in done.glob("*.json") if "partial" not in path.name}
+    written, opened = [], streamed_files.HashedFile.__init__
+
+    def noted(self: Any, path: Path) -> None:
+        written.append(path.name)
+        opened(self, path)
+
+    monkeypatch.setattr(streamed_files.HashedFile, "__init__", noted)
+    streaming.convert(source, target, format)
+    assert complete and written and not complete & set(written)
+    assert "going on with the conversion that was interrupted" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    streaming.convert(source, tmp_path / "undisturbed" / target.name, format)
+    if format != "nemo":
+        assert contents_of(target) == contents_of(tmp_path / "undisturbed" / target.name)
+    streaming.convert(target, tmp_path / "back", "huggingface")
+    assert_same(tmp_path / "back", source)
+
+
+def contents_of(directory: Path) -> dict[str, bytes]:
+    """But of what names the moment of its writing, and the list of checksums of that."""
+    files = {str(file.relative_to(directory)): file for file in directory.rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in files.items() if name not in (".metadata", "manifest.json")}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_disk_that_is_full_in_the_middle_of_a_file_is_told(single, source, tmp_path, format):
+    """The kernel's own error, through whatever library writes; the same conversion goes on when there is room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot convert: .*File too large; what is done stays in") as told:
+            streaming.convert(source, tmp_path / name_of(format), format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(told.value) and not (tmp_path / name_of(format)).exists()
+    streaming.convert(source, tmp_path / name_of(format), format)
+    streaming.convert(tmp_path / name_of(format), tmp_path / "back", "huggingface")
+    assert_same(tmp_path / "back", source)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_markers_without_files_count_for_nothing(single, source, small, tmp_path, monkeypatch, format):
+    """A conversion that is killed between its last two steps leaves them, and the user may delete its result."""
+    target = tmp_path / name_of(format)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.shutil, "rmtree", lambda *_, **__: None)
+        streaming.convert(source, target, format)
+    left = tmp_path / f".{target.name}.converting"
+    assert list((left / "done").iterdir())
+    shutil.rmtree(left / "out", ignore_errors=True)
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    streaming.convert(source, target, format)
+    streaming.convert(target, tmp_path / "back", "huggingface")
+    assert_same(tmp_path / "back", source)
+
+
+def test_a_source_that_changes_meanwhile_is_told(single, source, small, tmp_path, monkeypatch):
+    """Copied over with the times of the old one, as `cp -p` and rsync do it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    file = sorted(copy.glob("*.safetensors"))[0]
+    write = streamed_files.ReleasedFiles.write
+
+    def changed(self: Any, *arguments: Any) -> Any:
+        stat, content = file.stat(), file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed_files.ReleasedFiles, "write", changed)
+        with pytest.raises(CheckpointError, match=f"{copy} was changed meanwhile; convert it again"):
+            streaming.convert(copy, tmp_path / "out", "huggingface")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def test_two_at_once_into_one_target_are_refused(single, source, tmp_path):

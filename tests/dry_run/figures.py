@@ -20,7 +20,9 @@ from nemo_diffgemma.dry_run.driver import environment
 from nemo_diffgemma.dry_run.report import as_json
 from nemo_diffgemma.dry_run.whole import measure_all
 from nemo_diffgemma.gpus import load_gpu
+from nemo_diffgemma.lora.config import LoraGroup
 from nemo_diffgemma.parallel.layout import ParallelLayout
+from nemo_diffgemma.repository import CONF
 
 EXPECTED = Path(__file__).with_name("expected.yaml")
 TOLERANCE = 0.02
@@ -29,10 +31,13 @@ SINGLE, EP8, TP4_EP8 = ParallelLayout(), ParallelLayout(expert=8), ParallelLayou
 TP2_EP4_ETP2 = ParallelLayout(tensor=2, expert=4, expert_tensor=2)
 
 
+LORA = LoraGroup(**yaml.safe_load((CONF / "experiment" / "lora_1xh100.yaml").read_text())["model"]["lora"])
+LORA_ROWS: dict[str, Any] = dict(prompts=(256,) * 3, responses=(768,) * 3)  # and a canvas of each: 3840 of 4096 tokens
 PACKED: dict[str, Any] = dict(prompts=(100, 700), responses=(256, 1500))
 CASES: dict[str, dict[str, Case]] = {
     "h100": {
         "train, one GPU, full recompute": released(SINGLE),
+        "train, one GPU, adapters (experiment=lora_1xh100)": released(SINGLE, lora=LORA, **LORA_ROWS),
         "train, EP8, full recompute": released(EP8),
         "train, TP4xEP8, no recompute, 16 canvases": released(
             TP4_EP8, recompute="none", canvases=16, prompts=(1024,), responses=(4096,)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_diffgemma.model.adapters import DropoutNoise
+from nemo_diffgemma.model.segments import Span, stream_of
 from tests.distributed.layouts import LAYOUTS
 from tests.lora import cases
 from tests.parity import objectives
@@ -57,3 +59,20 @@ def test_gradients_equal_one_process(pool, checkpoint, one_process, size, layout
     worst = max(off, key=off.__getitem__)
     assert off[worst] < 5e-6, f"{worst} is off by {off[worst]:.1e}"
     assert all(torch.any(gradient) for gradient in gradients.values())
+
+
+def test_dropout_is_of_the_sample(single, checkpoint, one_process):
+    """Another seed drops other entries; a step without dropout has another loss."""
+    path = str(checkpoint("base", **objectives.WEIGHTS["base"]))
+    question = asked("each", "base")
+    without = cases.gradients(path, {}, recompute="none", **(question | dict(lora=FORMS["each"] | dict(dropout=0.0))))
+    assert abs(without["loss"] - one_process("base", "each")["loss"]) > 1e-3
+    noises = []
+    for seed, samples in ((1, (0, 1)), (2, (0, 1)), (1, (2, 3))):
+        noises.append(DropoutNoise(seed, samples).of_tokens(STREAM))
+    assert torch.equal(noises[0], DropoutNoise(1, (0, 1)).of_tokens(STREAM))
+    keys = torch.cat(noises)
+    assert len(keys.unique()) == len(keys)  # of two rows, of context and canvases that cover the same positions
+
+
+STREAM = stream_of((Span(0, 0), Span(0, 0)), (5, 8), ((0, 1), (0, 5), (1, 3)), 4, 1)

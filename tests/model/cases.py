@@ -109,7 +109,9 @@ def accumulated(
     table = torch.nn.Parameter(weight)
     if main:
         table.main_grad = torch.ones(weight.shape)  # type: ignore[attr-defined]
-    total, hidden_gradient = loss.linear_cross_entropy_gradient(hidden_NH, table, labels_N, weights_N, shard, softcap)
+    total, hidden_gradient, *_ = loss.linear_cross_entropy_gradient(
+        hidden_NH, table, labels_N, weights_N, shard, softcap
+    )
     soft_NH = loss.soft_embedding(hidden_NH, table, shard, softcap)
     soft_NH.backward(gradient_NH)
     local_N = labels_N - shard.first_id

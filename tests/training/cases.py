@@ -271,11 +271,13 @@ def losses_in_small_buckets(directory: str, **settings: Any) -> tuple[list[tuple
 def adamw(distributed: bool) -> list[dict[str, Any]]:
     """Three updates of a tiny network and of torch's own AdamW, with gradients that are sums over replicas.
 
-    Of each: the norms, and by how much the farthest weights are apart.
+    Of each: the norms, by how much the farthest weights are apart, and gathers under way when weights were read, as a
+    state dict or as checkpoints are.
     """
     import torch
     import torch.distributed as dist
 
+    from nemo_diffgemma.checkpoint.names import text_tensors
     from nemo_diffgemma.parallel import ParallelLayout, initialize
     from nemo_diffgemma.schema import OptimGroup
     from nemo_diffgemma.training import optimizer, overlap
@@ -301,11 +303,14 @@ def adamw(distributed: bool) -> list[dict[str, Any]]:
         overlap.finalize_gradients(wrapped)
         adapter.step()
         overlap.start_gather(wrapped)
-        overlap.finish_gather(wrapped)
+        list(text_tensors(network)) if step else network.state_dict()
+        late = sum(group.param_gather_handle is not None for group in wrapped.bucket_groups)
         norm = torch.nn.utils.clip_grad_norm_(copies, optim.clip_grad)
         plain.step()
         apart = [(a - b).detach().abs().max() for a, b in zip(network.parameters(), copies, strict=True)]
-        steps.append(dict(ours=adapter.grad_norm, plain=float(norm.detach()), apart=float(torch.stack(apart).max())))
+        steps.append(
+            dict(ours=adapter.grad_norm, plain=float(norm.detach()), apart=float(torch.stack(apart).max()), late=late)
+        )
     return steps
 
 
@@ -316,20 +321,171 @@ def _share(like: Any, seed: int) -> Any:
 
 
 def messages_of_a_writer_that_fails(directory: str, rank: int, step: int) -> str:
-    """What a run says on this rank whose disk is full on one rank when the files of `step` are written."""
+    """What a run says on this rank whose disk is full on one rank when the files of `step` are written.
+
+    The step after the next one begins when that has happened.
+    """
     import errno
     from unittest import mock
 
     import torch.distributed as dist
 
     from nemo_diffgemma.checkpoint import sharded_writer
+    from nemo_diffgemma.training import callbacks
 
-    write = sharded_writer._Plan.write
+    write, written = sharded_writer._Plan.write, callbacks.MetricsFile.on_train_batch_end
+
+    def late(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == step + 1:
+            trainer.strategy.saver._thread.join()
+        written(self, trainer, *rest)
 
     def full(self: Any) -> Any:
         if dist.get_rank() == rank and f"step-{step}." in str(self.writer.path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self)
 
-    with mock.patch.object(sharded_writer._Plan, "write", full):
-        return message(directory, steps=8, every=2)
+    with (
+        mock.patch.object(sharded_writer._Plan, "write", full),
+        mock.patch.object(callbacks.MetricsFile, "on_train_batch_end", late),
+    ):
+        return message(directory, steps=10, every=3)
+
+
+def kept_beside(directory: str, frozen: str, **settings: Any) -> dict[str, Any]:
+    """Train while sums of weights are kept beside them and parameters with `frozen` in their name stay as they are.
+
+    Whole sums at the end, on rank 0, losses, and the names of the tensors of the last checkpoint.
+    """
+    from unittest import mock
+
+    from nemo_diffgemma.checkpoint import sharded
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel
+
+    tensors, step = DiffusionGemmaModel.saved_tensors, DiffusionGemmaModel.training_step
+    optimizers, seen = DiffusionGemmaModel.configure_optimizers, []
+
+    def configure_optimizers(self: Any) -> Any:
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+        self.__dict__["sums"] = {n: p.detach() * 0 for n, p in self.network.named_parameters()}
+        return optimizers(self)
+
+    def saved_tensors(self: Any) -> dict[str, Any]:
+        like, sums = dict(self.network.named_parameters()), self.__dict__["sums"]
+        return tensors(self) | {
+            f"sum.{name}": sharded.sharded_tensor(f"sum.{name}", sums[name], like[name]) for name in sums
+        }
+
+    def training_step(self: Any, *arguments: Any) -> None:
+        step(self, *arguments)
+        self.finish_gather()
+        for name, parameter in self.network.named_parameters():
+            self.__dict__["sums"][name].add_(parameter.detach())
+        seen[:] = [self]
+
+    with (
+        mock.patch.object(DiffusionGemmaModel, "configure_optimizers", configure_optimizers),
+        mock.patch.object(DiffusionGemmaModel, "saved_tensors", saved_tensors),
+        mock.patch.object(DiffusionGemmaModel, "training_step", training_step),
+    ):
+        lines = run(directory, **settings)
+    last = Path(directory) / "checkpoints" / f"step-{len(lines)}"
+    (model,) = seen
+    for name, parameter in model.network.named_parameters():
+        parameter.data.copy_(model.__dict__["sums"][name])
+    return {"sums": _whole(model.network), "keys": sorted(sharded.keys(last)), "losses": [one["loss"] for one in lines]}
+
+
+def averages(directory: str, **settings: Any) -> dict[str, Any]:
+    """Of a run of 4 steps on rank 0: its average of weights, the same from all of its checkpoints, the last weights."""
+    import numpy as np
+
+    from nemo_diffgemma.training.average import decay_at
+
+    decay = settings["optim__ema"]
+    first = initial_weights(settings["layout"])
+    run(directory, steps=4, every=1, **settings)
+    weights = [weights_of(f"{directory}/checkpoints/step-{step}", settings["layout"]) for step in range(1, 5)]
+    expected = {name: value.astype(np.float64) for name, value in first.items()}
+    for step, values in enumerate(weights, start=1):
+        part = decay_at(decay, step)
+        expected = {name: part * value + (1 - part) * values[name] for name, value in expected.items()}
+    return dict(
+        average=average_of(f"{directory}/checkpoints/step-4", settings["layout"]),
+        expected={name: value.astype(np.float32) for name, value in expected.items()},
+        weights=weights[-1],
+    )
+
+
+def resumed_average(directory: str, **settings: Any) -> dict[str, Any]:
+    """The average of a run of 4 steps that stopped after 3 and went on from the checkpoint of step 2."""
+    interrupted(directory, stop_after=3, steps=4, every=2, **settings)
+    run(directory, steps=4, every=2, **settings)
+    return average_of(f"{directory}/checkpoints/step-4", settings["layout"])
+
+
+def initial_weights(layout: dict[str, int]) -> dict[str, Any]:
+    """Whole tensors of a network that no step has changed."""
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+    from nemo_diffgemma.training.nemo_model import build_network
+
+    initialize(ParallelLayout(**layout))
+    return _whole(build_network(config().model, seed=0))
+
+
+def average_of(checkpoint: str, layout: dict[str, int]) -> dict[str, Any]:
+    """Whole tensors of the average that a checkpoint has."""
+    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint import average
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+
+    initialize(ParallelLayout(**layout))
+    network = DiffusionGemma.from_checkpoint(checkpoint)
+    average.fill(network, Path(checkpoint))
+    return _whole(network)
+
+
+def first_step() -> dict[str, Any]:
+    """Of the first step of `config()`, without `Scored`: losses and accuracy by level, and what the routers chose."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from nemo_diffgemma.diffusion.levels import BINS
+    from nemo_diffgemma.diffusion.objective import choose_canvases, corrupt, self_conditioned
+    from nemo_diffgemma.evaluation.comparison import chosen_experts
+    from nemo_diffgemma.parallel import ParallelLayout, initialize
+    from nemo_diffgemma.training.nemo_model import DiffusionGemmaModel, ModelSettings
+
+    initialize(ParallelLayout())
+    model = DiffusionGemmaModel(ModelSettings.of(config()))
+    model.configure_model()
+    network = model.network
+    assert network is not None
+    model.setup_training_data()
+    rows = next(iter(model._train_dl))
+    canvases = choose_canvases(rows, 16, 1, 0)
+    corrupted = corrupt(rows, canvases, 16, 64, 0)
+    places = [(canvas.row, canvas.start) for canvas in canvases]
+    with torch.no_grad():
+        with chosen_experts(network) as of_context:
+            cache = network.encode_clean(rows.tokens_T, rows.lengths).cache
+        first = network.canvas_hidden(corrupted.noised_MC, places, cache, None)
+        shown = self_conditioned(rows, canvases, 0.5, 0)[:, None, None]
+        soft = network.soft_embedding(first).view(len(canvases), 16, -1) * shown
+        with chosen_experts(network) as of_canvases:
+            hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, soft)
+    z = 30 * torch.tanh(hidden @ network.embed_tokens.weight[:64].T / 30)
+    labels = corrupted.clean_MC.flatten()
+    losses, right = cross_entropy(z, labels, reduction="none").view(-1, 16), (z.argmax(1) == labels).view(-1, 16)
+    by_level: dict[str, list[int]] = {}
+    for canvas, level in enumerate(corrupted.levels_M.tolist()):
+        by_level.setdefault(str(min(BINS, key=lambda middle: abs(middle - level))), []).append(canvas)
+    by_level = {level: by_level[level] for level in sorted(by_level)}
+    chosen = [torch.cat(pair).flatten() for pair in zip(of_context, of_canvases, strict=True)]
+    return dict(
+        loss_by_level={level: float(losses[which].mean()) for level, which in by_level.items()},
+        accuracy_by_level={level: float(right[which].double().mean()) for level, which in by_level.items()},
+        canvas_accuracy=float(right.double().mean()),
+        loads=[torch.bincount(ids, minlength=8).tolist() for ids in chosen],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import time
@@ -25,6 +26,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "run" / "one"
 
 
+def is_saving(run: Path) -> bool:
+    """Whether a checkpoint is half-written; one that is half removed ends in `.removed.partial`."""
+    return any("removed" not in path.name for path in (run / "checkpoints").glob(".step-*.partial"))
+
+
+def wait_for_a_save(run: Path, process: Command) -> None:
+    """Until a checkpoint is being written, or the run is over."""
+    for _ in itertools.count():
+        if process.poll() is not None or is_saving(run):
+            return
+        time.sleep(0.001)
+
+
 def is_running(run: Path, process: Command) -> bool:
     """Whether this process is past its start: the file is of the one before until it writes its own."""
     assert process.poll() in (None, 0), process.communicate(60)
@@ -46,11 +60,15 @@ def test_killed_at_random_moments_it_ends_with_the_loss_of_the_undisturbed_run(t
                 while not (run / "status.json").exists() or not is_running(run, process):
                     time.sleep(0.005)
                 assert before is None or step_of(before) <= status(run)["step"], "it goes on from the last complete one"
-                time.sleep(moments.uniform(0, 1.0))
+                if killed % 2:  # a moment of the steps, or of a save
+                    time.sleep(moments.uniform(0, 1.0))
+                else:
+                    wait_for_a_save(run, process)
+                    time.sleep(moments.uniform(0, 0.03))
                 process.send_signal(signal.SIGKILL)
                 process.communicate(60)
                 killed += process.returncode == -signal.SIGKILL
-                in_a_save += any((run / "checkpoints").glob(".step-*.partial"))
+                in_a_save += is_saving(run)
                 for checkpoint in complete_checkpoints(run):
                     sharded._check_sizes(checkpoint, sharded.read_metadata(checkpoint))
                 if process.returncode == -signal.SIGKILL:

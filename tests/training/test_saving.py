@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
+import resource
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_diffgemma.checkpoint import manifest, sharded
+from nemo_diffgemma.checkpoint import huggingface, manifest, sharded, sharded_writer
 from nemo_diffgemma.checkpoint.sharded_writer import SaveInProgress
+from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.schema import TrainerGroup
 from nemo_diffgemma.training import saving
 from nemo_diffgemma.training.run_directory import complete_checkpoints, step_of
@@ -56,18 +62,61 @@ def test_steps_go_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypat
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_befalls_the_writer_of_one_rank_is_told_on_all_and_leaves_nothing(pool, tmp_path, rank):
-    """At the next save; a full disk is no refusal, and another start goes on from the checkpoint before."""
-    job = {"directory": str(tmp_path), "rank": rank, "step": 4}
+    """At the next step; a full disk is no refusal, and another start goes on from the checkpoint before."""
+    job = {"directory": str(tmp_path), "rank": rank, "step": 6}
     told = pool(2).run("tests.training.cases:messages_of_a_writer_that_fails", **job)
     assert all(line.startswith("TrainingError: ") and "No space left on device" in line for line in told), told
     assert all("\n" not in line for line in told)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6  # saving 6 told it
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) in (7, 8), "not at the save after it, of step 9"
     losses = [
-        pool(2).run("tests.training.cases:losses", directory=str(directory), steps=8, every=2)[0]
+        pool(2).run("tests.training.cases:losses", directory=str(directory), steps=10, every=3)[0]
         for directory in (tmp_path, tmp_path / "straight")
     ]
     assert losses[0] == losses[1]
+
+
+@contextlib.contextmanager
+def no_room(bytes: int = 20_000) -> Iterator[None]:
+    """The kernel refuses the rest of every file that gets longer: an error in the middle of one, as of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def failing(place: Any, name: str, error: int) -> Any:
+    return mock.patch.object(place, name, side_effect=OSError(error, os.strerror(error)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (no_room, "File too large"),
+        (lambda: failing(os, "fsync", errno.EIO), "Input/output error"),
+        (lambda: failing(huggingface, "follow_umask", errno.EPERM), "Operation not permitted"),
+        (lambda: failing(Path, "rename", errno.ESTALE), "Stale file handle"),
+        (lambda: failing(sharded_writer, "save_config", errno.EDQUOT), "Disk quota exceeded"),
+        (lambda: failing(sharded, "write_assets", errno.EACCES), "Permission denied"),
+    ],
+    ids=["no room", "fsync", "chmod", "rename", "metadata", "assets"],
+)
+def test_wherever_a_save_fails_the_last_complete_one_stays(tmp_path, monkeypatch, fault, said):
+    write = SaveInProgress.write
+
+    def fails(self: SaveInProgress) -> None:
+        with fault() if self.directory.name == "step-2" else contextlib.nullcontext():
+            write(self)
+
+    monkeypatch.setattr(SaveInProgress, "write", fails)
+    message = cases.message(str(tmp_path), steps=2, every=1)
+    assert message.startswith("TrainingError: ") and said in message and "\n" not in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+    monkeypatch.setattr(SaveInProgress, "write", write)
+    assert [line["step"] for line in cases.run(str(tmp_path), steps=2)] == [1, 2]
+    sharded.verify(tmp_path / "checkpoints" / "step-2")
 
 
 def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(tmp_path, monkeypatch):
@@ -119,6 +168,39 @@ def test_damaged_ones_are_put_aside_however_often(tmp_path):
     ]
 
 
+# -- what more is saved ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_keeps_beside_its_weights_is_saved_and_resumed_in_any_layout(pool, single, tmp_path):
+    """In files of its own, which who wants the weights does not read; frozen parameters have no optimizer state."""
+    job, settings = "tests.training.cases:kept_beside", dict(frozen="experts", every=2)
+    straight = cases.kept_beside(str(tmp_path / "a"), steps=4, **settings)
+    run = {"directory": str(tmp_path / "b"), **settings}
+    first = pool(2).run(job, steps=2, layout={"tensor": 2, "expert": 2}, **run)[0]
+    resumed = pool(2).run(job, steps=4, layout={"expert": 2}, **run)[0]
+    assert first["keys"] == resumed["keys"] == straight["keys"]
+    trained = {name.removeprefix("optimizer.exp_avg.") for name in straight["keys"] if "exp_avg." in name}
+    assert trained and not any("experts" in name for name in trained)
+    assert resumed["losses"] == pytest.approx(straight["losses"], abs=1e-5)
+    for name, values in straight["sums"].items():
+        assert np.allclose(resumed["sums"][name], values, atol=1e-3), name
+        assert "experts" not in name or np.allclose(
+            values, 4 * cases.weights_of(str(tmp_path / "a" / "checkpoints" / "step-2"), {})[name]
+        )
+    checkpoint = tmp_path / "b" / "checkpoints" / "step-4"
+    assert {file.name for file in checkpoint.glob("*.distcp")} == {
+        f"{kind}_{rank}.distcp" for kind in ("weights", "training", "sum") for rank in (0, 1)
+    }
+    (checkpoint / "sum_1.distcp").write_bytes(bytes((checkpoint / "sum_1.distcp").stat().st_size))
+    assert cases.weights_of(str(checkpoint), {}).keys() == straight["sums"].keys()
+    with pytest.raises(CheckpointError, match="is damaged: sum_1.distcp"):
+        sharded.verify(checkpoint)
+    # without what was kept it goes on, with something that was not kept it is refused
+    cases.run(str(tmp_path / "c"), steps=1)
+    with pytest.raises(CheckpointError, match="lacks .* of .* tensors of this run, first sum.embed_tokens.weight"):
+        cases.kept_beside(str(tmp_path / "c"), frozen="none", steps=2)
+
+
 # -- which are kept ----------------------------------------------------------------------------------------------------
 
 
@@ -151,8 +233,8 @@ def test_those_are_kept_that_were_asked_for(tmp_path_factory, steps, values, kee
     saving.remove_others(run_dir, TrainerGroup(keep_last=last, keep_best=best, keep_every=every, keep_by=by))
     kept = {step_of(checkpoint) for checkpoint in complete_checkpoints(run_dir)}
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {f"step-{step}" for step in kept}
-    if not any(keep):
-        assert kept == steps
+    if not any(keep) or (best and not steps & measured.keys()):
+        assert kept == steps  # also where the best cannot be told
         return
     assert set(sorted(steps)[-max(last, 1) :]) <= kept
     if every:
@@ -166,6 +248,48 @@ def test_those_are_kept_that_were_asked_for(tmp_path_factory, steps, values, kee
     for step in of_best:  # nobody that is gone is better
         gone = [measured[one] for one in steps - kept if one in measured]
         assert all(better(measured[step], value) == measured[step] for value in gone)
+
+
+def test_a_checkpoint_that_somebody_reads_is_left_until_the_next_time(tmp_path):
+    make(tmp_path, {1, 2, 3}, {})
+    with sharded.in_use(tmp_path / "checkpoints" / "step-1"):
+        saving.remove_others(tmp_path, TrainerGroup(keep_last=1))
+        assert [step_of(one) for one in complete_checkpoints(tmp_path)] == [3, 1]
+    saving.remove_others(tmp_path, TrainerGroup(keep_last=1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+
+
+def test_who_loads_a_checkpoint_holds_it(tmp_path, monkeypatch):
+    """Of a network and of a conversion, while they read."""
+    from nemo_diffgemma.checkpoint import streaming
+    from nemo_diffgemma.checkpoint.stored import StoredTensor
+
+    cases.run(str(tmp_path / "run"), steps=2, every=1)
+    seen, rows, load = [], StoredTensor.rows, sharded.dist_checkpointing.load
+    first = tmp_path / "run" / "checkpoints" / "step-1"
+
+    def watched(read: Any) -> Any:
+        def reading(*arguments: Any, **keys: Any) -> Any:
+            with sharded.unused(first) as is_unused:
+                seen.append(is_unused)
+            saving.remove_others(tmp_path / "run", TrainerGroup(keep_last=1))
+            return read(*arguments, **keys)
+
+        return reading
+
+    monkeypatch.setattr(sharded.dist_checkpointing, "load", watched(load))
+    cases.weights_of(str(first), {})
+    monkeypatch.setattr(StoredTensor, "rows", watched(rows))
+    streaming.convert(first, tmp_path / "out", "huggingface")
+    assert len(seen) > 3 and not any(seen)
+    saving.remove_others(tmp_path / "run", TrainerGroup(keep_last=1))
+    assert not first.exists()
+
+
+def test_values_that_are_no_numbers_and_torn_lines_choose_nothing(tmp_path):
+    file = tmp_path / "validation.jsonl"
+    file.write_text('{"step": 1, "rate": NaN}\n{"step": 2, "rate": 0.5}\n{"step": 3, "rate": [1]}\n{"step": 4, "ra')
+    assert saving.measures(file, "rate") == {2: 0.5}
 
 
 def test_a_run_keeps_its_last_its_best_and_every_nth(tmp_path):
