@@ -6,16 +6,19 @@ PYTHON_IN_VENV := .venv/bin/python
 IN_PARALLEL := -n 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo export-demo test test-slurm test-all test-gpu lint format clean
+.PHONY: help venv demo finetune-demo export-demo test test-slurm test-all test-gpu lint format clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 venv: ## Make .venv and install the project into it (PYTHON=... to choose the interpreter)
 	@scripts/bootstrap.sh
 
 demo: venv ## Train a small model on Sudoku, evaluate it and generate, on the CPU
 	$(PYTHON_IN_VENV) launch/demo.py $(ARGS)
+
+finetune-demo: venv ## Teach the model of the demo another task with LoRA, merge it, compare with peft
+	$(PYTHON_IN_VENV) launch/finetune_demo.py $(ARGS)
 
 export-demo: venv ## Export the model of the demo: build engines, compare with PyTorch, solve a puzzle
 	$(PYTHON_IN_VENV) export/demo.py $(ARGS)

@@ -151,7 +151,7 @@ def _settings(config: BuildConfig, source: Any) -> Settings:
         graphs=tuple(graphs),
         steps=config.steps,
         weights=config.weights if config.checkpoint is not None else "none",
-        experts=config.experts or suitable_experts(model, layout, config.quantization),
+        experts=config.experts or suitable_experts(model, layout, config.quantization, config.weights),
         quantization=config.quantization,
         limits=Limits(config.max_batch_size, context, config.max_chunk),
     )
@@ -170,7 +170,8 @@ def _table(built: Mapping[str, Built]) -> str:
     for name, graph in built.items():
         sizes = [f"{size / 1e6:.2f}" for size in (graph.onnx_bytes, graph.engine_bytes)]
         rows.append([name, *sizes, f"{graph.seconds:.1f}", f"{graph.peak_memory / 1e9:.2f}"])
-    return table(["graph", "ONNX MB", "engine MB", "seconds", "peak GB"], rows)
+        rows[-1].append(f"{graph.scratch_bytes / 1e9:.2f}" if graph.scratch_bytes else "")
+    return table(["graph", "ONNX MB", "engine MB", "seconds", "peak GB", "scratch GB on the GPU"], rows)
 
 
 def _structure(model: ModelGroup) -> Any:

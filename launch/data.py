@@ -4,9 +4,10 @@
     python launch/data.py data=chat data.train=[chat.jsonl] data.tokenizer=DIRECTORY canvas_length=64
     python launch/data.py data=text data.train=[books/*.txt] data.vocabulary_size=4096 canvas_length=32
 
-Shows counts, histograms of lengths and canvases, rows that are left out and why, and one example with its canvases; in
-the folder `out` it leaves lengths.png and bad_rows.jsonl. The last line is JSON: examples, bad_rows (by reason), notes,
-tokens_mean, tokens_max, answer_tokens_mean, canvases_mean, canvases_max, fill, seconds, plot.
+Shows counts, histograms of lengths and canvases, rows that are left out and why, and one example, in the colours of
+roles and canvases; in the folder `out` it leaves lengths.png and bad_rows.jsonl. The last line is JSON: examples,
+bad_rows (by reason), notes, tokens_mean, tokens_max, answer_tokens_mean, canvases_mean, canvases_max, fill, seconds,
+plot.
 """
 
 from __future__ import annotations
@@ -67,17 +68,18 @@ def data(config: DataConfig, results: Results) -> dict[str, Any]:
     task.prepare(model)
     report = task.report()
     examples: Any = task.training_examples(config.seed)
-    wanted = config.examples
-    if report is not None:
+    wanted, held_out = config.examples, report is not None and not report.examples["train"]
+    if held_out:
+        examples = task.held_out_examples(config.examples)
+        wanted = len(examples)
+    elif report is not None:
         wanted = min(wanted, report.examples["train"])
-        if wanted == 0:
-            examples = task.held_out_examples(config.examples)
-            wanted = len(examples)
     looked_at = [examples[index] for index in range(wanted)]
     statistics = data_view.Statistics.of(looked_at, model.canvas_length)
     data_view.show(task, statistics, results)
-    tokenizer = task.tokenizer()
-    data_view.show_example(looked_at[min(config.show, wanted - 1)], tokenizer, model.canvas_length, results)
+    shown = looked_at[min(config.show, wanted - 1)]
+    messages = task.messages(config.seed, shown.sample, held_out)
+    data_view.show_example(shown, messages, task.tokenizer(), model.canvas_length, results)
     out = user_path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     data_view.plot(statistics, out / "lengths.png")

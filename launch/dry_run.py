@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.start import start
+from nemo_diffgemma.cli.torchrun import processes_of
+from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.gpus import Gpu
 from nemo_diffgemma.schema import ConfigurationError, ModelGroup, OptimGroup, ParallelGroup, SamplerGroup
 
@@ -55,7 +57,8 @@ def dry_run(config: DryRunConfig, results: Results) -> dict[str, Any]:
     from nemo_diffgemma.dry_run.report import as_json, tables
     from nemo_diffgemma.dry_run.whole import measure_in_child
 
-    assert config.gpu is not None
+    if config.gpu is None:
+        raise ConfigurationError("gpu is not given; use gpu=<file of conf/gpu>")
     case = case_of(config)
     measured, _ = call_in_child(measure_in_child, case, config.whole, environment=environment(config.gpu))
     results.show(f"{config.verb}, rank {case.rank} of {case.world}, {case.layout}, {config.gpu.name}\n")
@@ -74,14 +77,14 @@ def case_of(config: DryRunConfig) -> Any:
         raise ConfigurationError("model.checkpoint: a dry run reads no weights; give its sizes as model=<file>")
     layout = config.parallel.layout()
     prompts, responses = config.prompts or list(PROMPTS.get(config.verb, (1,))), config.responses or list(RESPONSES)
-    rows = config.rows or max(len(prompts), len(responses))
-    canvas = config.model.architecture.get("canvas_length", 256)
+    rows = max(len(prompts), len(responses)) if config.rows is None else config.rows
+    canvas = ModelConfig(**config.model.architecture).canvas_length
     return Case(
         verb=config.verb,
         model=config.model,
         optim=config.optim,
         layout=layout,
-        world=config.world or layout.world_size * config.parallel.replicas,
+        world=processes_of(config.parallel) if config.world is None else config.world,
         rank=config.rank,
         prompts=_of_rows("prompts", prompts, rows),
         responses=_of_rows("responses", responses, rows),
@@ -93,6 +96,8 @@ def case_of(config: DryRunConfig) -> Any:
 
 
 def _of_rows(name: str, lengths: list[int], rows: int) -> tuple[int, ...]:
+    if rows < 1:
+        raise ConfigurationError(f"rows={rows}; expected at least 1")
     if len(lengths) not in (1, rows):
         raise ConfigurationError(
             f"{name}={lengths} has {len(lengths)} lengths; expected one, or one for each of {rows} rows"

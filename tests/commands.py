@@ -93,9 +93,9 @@ class Command:
             return stream.read().decode(errors="replace")
 
 
-def run(script: str, *arguments: str, **given: Any) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str, timeout: float = 300, **given: Any) -> subprocess.CompletedProcess[str]:
     """A command from its start to its end."""
     command = Command(script, *arguments, **given)
-    output, errors = command.communicate(timeout=300)
+    output, errors = command.communicate(timeout)
     assert command.returncode is not None
     return subprocess.CompletedProcess(command.arguments, command.returncode, output, errors)

@@ -56,6 +56,8 @@ _LARGEST_TOP_K = 3840  # of TensorRT's TopK layer
 class Built:
     """One graph of one rank: bytes of ONNX file and engine (0: none), seconds, most bytes in memory.
 
+    `scratch_bytes` is the GPU memory that the engine asks for beside its weights (0: not known).
+
     When engines are built, tracing and building run in child processes: `peak_memory` then adds what this process
     holds meanwhile.
     """
@@ -64,6 +66,7 @@ class Built:
     engine_bytes: int
     seconds: float
     peak_memory: int
+    scratch_bytes: int = 0
 
 
 def build_bundle(
@@ -195,16 +198,19 @@ def _check_room(config: ModelConfig, settings: Settings, builder: str) -> None:
         )
 
 
-def suitable_experts(config: ModelConfig, layout: ParallelLayout, quantization: str | None) -> str:
+def suitable_experts(config: ModelConfig, layout: ParallelLayout, quantization: str | None, weights: str) -> str:
     """The form in which the experts are computed unless another is asked for.
 
-    `sparse`, unless that multiplies as many rows, as with the 8 experts of the Sudoku model, or the experts are
-    quantised: TensorRT-RTX 1.7.1 then reserves a 16-bit copy of those of every layer, more than a GPU has. Raises
-    `LayoutError` for a layout that engines cannot have.
+    `sparse`, unless that multiplies as many rows, as with the 8 experts of the Sudoku model, blocks of the quantisation
+    do not divide the width of an expert, or quantised experts are `inline`: TensorRT-RTX 1.7.1 then fuses them into the
+    products of the dense form, and keeps them twice for the sparse one. Raises `LayoutError` for a layout that engines
+    cannot have.
     """
     check_layout(layout, config)
-    if quantization is not None or not is_less_work(
-        config.top_k_experts, config.num_experts, config.num_experts // layout.expert
+    if not is_less_work(config.top_k_experts, config.num_experts, config.num_experts // layout.expert):
+        return "dense"
+    if quantization in schemes.SCHEMES and (
+        weights == "inline" or not schemes.fits(quantization, config, layout, "sparse")
     ):
         return "dense"
     return "sparse"
@@ -272,7 +278,8 @@ def trace_graph(graph: str, config: ModelConfig, settings: Settings, amax: dict[
     if graph == "loop":
         model = to_loop(onnx.load(_common(folder, "step")), settings.steps)
     else:
-        model = trace(graph, config, settings.layout, settings.torch_dtype, settings.experts)
+        quantized = ("inline" if settings.weights == "inline" else "inputs") if settings.quantization else None
+        model = trace(graph, config, settings.layout, settings.torch_dtype, settings.experts, quantized)
         if settings.quantization is not None:
             model = quantize_graph(model, settings.quantization, amax)
     onnx.save(model, _common(folder, graph))
@@ -282,6 +289,7 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, 
     """Graph and engine of one rank; work on them began at `start`, and tracing took `memory` bytes."""
     settings = work.settings
     file, engine = (work.partial / settings.file(graph, rank, suffix) for suffix in ("onnx", "engine"))
+    scratch = 0
     if places is None:
         shutil.copy(_common(work.partial, graph), file)
     else:
@@ -291,11 +299,11 @@ def _build(work: _Work, graph: str, rank: int, places: dict[str, Place] | None, 
     elif work.builder != "onnx":
         work.progress(f"{graph}, rank {rank}: building the engine")
         world, profile = settings.layout.world_size, settings.profile(graph, work.config)
-        _, most = _call(work, build_engine, work.builder, file, engine, profile, world, work.targets)
-        memory = max(memory, most)
+        report, most = _call(work, build_engine, work.builder, file, engine, profile, world, work.targets)
+        memory, scratch = max(memory, most), report.scratch_bytes
     engine_bytes = engine.stat().st_size if work.builder != "onnx" else 0
     seconds = round(time.perf_counter() - start, 2)
-    return Built(file.stat().st_size, engine_bytes, seconds, max(memory, peak_memory()))
+    return Built(file.stat().st_size, engine_bytes, seconds, max(memory, peak_memory()), scratch)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -77,10 +77,14 @@ class NetworkReport:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """An engine on disk: its bytes, seconds to parse and build, (least, optimal, most) shape of every dynamic input."""
+    """An engine on disk: its bytes, seconds to parse and build, (least, optimal, most) shape of every dynamic input.
+
+    `scratch_bytes` of GPU memory are what it asks for beside weights, inputs and outputs; 0: TensorRT does not say.
+    """
 
     bytes: int
     seconds: float
+    scratch_bytes: int
     network: NetworkReport
     profile: Shapes
 
@@ -199,7 +203,7 @@ def build_engine(
             partial.unlink(missing_ok=True)
         raise
     seconds = round(time.perf_counter() - start, 2)
-    return EngineReport(engine_file.stat().st_size, seconds, _report(build), shapes)
+    return EngineReport(engine_file.stat().st_size, seconds, build.log.scratch_bytes, _report(build), shapes)
 
 
 class _Build:
@@ -316,6 +320,7 @@ class _Build:
     def run(self, config: Any) -> Any:
         """The serialised engine."""
         self.log.messages.clear()
+        self.log.scratch_bytes = 0
         plan = None
         if self.llm is not None:
             try:
@@ -369,15 +374,21 @@ def _report(build: _Build) -> NetworkReport:
 
 @functools.cache
 def logger(trt: ModuleType) -> Any:
-    """The one logger of a TensorRT module, which keeps the first it is given: errors are kept for messages of ours."""
+    """The one logger of a TensorRT module, which keeps the first it is given.
+
+    Errors are kept for messages of ours, and what an engine asks for, which only an engine on a GPU would tell else.
+    """
 
     class Log(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[str] = []
+            self.scratch_bytes = 0
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.messages.append(message.strip())
+            elif scratch := re.search(r"Max Scratch Memory: (\d+) bytes", message):
+                self.scratch_bytes = int(scratch[1])
 
     return Log()

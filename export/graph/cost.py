@@ -87,7 +87,8 @@ class _Kind(NamedTuple):
 def count(model: ModelProto, sizes: Mapping[str, int], weights: Collection[str] | None = None) -> Cost:
     """Cost of one run. `sizes` gives every dynamic axis a size; loops as long as a stack run `sizes["steps"]` times.
 
-    Loops that end by a condition are those over overloaded experts: the cost of a round of each stands apart.
+    Loops that end by a condition are those over overloaded experts: the cost of a round of each stands apart. One whose
+    first condition is known beforehand has one turn, around products by quantised experts.
     `weights` names the weight inputs, or their prefix up to a dot (`<weight>.scale` is one too); None: every input of
     a fixed shape. Initializers are weights in any case. Raises `RooflineError` for an axis without size, and for a
     graph whose shapes cannot be inferred.
@@ -97,7 +98,7 @@ def count(model: ModelProto, sizes: Mapping[str, int], weights: Collection[str] 
         v.name for v in model.graph.input if _is_fixed(v) and (weights is None or _is_of(v.name, weights))
     }
     twin = _inferred(_with_sizes(model, sizes))
-    counter = _Counter(sizes, {value.name for value in model.graph.input} | constants)
+    counter = _Counter(sizes, {value.name for value in model.graph.input} | constants, twin)
     run, one_round = _Sums(), _Sums()
     kinds = counter.walk(twin.graph, {}, 1, run, one_round)
     written = sum(kinds[value.name].bytes for value in twin.graph.output)
@@ -200,8 +201,16 @@ class _Sums:
 class _Counter:
     """Sums over nodes. `sources` are the tensors that lie in memory when the graph starts."""
 
-    def __init__(self, sizes: Mapping[str, int], sources: Collection[str]) -> None:
+    def __init__(self, sizes: Mapping[str, int], sources: Collection[str], model: ModelProto) -> None:
         self._sizes, self._sources = sizes, sources
+        self._constants = {
+            name
+            for graph in graphs(model.graph)
+            for name in (
+                *(tensor.name for tensor in graph.initializer),
+                *(node.output[0] for node in graph.node if node.op_type == "Constant"),
+            )
+        }
 
     def walk(
         self, graph: GraphProto, outer: Mapping[str, _Kind], times: int, sums: _Sums, one_round: _Sums
@@ -225,7 +234,8 @@ class _Counter:
                 turns = times * self._iterations(node, graph, made)
                 self.walk(next(bodies(node)), kinds, turns, sums, one_round)
             elif node.op_type == "Loop":
-                self.walk(next(bodies(node)), kinds, times, one_round, one_round)
+                rest = sums if node.input[1] in self._constants else one_round
+                self.walk(next(bodies(node)), kinds, times, rest, one_round)
             elif any(bodies(node)):
                 raise RooflineError(f"node {node.name} ({node.op_type}) has a graph inside; only Loop is counted")
         for name, nodes in readers.items():

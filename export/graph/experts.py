@@ -34,7 +34,9 @@ Loop = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Products(Protocol):
-    """What the experts ask of the weights."""
+    """What the experts ask of the weights. Products by `quantized` ones that are `inputs` stand in loops: `_once`."""
+
+    quantized: str | None
 
     def linear(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor: ...
 
@@ -98,9 +100,13 @@ class Choice:
 
 def dense(weights: Products, names: tuple[str, str], x_TH: Tensor, shares_TE: Tensor, width: int) -> Tensor:
     """Weighted sum of the chosen experts [T, H]; matrices [E * 2 * W, H] and [H, E * W]."""
-    hidden = weights.linear(x_TH, names[0]).view(-1, shares_TE.shape[1], 2, width)
-    hidden = F.gelu(hidden[:, :, 0], approximate="tanh") * hidden[:, :, 1] * shares_TE[..., None]
-    return weights.linear(hidden.to(x_TH.dtype).flatten(1), names[1])
+
+    def products() -> Tensor:
+        hidden = weights.linear(x_TH, names[0]).view(-1, shares_TE.shape[1], 2, width)
+        hidden = F.gelu(hidden[:, :, 0], approximate="tanh") * hidden[:, :, 1] * shares_TE[..., None]
+        return weights.linear(hidden.to(x_TH.dtype).flatten(1), names[1])
+
+    return _once(products, x_TH).to(x_TH.dtype) if weights.quantized == "inputs" else products()
 
 
 def sparse(weights: Products, names: tuple[str, str], x_BSH: Tensor, choice: Choice, most: int | None) -> Tensor:
@@ -109,7 +115,11 @@ def sparse(weights: Products, names: tuple[str, str], x_BSH: Tensor, choice: Cho
     mask_BSE = choice.mask_TE.view(rows, columns, -1)
     place_BSE = mask_BSE.cumsum(1) - mask_BSE  # of a token among those of its row that chose the expert
     load_BE = mask_BSE.sum(1)
-    first = _first(weights, names, x_BSH, choice, place_BSE, load_BE, columns if most is None else most)
+
+    def products() -> Tensor:
+        return _first(weights, names, x_BSH, choice, place_BSE, load_BE, columns if most is None else most)
+
+    first = _once(products, x_BSH.flatten(0, 1)) if weights.quantized == "inputs" else products()
     if most is None:
         return first.to(x_BSH.dtype)
     rest_TE = torch.where(place_BSE.flatten(0, 1) >= most, choice.shares_TE, 0.0)
@@ -169,6 +179,22 @@ def _hidden(gate_up: Tensor, taken: Tensor) -> Tensor:
     """What the second product is given; zero where its result counts for nobody, so that no range is spent on it."""
     gate, up = gate_up.chunk(2, -1)
     return torch.where(taken[..., None], F.gelu(gate, approximate="tanh") * up, 0.0)
+
+
+def _once(products: Callable[[], Tensor], x_TH: Tensor) -> Tensor:
+    """What `products` give, [T, H] float32, computed in a loop of one turn.
+
+    TensorRT-RTX 1.7.1 multiplies by 16-bit copies of quantised experts that are inputs. Outside of a loop it would make
+    those of all layers before it begins with the first, and keep them to the end.
+    """
+
+    def more(done: Tensor, total: Tensor) -> Tensor:
+        return done < 1
+
+    def one(done: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        return done + 1, total + products().float()
+
+    return _repeat(more, one, torch.zeros(x_TH.shape, dtype=torch.float32))
 
 
 def _repeat(more: Callable[[Tensor, Tensor], Tensor], one: Loop, total: Tensor) -> Tensor:

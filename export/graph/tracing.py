@@ -39,11 +39,20 @@ def present_names(layer: int) -> tuple[str, str]:
 
 
 def trace(
-    graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, experts: str = "sparse"
+    graph: str,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    experts: str = "sparse",
+    quantized: str | None = None,
 ) -> ModelProto:
-    """ONNX of `encode` or `step` of one rank. Inputs that the graph does not read are left out."""
+    """ONNX of `encode` or `step` of one rank. Inputs that the graph does not read are left out.
+
+    A graph that `quantize_graph` will be given is traced for where the `quantized` weights will lie: `inputs` or
+    `inline`.
+    """
     # made of real tensors: its rotary frequencies become constants
-    module = (_Encode if graph == "encode" else _Step)(Model(config, layout, dtype, experts))
+    module = (_Encode if graph == "encode" else _Step)(Model(config, layout, dtype, experts), quantized)
     outputs: tuple[str, ...] = STEP_OUTPUTS
     if graph == "encode":
         outputs = tuple(name for layer in range(config.num_hidden_layers) for name in present_names(layer))
@@ -106,21 +115,21 @@ def _empty(*programs: Any) -> None:
 
 
 class _Step(nn.Module):
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, quantized: str | None) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._quantized = model, quantized
 
     def forward(self, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         given = dict(inputs)
         past = _pop_past(given, self._model.config)
-        return self._model.step(Weights(weights), past=past, **given)
+        return self._model.step(Weights(weights, self._quantized), past=past, **given)
 
 
 class _Encode(_Step):
     def forward(self, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         given = dict(inputs)
         past = _pop_past(given, self._model.config)
-        fresh = self._model.encode(Weights(weights), past=past, **given)
+        fresh = self._model.encode(Weights(weights, self._quantized), past=past, **given)
         return tuple(tensor for pair in fresh for tensor in pair)
 
 

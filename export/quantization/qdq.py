@@ -35,7 +35,7 @@ def quantize_graph(model: ModelProto, scheme: str, amax: Mapping[str, float] | N
     quantized.CopyFrom(model)
     kinds = {v.name: v.type.tensor_type for v in model.graph.input if is_quantized(v.name)}
     matrices = {name: _Matrix(name, scheme, kind.elem_type, len(kind.shape.dim)) for name, kind in kinds.items()}
-    if not _quantize(quantized.graph, matrices, {name: name for name in matrices}, ""):
+    if not _quantize(quantized.graph, matrices, {name: name for name in matrices}, "", None):
         raise QuantizationError(
             "the graph has no product by an expert matrix that is an input; quantise what `trace` gives, not what "
             "to_loop or inline made of it"
@@ -61,23 +61,25 @@ class _Matrix(NamedTuple):
     rank: int
 
 
-def _quantize(graph: GraphProto, matrices: Mapping[str, _Matrix], outer: Mapping[str, str], place: str) -> int:
+def _quantize(
+    graph: GraphProto, matrices: Mapping[str, _Matrix], outer: Mapping[str, str], place: str, turn: str | None
+) -> int:
     """Quantise the products of a graph and of its bodies, in place -> how many there are.
 
     `outer` tells which names are views of which matrix; `place` makes names of this graph unlike those around it. Each
     graph has Q/DQ nodes of its own: TensorRT fuses those beside a product, and what a body needs costs nothing while
-    the body does not run.
+    the body does not run. In a loop they wait for `turn`, a number that the loop changes.
     """
     views, count, made = dict(outer), 0, set[str]()
     nodes: list[NodeProto] = []
     for number, node in enumerate(graph.node):
         for body in bodies(node):
-            count += _quantize(body, matrices, views, f"{place}.{number}")
+            count += _quantize(body, matrices, views, f"{place}.{number}", _turn(body))
         matrix = _matrix_of(node, views)
         for index, name in enumerate(node.input):
             if name in matrices:
                 if name not in made:
-                    nodes += _weight_nodes(matrices[name], place)
+                    nodes += _weight_nodes(matrices[name], place, turn)
                     made.add(name)
                 node.input[index] = f"{name}{place}.dequantized"
         if matrix and node.op_type in _PRODUCTS:
@@ -92,6 +94,13 @@ def _quantize(graph: GraphProto, matrices: Mapping[str, _Matrix], outer: Mapping
     del graph.node[:]
     graph.node.extend(kept)
     return count
+
+
+def _turn(body: GraphProto) -> str:
+    """What a loop counts: its first value where that is a whole number (its own count may be absent), or its turns."""
+    first = body.input[2]
+    counts = first.type.tensor_type.elem_type == TensorProto.INT64 and not first.type.tensor_type.shape.dim
+    return first.name if counts else body.input[0].name
 
 
 _PRODUCTS = ("MatMul", "Gemm")  # torch writes MatMul after Transpose, or Gemm
@@ -116,15 +125,28 @@ def _replace_input(graph: GraphProto, value: ValueInfoProto, scheme: str, amax: 
             graph.input.append(helper.make_tensor_value_info(key, spec.onnx_type, spec.shape))
 
 
-def _weight_nodes(matrix: _Matrix, place: str) -> Iterator[NodeProto]:
+def _weight_nodes(matrix: _Matrix, place: str, turn: str | None) -> Iterator[NodeProto]:
     name, scheme, dtype, rank = matrix
-    scale, result = f"{name}.scale", f"{name}{place}.dequantized"
+    result = f"{name}{place}.dequantized"
+    scale = f"{name}.global_scale" if scheme == "nvfp4" else f"{name}.scale"
+    if turn is not None:
+        yield from _delayed(scale, turn, f"{result}.delayed")
+        scale = f"{result}.delayed"
     if scheme == "fp8":
         yield _node("DequantizeLinear", [name, scale], [result])
     elif scheme == "int4":
         yield _node("DequantizeLinear", [name, scale], [result], axis=rank - 1, block_size=BLOCK[scheme])
     else:
-        yield from _dequantize_twice(name, scale, f"{name}.global_scale", result, dtype)
+        yield from _dequantize_twice(name, f"{name}.scale", scale, result, dtype)
+
+
+def _delayed(scale: str, turn: str, result: str) -> Iterator[NodeProto]:
+    """`scale` as a function of `turn`, which is never negative: else TensorRT dequantises ahead of the loop."""
+    yield helper.make_node("Constant", [], [f"{result}.zero"], name=f"{result}.zero", value_int=0)
+    yield helper.make_node("Constant", [], [f"{result}.axis"], name=f"{result}.axis", value_ints=[0])
+    yield _node("Min", [turn, f"{result}.zero"], [f"{result}.index"])
+    yield _node("Unsqueeze", [scale, f"{result}.axis"], [f"{result}.row"])
+    yield _node("Gather", [f"{result}.row", f"{result}.index"], [result], axis=0)
 
 
 def _activation_nodes(x: str, matrix: _Matrix, place: str) -> Iterator[NodeProto]:

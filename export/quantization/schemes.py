@@ -113,6 +113,12 @@ def check(
         model_optimizer("qtensor")
 
 
+def fits(scheme: str, config: ModelConfig, layout: ParallelLayout, experts: str) -> bool:
+    """Whether blocks of the scheme divide the experts of this model and layout."""
+    shapes = [w.shape for name, w in engine_weights(config, layout, experts).items() if is_quantized(name)]
+    return all(shape[-1] % BLOCK.get(scheme, 1) == 0 for shape in shapes)
+
+
 def packed_inputs(name: str, shape: Sequence[int], scheme: str, dtype: torch.dtype) -> dict[str, Packed]:
     """What `<name>` [..., N, K] of an engine in `dtype` is replaced by.
 

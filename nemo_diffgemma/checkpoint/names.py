@@ -47,7 +47,11 @@ def our_name(name: str) -> str:
 
 
 def text_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor of this rank) of everything that the released layout stores of the text model."""
+    """(our name, tensor of this rank) of everything that the released layout stores of the text model.
+
+    Waits for weights that a training step is still gathering: whatever reads or writes them is here.
+    """
+    getattr(network, "finish_gather", lambda: None)()
     yield from ((name, parameter) for name, parameter in network.named_parameters() if not is_adapter(name))
     yield from network.named_buffers()
 

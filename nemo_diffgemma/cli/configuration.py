@@ -191,7 +191,7 @@ def _explain(error: Exception, schema: type, arguments: list[str]) -> str | None
             return broken or explain(cause, schema)
         cause = cause.__cause__
     if broken or not isinstance(error, HydraException):
-        return broken
+        return broken or _no_option(arguments)
     text = str(error)
     if chosen := re.match(r"In '([\w./-]+)/([\w.-]+)'", text):
         broken = _misused_file(arguments, schema, chosen[1], chosen[2])
@@ -215,6 +215,16 @@ def _broken_file(arguments: list[str]) -> str | None:
             return f"{file} is no YAML that can be read: {' '.join(str(problem).split())}"
         if not isinstance(content, DictConfig):
             return f"{file} holds a list; expected keys and values"
+    return None
+
+
+def _no_option(arguments: list[str]) -> str | None:
+    """Which argument gives a group something that is no name, as gpu=null does; None if none does."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        options = sorted({file.stem for folder in _folders(arguments) for file in (folder / group).glob("*.yaml")})
+        if group and options and value not in options:
+            return f"{argument}: {group} is a group of files; use one of {', '.join(options)}"
     return None
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("NEMO_REDIRECT_LOGS_TO_STDERR", "1")  # read when NeMo is first imported, if it is
 
+from nemo_diffgemma.cli.child_process import end_with_parent
 from nemo_diffgemma.cli.configuration import compose, frozen, is_multirun
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.reporting import exit_after
@@ -67,7 +68,8 @@ def _start(work: Work, schema: type, config_name: str, distributed: bool) -> Non
     sweep(Path(tempfile.gettempdir()))  # an archive that a killed command has unpacked, 52 GB of the released model
     launched = launcher.started_by_launcher()
     config = frozen(schema)
-    if config is not None:
+    if config is not None:  # started by torchrun.py, each in a session of its own
+        end_with_parent()
         _run(work, config, distributed)
         return
     submission = Submission(work.__name__, sys.argv)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from nemo_diffgemma.data.conversations import Conversation, conversation_of
 from nemo_diffgemma.data.example import Example
 from nemo_diffgemma.data.file_task import FileData, FileTask, Units
 from nemo_diffgemma.data.prepared import Table
+from nemo_diffgemma.data.sources import rows_of
 from nemo_diffgemma.errors import ConfigurationError
 
 
@@ -41,6 +43,8 @@ class Chat(FileTask):
                 f"the tokenizer in {self.data.tokenizer or assets} has no chat template, which data=chat needs; give "
                 "data.tokenizer=DIRECTORY with the same vocabulary and a chat_template.jinja"
             )
+        if self.data.tokenizer is not None:  # a checkpoint trained with this template is used with it
+            self.chat_template = self._tokenizer.chat_template
 
     def encoder(self) -> Any:
         assert self._model is not None
@@ -80,3 +84,9 @@ class Chat(FileTask):
     def example(self, table: Table, unit: np.ndarray, sample: int) -> Example:
         row = int(unit[0])
         return Example(tuple(table.tokens(row)), tuple(table.answers(row)), sample)
+
+    def messages(self, seed: int, sample: int, held_out: bool = False) -> list[tuple[str, str]]:
+        source, unit = self._held_out()[sample] if held_out else self._trained_on(seed, sample)
+        file, line = source.table.place(int(unit[0]))
+        row = next(row for number, row in rows_of(Path(file)) if number == line)
+        return [(message["role"], message["content"]) for message in conversation_of(row).messages]

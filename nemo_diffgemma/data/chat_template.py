@@ -47,6 +47,8 @@ class ChatTemplate:
         self.has_marks = _MARK.search(str(tokenizer.chat_template)) is not None
         self._special = self.end_ids | set(tokenizer.all_special_ids)
         self._special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self.added = re.compile("(" + "|".join(map(re.escape, added)) + ")") if added else None
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Raises `RowError` where the template refuses the conversation, drops a text or shows no answer."""
@@ -77,7 +79,7 @@ class ChatTemplate:
 
     def ids(self, text: str) -> list[int]:
         try:
-            return self.tokenizer(text, add_special_tokens=False).input_ids
+            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the tokenizers library raises nothing more special
             raise RowError("unknown characters", " ".join(str(error).split())) from None
 
@@ -235,12 +237,18 @@ class ChatTemplate:
 
 
 class Rendering:
-    """A conversation through a template: each text and its tokens are made once."""
+    """A conversation through a template: each text and its tokens are made once.
+
+    Prefixes of a conversation are as many as its turns, and as long. What stands between added tokens is tokenised by
+    itself in most tokenizers; where that gives the tokens of the whole conversation, each such piece is tokenised once.
+    """
 
     def __init__(self, template: ChatTemplate, conversation: Conversation) -> None:
         self.template, self.conversation = template, conversation
         self._texts: dict[tuple[int, bool], str] = {}
         self._ids: dict[tuple[int, bool], list[int]] = {}
+        self._pieces: dict[str, list[int]] = {}
+        self._has_pieces = True
 
     def text(self, messages: int | None = None, generate: bool = False) -> str:
         """Of the first `messages` (None: all), with what `generate` puts behind them."""
@@ -252,9 +260,22 @@ class Rendering:
     def ids(self, messages: int | None = None, generate: bool = False) -> list[int]:
         """Its tokens."""
         key = (len(self.conversation.messages) if messages is None else messages, generate)
+        whole = (len(self.conversation.messages), False)
+        if whole not in self._ids:
+            self._ids[whole] = self.template.ids(self.text(*whole))
+            self._has_pieces = self._by_pieces(self.text(*whole)) == self._ids[whole]
         if key not in self._ids:
-            self._ids[key] = self.template.ids(self.text(*key))
+            text = self.text(*key)
+            self._ids[key] = self._by_pieces(text) if self._has_pieces else self.template.ids(text)
         return self._ids[key]
+
+    def _by_pieces(self, text: str) -> list[int]:
+        tokens: list[int] = []
+        for piece in self.template.added.split(text) if self.template.added else [text]:
+            if piece not in self._pieces:
+                self._pieces[piece] = self.template.ids(piece) if piece else []
+            tokens += self._pieces[piece]
+        return tokens
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -235,10 +235,18 @@ class FileTask(Task):
             raise ConfigurationError(f"data={self.data.kind} has nothing to train on: give data.train=[FILES]")
         return Order([len(source) for source in self._train], self.data.weights or None, seed)
 
-    def training_example(self, seed: int, index: int) -> Example:
+    def _trained_on(self, seed: int, index: int) -> tuple[Source, np.ndarray]:
+        """Where the training example at an index comes from."""
         source, position = self._order(seed).at(index)
-        chosen = self._train[source]
-        return self.example(chosen.table, chosen.units[position], index)
+        return self._train[source], self._train[source].units[position]
+
+    def _held_out(self, wanted: int | None = None) -> list[tuple[Source, np.ndarray]]:
+        """Where the first held-out examples come from."""
+        return [(source, unit) for source in self._validation for unit in source.units[:wanted]][:wanted]
+
+    def training_example(self, seed: int, index: int) -> Example:
+        source, unit = self._trained_on(seed, index)
+        return self.example(source.table, unit, index)
 
     def size(self, seed: int, index: int, canvas_length: int) -> tuple[int, int]:
         assert self._model is not None and canvas_length == self._model.canvas_length
@@ -258,8 +266,8 @@ class FileTask(Task):
                 f"data={self.data.kind} has no held-out examples: give data.validation=[FILES], or measure nothing "
                 "during training with trainer.validate_every=0"
             )
-        places = [(source, unit) for source in self._validation for unit in source.units[:wanted]]
-        return [self.example(source.table, unit, sample) for sample, (source, unit) in enumerate(places[:wanted])]
+        places = self._held_out(wanted)
+        return [self.example(source.table, unit, sample) for sample, (source, unit) in enumerate(places)]
 
     def report(self) -> DataReport:
         digest = hashlib.sha256("".join(source.table.fingerprint for source in self._train).encode())

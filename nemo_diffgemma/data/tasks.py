@@ -78,6 +78,8 @@ class Task(ABC):
     validated: ClassVar[tuple[str, ...]] = ()  # what `validate` measures, which may choose the best checkpoint
     fills_rows: ClassVar[bool] = True  # an answer that ends its row is filled up to whole canvases in the context, too
 
+    chat_template: str | None = None  # that came with the data, not with the checkpoint; known after `open`
+
     def __init__(self, data: Any) -> None:
         self.data = data
 
@@ -125,6 +127,10 @@ class Task(ABC):
     def report(self) -> DataReport | None:
         """What was found in files, after `prepare`; None for data that come from none."""
         return None
+
+    def messages(self, seed: int, sample: int, held_out: bool = False) -> list[tuple[str, str]]:
+        """(role, text) of what an example is made of, for a reader; none where nobody speaks."""
+        return []
 
     def measures(self, network: DiffusionGemma, budgets: Sequence[int], seed: int, batch_size: int = 400) -> Measures:
         """What `launch/evaluate.py` reports beside the canvas loss, by budget of denoising steps. Collective."""

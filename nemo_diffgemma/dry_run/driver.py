@@ -20,6 +20,7 @@ from nemo_diffgemma.gpus import Gpu
 from nemo_diffgemma.scratch import scratch_directory, temporary_directory
 
 _SOURCE = Path(__file__).with_name("driver.c")
+NOT_THERE = "(not there)"  # ends the name of its GPU
 _COMPILERS = ("cc", "gcc", "clang")
 # multiprocessors and shared memory of a block by compute capability (CUDA programming guide, table of technical
 # specifications; white papers for the first figure): what torch reads of a GPU beside its capability
@@ -56,6 +57,20 @@ def environment(gpu: Gpu) -> dict[str, str]:
     }
 
 
+def check_loaded() -> None:
+    """Raise `DriverError` in a process that was to find the GPU and does not: on its CPUs a network would take memory.
+
+    A library that cannot be preloaded is left out with a warning.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or not torch.cuda.get_device_name().endswith(NOT_THERE):
+        raise DriverError(
+            "the dry run's stand-in for a GPU was compiled but not loaded (a file system mounted noexec, or a torch "
+            "without CUDA); name a folder whose files can be executed in XDG_CACHE_HOME, and install torch for CUDA"
+        )
+
+
 def library() -> Path:
     """The compiled driver; built on first use. Raises `DriverError`."""
     compiler, headers = _compiler(), _headers()
@@ -64,7 +79,7 @@ def library() -> Path:
     name = f"driver-{key.hexdigest()[:16]}.so"
     try:
         return _built(_cache(), name, compiler, headers)
-    except OSError:  # a home directory that cannot be written
+    except (OSError, RuntimeError):  # a home directory that cannot be written, or none
         return _built(temporary_directory("dry_run")[0], name, compiler, headers)
 
 

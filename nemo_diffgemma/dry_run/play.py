@@ -20,6 +20,7 @@ from torch import nn
 
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.dry_run.case import Case, Measured
+from nemo_diffgemma.dry_run.driver import check_loaded
 from nemo_diffgemma.dry_run.ledger import Ledger, Numbers
 from nemo_diffgemma.dry_run.memory import GB, Memory
 from nemo_diffgemma.dry_run.mode import DryRun, MixedDevicesError
@@ -47,6 +48,7 @@ class Watch(Protocol):
 
 def play(case: Case, progress: Callable[[str], None] = lambda what: None) -> Measured:
     """One training step like any but the first, or an encoding and a generation."""
+    check_loaded()
     _clear_caches()
     gc.freeze()  # what imports have made, half a second of every collection
     dry = DryRun(DTYPES[case.model.dtype])

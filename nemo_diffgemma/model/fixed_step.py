@@ -31,6 +31,7 @@ from nemo_diffgemma.diffusion.generate import Settled, StepInputs
 from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.segments import FixedStream, Kind, Segment, Span
 from nemo_diffgemma.parallel.agreement import all_ranks
+from nemo_diffgemma.parallel.groups import end_with_groups
 from nemo_diffgemma.transfer import to_device
 
 FEWEST = 256  # columns of the smallest bucket
@@ -82,18 +83,28 @@ def _layers_by_kind(config: ModelConfig) -> dict[str, int]:
 
 
 class CudaGraphs:
-    """Records calls as CUDA graphs. They share memory: one runs at a time, and its results are copied at once."""
+    """Records calls as CUDA graphs. They share memory: one runs at a time, and its results are copied at once.
+
+    torch keeps memory apart by stream, so all are recorded on one. A pool that no graph has any more is gone: torch
+    refuses to record into it.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, function: Callable[[], Results]) -> tuple[Any, Results]:
         """(graph, what it fills). `function` has run before, so that nothing is initialised while recording."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        recording = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(stream), recording:  # the outer one restores the caller's stream after errors as well
-            return graph, function()
+        self._stream = self._stream or torch.cuda.Stream()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(self._stream), recording:  # the outer one restores the caller's stream after errors too
+            results = function()
+        self._graphs.add(graph)
+        return graph, results
 
 
 class FixedSteps:
@@ -106,6 +117,7 @@ class FixedSteps:
     def __init__(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
         self._steps: OrderedDict[Geometry, _FixedStep] = OrderedDict()
+        end_with_groups(self)
 
     def clear(self) -> None:
         """Give all buffers and recordings back, for memory or because weights have moved: replays read the old ones."""

@@ -9,7 +9,7 @@ Shapes: B rows, S prompt columns, M canvases of C tokens, T tokens of the stream
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +74,7 @@ class Network(MegatronModule):
         self.assets: Path | None = None  # directory with tokenizer and carried tensors, if the model came from one
         self.lora: Adapted | None = None  # what its adapters are (nemo_diffgemma.lora)
         self.dropout_of: DropoutNoise | None = None  # keys of the rows of a training step
+        self.finish_gather: Callable[[], None] = lambda: None  # weights are whole afterwards; training sets it
         self.file_dtypes: dict[str, str] = {}  # of the tensors on disk, so that writing gives the same bytes back
         # plain attributes, not buffers: casting the model must not round them
         self._frequencies = {kind: inverse_frequencies(model, kind, device()) for kind in set(model.layer_types)}

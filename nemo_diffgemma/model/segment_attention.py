@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_diffgemma.model.cache import KeyValue, extended
-from nemo_diffgemma.model.segments import FixedStream, Kind, Stream
+from nemo_diffgemma.model.segments import FixedStream, Kind, Stream, parts
 from nemo_diffgemma.model.visibility import Group, Visibility
 
 _COMPILATIONS = 64  # of FlexAttention, at most
 _QUERY_BLOCK = 512  # rows of a causal mask at a time, where a mask is needed at all
+_LEAST_BLOCK = 64  # rows of a window's mask, however narrow the window is
 
 
 class Kernel(Enum):
@@ -77,13 +78,16 @@ def attend_by_groups(
     q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, visibility: Visibility, context: KeyValue, repeat_heads: bool
 ) -> Tensor:
     """One batch of `scaled_dot_product_attention` for each group of equal geometry; longer causal ones in blocks."""
-    pieces = []
-    for group in visibility.groups:
-        q_mNCD = group.queries.of(q_TND).transpose(1, 2)
-        keys, values = group.keys.of(context.keys), group.keys.of(context.values)
+    pieces, groups = [], visibility.groups
+    queries, seen = [group.queries for group in groups], [group.keys for group in groups]
+    canvases = [group.queries for group in groups if group.kind is Kind.CANVAS]
+    q_of_group, own_k, own_v = (iter(parts(*args)) for args in ((q_TND, queries), (k_TGD, canvases), (v_TGD, canvases)))
+    for group, q_mCND, keys, values in zip(
+        groups, q_of_group, parts(context.keys, seen), parts(context.values, seen), strict=True
+    ):
+        q_mNCD = q_mCND.transpose(1, 2)
         if group.kind is Kind.CANVAS:
-            keys = torch.cat([keys, group.queries.of(k_TGD)], dim=1)
-            values = torch.cat([values, group.queries.of(v_TGD)], dim=1)
+            keys, values = torch.cat([keys, next(own_k)], dim=1), torch.cat([values, next(own_v)], dim=1)
             out = _all_keys(q_mNCD, keys.transpose(1, 2), values.transpose(1, 2))
         else:
             out = _causal(q_mNCD, keys.transpose(1, 2), values.transpose(1, 2), group, visibility, repeat_heads)
@@ -129,7 +133,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, group: Group, visibility: Visibilit
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=k.shape[1] < q.shape[1])
     queries, ahead, window = q.shape[2], group.ahead, visibility.window
     narrow = window is not None and k.shape[2] > window
-    block = max(window, 64) if narrow and window is not None else _QUERY_BLOCK
+    block = max(window, _LEAST_BLOCK) if narrow and window is not None else _QUERY_BLOCK
+    if narrow and window is not None and ahead == 0 and queries > block:
+        return _in_windows(q, k, v, window, block)
     outs = []
     for start in range(0, queries, block):
         end = min(start + block, queries)
@@ -147,6 +153,23 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, group: Group, visibility: Visibilit
             )
         )
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _in_windows(q: Tensor, k: Tensor, v: Tensor, window: int, block: int) -> Tensor:
+    """Causal attention over a window of at most `block` keys, as one batch of blocks that see two blocks of keys each.
+
+    A slice for every block would have a gradient of the size of all keys: cost by the square of the length.
+    """
+    rows, length, gqa = q.shape[0], q.shape[2], k.shape[1] < q.shape[1]
+    q, k, v = (F.pad(x, (0, 0, 0, -length % block)).unflatten(2, (-1, block)) for x in (q, k, v))
+    own = _band(block, 0, window, q.device)
+    first = F.scaled_dot_product_attention(q[:, :, 0], k[:, :, 0], v[:, :, 0], own, scale=1.0, enable_gqa=gqa)
+    k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3) for x in (k, v))
+    blocks = (x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, 1:], k, v))
+    band = _band(block, block, window, q.device)
+    rest = F.scaled_dot_product_attention(*blocks, attn_mask=band, scale=1.0, enable_gqa=gqa)
+    rest = rest.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, rest], dim=2)[:, :, :length]
 
 
 @functools.lru_cache(maxsize=64)

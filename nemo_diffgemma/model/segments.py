@@ -235,12 +235,46 @@ class Slices:
         """[count, length, ...] of x [total, ...]."""
         shape = (self.count, self.length, *x.shape[1:])
         if self._view is None:
-            if x.device not in self._indices:
-                with torch.inference_mode(False):  # kept for passes with gradient
-                    starts = torch.tensor(self.starts)[:, None]
-                    rows = (starts + torch.arange(self.length)).flatten()
-                    self._indices[x.device] = to_device(rows, x.device)
-            return x.index_select(0, self._indices[x.device]).view(shape)
-        first, step, before = self._view
+            return x.index_select(0, self._rows(x.device)).view(shape)
+        return self._window(x, *self._view)
+
+    def add_to(self, x: Tensor, values: Tensor) -> None:
+        """x += values where `of` reads them."""
+        if self._view is None:
+            x.index_add_(0, self._rows(x.device), values.flatten(0, 1))
+        else:
+            self._window(x, *self._view).add_(values)
+
+    def _rows(self, device: torch.device) -> Tensor:
+        if device not in self._indices:
+            with torch.inference_mode(False):  # kept for passes with gradient
+                rows = torch.tensor(self.starts)[:, None] + torch.arange(self.length)
+                self._indices[device] = to_device(rows.flatten(), device)
+        return self._indices[device]
+
+    def _window(self, x: Tensor, first: int, step: int, before: int) -> Tensor:
         rows = x[first : first + self.count * step].view(self.count, step, *x.shape[1:])
         return rows[:, before : before + self.length]
+
+
+def parts(x: Tensor, slices: Sequence[Slices]) -> Sequence[Tensor]:
+    """Each of the slices of x."""
+    if len(slices) <= 2 or not x.requires_grad:
+        return [part.of(x) for part in slices]
+    return _Parts.apply(x, slices)
+
+
+class _Parts(torch.autograd.Function):
+    """One gradient for all slices. Each of torch's own would be of the size of x: cost by slices times tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slices: Sequence[Slices]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.slices = x.shape, slices
+        return tuple(part.of(x) for part in slices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for part, gradient in zip(ctx.slices, gradients, strict=True):
+            part.add_to(total, gradient)
+        return total, None

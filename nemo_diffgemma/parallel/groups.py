@@ -9,7 +9,9 @@ import gc
 import math
 import os
 import socket
+import weakref
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,16 @@ from nemo_diffgemma.parallel.layout import LayoutError, ParallelLayout
 
 _layout: ParallelLayout | None = None
 _groups: list[dist.ProcessGroup] = []  # made for _layout; Megatron forgets its groups without destroying them
+
+
+class Recordings(Protocol):
+    """CUDA graphs that communicate in the current groups."""
+
+    def clear(self) -> None:
+        """Destroy them."""
+
+
+_recordings: weakref.WeakSet[Recordings] = weakref.WeakSet()
 
 
 def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta = timedelta(minutes=30)) -> None:  # noqa: B008
@@ -53,8 +65,18 @@ def initialize(layout: ParallelLayout = ParallelLayout(), *, timeout: timedelta 
     _layout = layout
 
 
+def end_with_groups(recordings: Recordings) -> None:
+    """Have these cleared before groups end: a communicator waits, for ever, for the graphs that were recorded with it.
+
+    (commDestroySync in NCCL's init.cc.)
+    """
+    _recordings.add(recordings)
+
+
 def _destroy_groups() -> None:
     """Give back the threads and sockets of the last layout's groups; every rank of the world calls it."""
+    for recordings in list(_recordings):
+        recordings.clear()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     for group in _groups:

@@ -54,7 +54,7 @@ class ParallelLayout:
 
     def check_world(self, world: int) -> None:
         """Raise `LayoutError` unless `world` processes are a whole number of replicas."""
-        if world % self.world_size:
+        if world < 1 or world % self.world_size:
             raise LayoutError(
                 f"layout {self} needs {self.world_size} processes or a multiple of it, but there are {world}; start "
                 f"`torchrun --nproc-per-node {self.world_size}` or change parallel.*"

@@ -220,7 +220,6 @@ class DiffusionGemmaModel(ModelPT):
     def _origin_of_loss(self, batch: Rows) -> str | None:
         """The first weight, or else the first output, that is not finite. Collective."""
         assert self.network is not None
-        self.finish_gather()
         weight = non_finite.non_finite_weight(self.network)
         if weight is not None:
             return f"the weight {weight}"
@@ -267,9 +266,9 @@ class DiffusionGemmaModel(ModelPT):
         self.finish_gather()
 
     def finish_gather(self) -> None:
-        """Weights are whole afterwards; whoever reads them in a run, and not by a pass of the network, calls it."""
-        if "_wrapped" in self.__dict__:
-            overlap.finish_gather(self.__dict__["_wrapped"])
+        """Weights are whole afterwards."""
+        if self.network is not None:
+            self.network.finish_gather()
 
     def generate(self, *args: Any, **kwargs: Any) -> Generation:
         """`DiffusionGemma.generate` of the network."""

@@ -6,6 +6,7 @@ function of the step alone, so nothing of the schedule needs saving.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,9 @@ from nemo_diffgemma.schema import ConfigurationError, OptimGroup
 from nemo_diffgemma.training import average, optimizer_state, overlap
 from nemo_diffgemma.training.update import fuse, update
 from nemo_diffgemma.transfer import HostCopy
+
+# says at each start that it divides the optimizer's state by itself
+logging.getLogger(DistributedDataParallel.__module__).setLevel(logging.ERROR)
 
 DECAYS = ("constant", "linear", "cosine")
 

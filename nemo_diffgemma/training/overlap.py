@@ -7,6 +7,7 @@ layer, whatever the layer calls, and all gathers are under way when the update r
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -24,9 +25,11 @@ def finalize_gradients(wrapped: DistributedDataParallel) -> None:
 
 
 def wait_for_weights_where_they_are_used(wrapped: DistributedDataParallel, network: Network) -> None:
-    """Have every layer wait for its own weights only. What reads weights otherwise calls `finish_gather` before."""
+    """Have every layer wait for its own weights only, and `network.finish_gather`, as its `state_dict`, for all."""
     if not wrapped.use_forward_hook:
         return
+    network.finish_gather = functools.partial(_finish_all, wrapped)
+    network.register_state_dict_pre_hook(lambda *_: network.finish_gather())
     wrapped.disable_forward_pre_hook(param_sync=False)
     for module in (network.embed_tokens, *network.layers, network.norm, network.self_conditioning):
         used = (wrapped.param_to_bucket_group.get(parameter) for parameter in module.parameters())
@@ -47,8 +50,7 @@ def start_gather(wrapped: DistributedDataParallel) -> None:
                 group.start_param_sync()
 
 
-def finish_gather(wrapped: DistributedDataParallel) -> None:
-    """All weights are whole afterwards."""
+def _finish_all(wrapped: DistributedDataParallel) -> None:
     for group in (*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups):
         _finish(group)
 

@@ -178,8 +178,6 @@ def _quiet() -> None:
     nemo_logging.setLevel(logging.WARNING)
     for talkative in ("megatron.core", "lightning.pytorch"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
-    # says at each start that it divides the optimizer's state by itself
-    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     telemetry = CallbackGroup.get_instance()._callbacks
     telemetry[:] = [callback for callback in telemetry if not isinstance(callback, OneLoggerNeMoCallback)]
 

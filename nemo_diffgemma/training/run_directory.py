@@ -179,8 +179,12 @@ def write_assets(network: DiffusionGemma, task: Task, run_dir: Path) -> None:
     assets = run_dir / ASSETS
 
     def write() -> None:
-        if (assets / "config.json").is_file():
-            return
+        if not (assets / "config.json").is_file():
+            write_all()
+        if task.chat_template is not None:
+            (assets / "chat_template.jinja").write_text(task.chat_template, encoding="utf-8")
+
+    def write_all() -> None:
         assets.mkdir(parents=True, exist_ok=True)
         if network.assets is None:
             tokenizer = task.tokenizer()

@@ -36,7 +36,7 @@ def config(folder: str, **settings: Any) -> Any:
 
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
     keys = {name.removeprefix("data__"): settings.pop(name) for name in list(settings) if name.startswith("data__")}
-    made = cases.config(model__objective__canvases_per_example=0, **settings)
+    made = cases.config(**({"model__objective__canvases_per_example": 0} | settings))
     made.data = ChatData(
         **{
             "train": [f"{folder}/train.jsonl"],
@@ -66,3 +66,22 @@ def message(folder: str, directory: str, **settings: Any) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def gradients(folder: str, directory: str, **settings: Any) -> tuple[float, dict[str, Any]]:
+    """Loss and every whole gradient of a run of one step (gradients on rank 0; empty elsewhere)."""
+    from unittest import mock
+
+    from nemo_diffgemma.training import overlap
+    from tests.distributed.cases import _whole_gradients
+
+    finalize, found = overlap.finalize_gradients, {}
+
+    def finalized(wrapped: Any) -> None:
+        finalize(wrapped)
+        found.update(_whole_gradients(wrapped.module))  # what becomes of the weights does not matter any more
+
+    with mock.patch.object(overlap, "finalize_gradients", finalized):
+        # without a distributed optimizer: with it each replica has the sum of a part of the gradients
+        (line,) = run(folder, directory, steps=1, optim__distributed=False, **settings)
+    return line["loss"], found

@@ -19,6 +19,8 @@ MARKED = """{{ bos_token }}
 {{- '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|turn>assistant\\n' }}{% endif %}"""
+# One content is never marked: a row from which nothing can be learnt
+MARKED_BUT_ONE = MARKED.replace("m.role == 'assistant' %}", "m.role == 'assistant' and m.content != 'unmarked' %}")
 MARKED_WITHOUT_END = MARKED.replace("{{ '<turn|>' }}{%- endgeneration %}", "{%- endgeneration %}{{ '<turn|>' }}")
 # As DiffusionGemma's: generation opens a turn with an empty thought, of which the history knows nothing; thoughts are
 # shown in the last turn only; tools are called and answer inside the model's turn

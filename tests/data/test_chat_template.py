@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_diffgemma.data.bad_rows import RowError
-from nemo_diffgemma.data.chat_template import OPENED, REWRITTEN, ChatTemplate
+from nemo_diffgemma.data.chat_template import OPENED, REWRITTEN, ChatTemplate, Rendering
 from nemo_diffgemma.data.conversations import Conversation
 from tests.data import templates
 
@@ -58,6 +58,28 @@ def test_every_answer_is_found_behind_what_generation_sees(text, conversation):
         if text != templates.PARTS:
             assert encoded.tokens[:start] == prompt(text, conversation, index)
     assert encoded.answers[-1][1] == len(encoded.tokens) and encoded.note == ""
+
+
+@pytest.mark.parametrize("text", [templates.PLAIN, templates.OPENED, templates.REWRITING, templates.BARE])
+@settings(max_examples=15)
+@given(conversation=conversations())
+def test_tokens_of_prefixes_are_those_of_their_texts(text, conversation):
+    """Though what stands between special tokens is tokenised once for all of them."""
+    made = template(text)
+    rendering = Rendering(made, conversation)
+    for messages in range(1, len(conversation.messages) + 1):
+        for generate in (False, True):
+            whole = made.tokenizer(rendering.text(messages, generate), add_special_tokens=False).input_ids
+            assert rendering.ids(messages, generate) == whole
+
+
+def test_each_text_of_a_long_conversation_is_tokenised_once(monkeypatch):
+    made, seen = ChatTemplate(templates.tokenizer(templates.PLAIN), ENDS), []
+    ids = made.ids
+    monkeypatch.setattr(made, "ids", lambda text: seen.append(len(text)) or ids(text))
+    turns = [{"role": role, "content": f"fox {n} {role}"} for n in range(40) for role in ("user", "assistant")]
+    assert len(made.encode(Conversation(turns)).answers) == 40
+    assert sum(seen) < 3 * len(made.render(Conversation(turns)))
 
 
 @settings(max_examples=25)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data import prepared, text_tokenizer
@@ -192,6 +194,53 @@ def test_bad_rows_are_counted_and_fatal_where_asked_for(tmp_path, tokenizer_dire
     assert len(ready(Chat(ChatData(**keys, max_length=40))).report().bad_rows) == 3
     with pytest.raises(ConfigurationError, match="no row to learn from"):
         ready(Chat(ChatData(**keys, max_length=5)))
+
+
+BAD = {
+    "broken JSON": '{"messages": [',
+    "not an object": "17",
+    "unknown format": {"text": "the fox"},
+    "unknown role": {"messages": [{"role": "boss", "content": "fox"}, {"role": "assistant", "content": "box"}]},
+    "empty answer": {"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": " "}]},
+    "no answer": {"messages": [{"role": "user", "content": "fox"}]},
+    "too long": {"prompt": "fox", "completion": "the fox " * 300},
+    "no supervised token": {"prompt": "fox", "completion": "unmarked"},
+}
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.sampled_from(["", *BAD]), min_size=1, max_size=12), st.booleans())
+def test_every_row_is_an_example_or_is_named_with_its_line_and_reason(tmp_path_factory, kinds, of_two):
+    """In one file or two; an example keeps its text, whatever stands around it."""
+    folder = tmp_path_factory.mktemp("rows")
+    templates.tokenizer(templates.MARKED_BUT_ONE).save_pretrained(folder / "tokenizer")
+    rows = [BAD[kind] if kind else conversation(index) for index, kind in enumerate(kinds)]
+    cut = len(rows) // 2 if of_two else 0
+    parts = [part for part in ((0, rows[:cut]), (cut, rows[cut:])) if part[1]]
+    files = [folder / f"{first}.jsonl" for first, _ in parts]
+    for file, (_, part) in zip(files, parts, strict=True):
+        file.write_text(lines(part))
+    keys = dict(train=[str(folder / "*.jsonl")], tokenizer=str(folder / "tokenizer"))
+    if not any(kind == "" for kind in kinds):
+        with pytest.raises(ConfigurationError, match="has no row to learn from"):
+            ready(Chat(ChatData(**keys)))
+        return
+    task = ready(Chat(ChatData(**keys)))
+    report = task.report()
+    wanted = [
+        (str(file), index - first + 1, kind)
+        for file, (first, part) in zip(files, parts, strict=True)
+        for index, kind in enumerate(kinds[first : first + len(part)], first)
+        if kind
+    ]
+    assert sorted((row.source, row.line, row.reason) for row in report.bad_rows) == sorted(wanted)
+    good = [index for index, kind in enumerate(kinds) if not kind]
+    assert report.examples["train"] == len(good)
+    texts = [task.tokenizer().decode(task.training_example(0, index).tokens) for index in range(len(good))]
+    assert all(sum(f"fox {index}?" in text for text in texts) == 1 for index in good)
+    if wanted:
+        with pytest.raises(ConfigurationError, match=f"{len(wanted)} rows? left out: .*data.bad_rows=skip"):
+            ready(Chat(ChatData(**keys, bad_rows="fatal")))
 
 
 def test_a_row_and_the_fill_of_its_last_canvas_fit_into_the_networks_positions(tmp_path, tokenizer_directory):

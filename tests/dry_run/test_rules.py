@@ -16,6 +16,7 @@ from nemo_diffgemma.dry_run.driver import environment
 from nemo_diffgemma.dry_run.mode import DryRun, MixedDevicesError
 from nemo_diffgemma.dry_run.world import one_rank
 from nemo_diffgemma.gpus import load_gpu
+from nemo_diffgemma.model.fixed_step import CudaGraphs
 from nemo_diffgemma.parallel.layout import ParallelLayout
 
 
@@ -41,10 +42,40 @@ def replayed() -> None:
         graph.replay()
 
 
-def waits_while_captured() -> str:
+def waits_while_captured() -> None:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        gpu_tensor(4).sum().item()
+
+
+def recorded(record: Callable[[Callable[[], Any]], Any]) -> int:
+    """Graphs that are kept, given back one by one, given back all, and recorded again."""
+
+    def step() -> tuple[Tensor, ...]:
+        return (gpu_tensor(4, 4) * 2,)
+
+    kept = [record(step), record(step)]
+    kept.pop(0)
+    kept.append(record(step))
+    kept.clear()
+    kept.append(record(step))
+    return len(kept)
+
+
+def carelessly(share_stream: bool) -> Callable[[Callable[[], Any]], Any]:
+    """A recorder that keeps one pool for ever, on one stream or not."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def record(step: Callable[[], Any]) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream if share_stream else torch.cuda.Stream()):
+            return graph, step()
+
+    return record
+
+
+def refused(run: Callable[[], Any]) -> str:
     try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            gpu_tensor(4).sum().item()
+        run()
     except RuntimeError as error:
         return str(error)
     return "recorded"
@@ -93,7 +124,10 @@ OPERATIONS: dict[str, Callable[[], Any]] = {
     "zeroed": zeroed,
     "indices of the host": lambda: gpu_tensor(4, 4)[torch.tensor([1, 2])],
     "replayed": replayed,
-    "waits while captured": waits_while_captured,
+    "waits while captured": lambda: refused(waits_while_captured),
+    "graphs of a network": lambda: recorded(CudaGraphs()),
+    "a pool without graphs": lambda: refused(lambda: recorded(carelessly(share_stream=True))),
+    "a pool of two streams": lambda: refused(lambda: recorded(carelessly(share_stream=False))),
     "grouped": lambda: grouped(torch.bfloat16),
     "grouped, float32": lambda: grouped(torch.float32),
     "float32 product": lambda: gpu_tensor(4, 4, dtype=torch.float32) @ gpu_tensor(4, 4, dtype=torch.float32),
@@ -204,6 +238,7 @@ def test_torch_chooses_the_kernel_of_the_gpu(gpu: str, name: str, kernel: str) -
         ("indices of the host", "a wait of the host: indices from the host"),
         ("masked", "a wait of the host: shape depends on values"),
         ("waits while captured", "a wait while a CUDA graph is captured"),
+        ("a pool of two streams", "CUDA graphs of one pool are captured on several streams"),
     ],
 )
 def test_what_must_not_be_is_told(name: str, text: str) -> None:
@@ -212,3 +247,13 @@ def test_what_must_not_be_is_told(name: str, text: str) -> None:
 
 def test_a_wait_breaks_a_capture_as_on_a_gpu() -> None:
     assert "not permitted when stream is capturing" in played("h100")["waits while captured"][2]
+
+
+def test_a_pool_that_no_graph_has_any_more_cannot_be_recorded_into() -> None:
+    assert "use_count > 0" in played("h100")["a pool without graphs"][2]
+
+
+def test_steps_are_recorded_again_after_all_recordings_were_given_back_and_share_memory() -> None:
+    _, violations, kept = played("h100")["graphs of a network"]
+    assert kept == 1
+    assert not any("several streams" in text for text in violations)

@@ -19,8 +19,8 @@ def traces(checkpoint):
     """Graphs come from the session's traces: the same functions, traced once."""
     patch = pytest.MonkeyPatch()
 
-    def trace(graph, config, layout, dtype, experts):
-        assert config == kit.config("short")
+    def trace(graph, config, layout, dtype, experts, quantized):
+        assert config == kit.config("short") and quantized is None
         return kit.graph(graph, "short", layout, dtype, experts)
 
     patch.setattr("export.bundle.building.trace", trace)

@@ -38,15 +38,20 @@ folder = Path("not given yet")  # of the session's traces: tests/export/conftest
 
 @functools.cache
 def traced(
-    graph: str, config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, experts: str = "sparse"
+    graph: str,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    experts: str = "sparse",
+    quantized: str | None = None,
 ) -> ModelProto:
     """`export.tracing.trace`; tests must not change what it gives."""
-    asked = repr((graph, config, layout, dtype, experts))
+    asked = repr((graph, config, layout, dtype, experts, quantized))
     file = folder / f"{hashlib.sha256(asked.encode()).hexdigest()}.onnx"
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits for the first one's
         if not file.exists():
-            model = trace(graph, config, layout, dtype, experts)
+            model = trace(graph, config, layout, dtype, experts, quantized)
             onnx.save(model, file)
             return model
     return onnx.load(file)

@@ -40,12 +40,13 @@ CONFIG = ModelConfig.from_huggingface(
 class Layer(nn.Module):
     """`Model.mixture` of the first layer of one rank."""
 
-    def __init__(self, form: str, dtype: torch.dtype) -> None:
+    def __init__(self, form: str, dtype: torch.dtype, quantized: str | None = None) -> None:
         super().__init__()
+        self._quantized = quantized
         self._model = Model(CONFIG, ParallelLayout(), dtype, form)
 
     def forward(self, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
-        return self.given(Weights(weights), inputs)
+        return self.given(Weights(weights, self._quantized), inputs)
 
     def given(self, weights: Weights, inputs: dict[str, Tensor]) -> Tensor:
         rank = torch.tensor(0)
@@ -53,12 +54,12 @@ class Layer(nn.Module):
 
 
 @functools.cache
-def graph(form: str = "sparse", dtype: torch.dtype = torch.float32) -> ModelProto:
+def graph(form: str = "sparse", dtype: torch.dtype = torch.float32, quantized: str | None = None) -> ModelProto:
     shape = (2, CONFIG.canvas_length, CONFIG.hidden_size)
     inputs = {name: torch.zeros(shape, dtype=dtype) for name in ("x", "normed")}
     needed = engine_weights(CONFIG, ParallelLayout(), form)
     return to_onnx(
-        Layer(form, dtype),
+        Layer(form, dtype, quantized),
         {name: weight for name, weight in needed.items() if name.startswith((PREFIX + "router", PREFIX + "experts"))},
         dtype,
         inputs,

@@ -66,7 +66,7 @@ def quantized(scheme: str) -> dict[str, Tensor]:
 def graph(
     name: str, scheme: str, layout: ParallelLayout = WHOLE, dtype: torch.dtype = torch.float32
 ) -> onnx.ModelProto:
-    return quantize_graph(kit.traced(name, CONFIG, layout, dtype), scheme, amax())
+    return quantize_graph(kit.traced(name, CONFIG, layout, dtype, quantized="inputs"), scheme, amax())
 
 
 def inlined(model: onnx.ModelProto, packed: dict[str, Tensor]) -> onnx.ModelProto:

@@ -105,7 +105,9 @@ def test_rank_graphs_build_with_an_exchange_for_every_sum(graph, tmp_path):
 @pytest.mark.parametrize("scheme", [None, "fp8", "int4", "nvfp4"])
 def test_rank_graphs_build_in_bfloat16_and_quantised(scheme, graph, tmp_path):
     """What export/README.md recommends for several GPUs."""
-    model, weights = kit.traced(graph, CONFIG, TWO, torch.bfloat16), engine_weights(CONFIG, TWO)
+    quantized = None if scheme is None else "inputs"
+    model = kit.traced(graph, CONFIG, TWO, torch.bfloat16, quantized=quantized)
+    weights = engine_weights(CONFIG, TWO)
     if scheme is not None:
         model = quantize_graph(model, scheme, dict.fromkeys(weights, 1.0))
     file = tmp_path / f"{graph}.onnx"

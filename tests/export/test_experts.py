@@ -164,7 +164,7 @@ def test_every_precision_of_onnx_runtime_is_that_of_the_traced_functions(
     if dtype == torch.float32 and scheme is None:
         pytest.skip("above")
     tensors = {name: tensor.to(dtype) for name, tensor in layer.weights().items()}
-    model, weights, kept = layer.graph("sparse", dtype), Weights(tensors), tensors
+    model, weights, kept = layer.graph("sparse", dtype, scheme and "inputs"), Weights(tensors), tensors
     if scheme is not None:
         kept = {name: tensor for name, tensor in tensors.items() if not is_quantized(name)}
         packed = {
@@ -191,20 +191,23 @@ def test_every_precision_of_onnx_runtime_is_that_of_the_traced_functions(
 
 
 @pytest.mark.parametrize(
-    ("model", "parallel", "quantization", "form"),
+    ("model", "parallel", "quantization", "weights", "form"),
     [
-        ("diffusiongemma_26b_a4b", ParallelGroup(), None, "sparse"),
-        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert=8), None, "sparse"),
-        ("diffusiongemma_26b_a4b", ParallelGroup(), "int4", "dense"),  # TensorRT would need 64 GB of memory
-        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert_tensor=8), "int4", "dense"),  # 88 columns: no block
-        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert=8), "nvfp4", "dense"),
-        ("sudoku", ParallelGroup(), None, "dense"),  # one round is all its experts
+        ("diffusiongemma_26b_a4b", ParallelGroup(), None, "inputs", "sparse"),
+        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert=8), None, "inline", "sparse"),
+        ("diffusiongemma_26b_a4b", ParallelGroup(), "int4", "inputs", "sparse"),
+        ("diffusiongemma_26b_a4b", ParallelGroup(), "int4", "inline", "dense"),  # once in an engine, and fused
+        # 88 columns: no block
+        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert_tensor=8), "int4", "inputs", "dense"),
+        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert_tensor=8), "fp8", "inputs", "sparse"),
+        ("diffusiongemma_26b_a4b", ParallelGroup(tensor=8, expert=8), "nvfp4", "inputs", "sparse"),
+        ("sudoku", ParallelGroup(), None, "inputs", "dense"),  # one round is all its experts
     ],
 )
-def test_the_form_of_the_experts_suits_the_model(model, parallel, quantization, form):
+def test_the_form_of_the_experts_suits_the_model(model, parallel, quantization, weights, form):
     architecture = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())["architecture"]
     group = ModelGroup(architecture=architecture)
-    config = BuildConfig(model=group, out="out", parallel=parallel, quantization=quantization)
+    config = BuildConfig(model=group, out="out", parallel=parallel, quantization=quantization, weights=weights)
     chosen = _settings(config, ModelConfig(**architecture))
     assert chosen.experts == form
     assert _settings(replace(config, experts="dense"), ModelConfig(**architecture)).experts == "dense"

@@ -130,7 +130,7 @@ def test_a_round_reads_the_weights_of_its_experts() -> None:
     """Eight of sixteen, packed or not."""
     matrices = 3 * layer.CONFIG.moe_intermediate_size * layer.CONFIG.hidden_size
     for scheme, bytes_each in ((None, 4.0), ("int4", 0.5 + 4 / 64), ("fp8", 1.0), ("nvfp4", 0.5 + 1 / 16)):
-        model = layer.graph()
+        model = layer.graph(quantized=scheme and "inputs")
         if scheme is not None:
             model = quantize_graph(model, scheme, {name: 3.0 for name in layer.weights()})
         cost = count(model, {"batch": 2})
@@ -180,7 +180,8 @@ def test_quantised_experts_are_read_narrow_and_multiplied_in_their_type(scheme: 
     bfloat16_step = kit.traced("step", CONFIG, ParallelLayout(), torch.bfloat16)
     names = [v.name for v in bfloat16_step.graph.input if is_quantized(v.name)]
     whole = count(bfloat16_step, SIZES)
-    cost = count(quantize_graph(bfloat16_step, scheme, dict.fromkeys(names, 3.0)), SIZES)
+    traced = kit.traced("step", CONFIG, ParallelLayout(), torch.bfloat16, quantized="inputs")
+    cost = count(quantize_graph(traced, scheme, dict.fromkeys(names, 3.0)), SIZES)
     experts = 3 * CONFIG.num_experts * CONFIG.moe_intermediate_size * CONFIG.hidden_size * CONFIG.num_hidden_layers
     if scheme == "int4":  # weights only: products stay bfloat16
         assert cost.flops_by_dtype == whole.flops_by_dtype

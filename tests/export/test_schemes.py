@@ -139,7 +139,7 @@ def test_what_cannot_be_quantised_is_refused_with_a_way_out() -> None:
         quantize_weight(NAME, torch.tensor([[float("nan")] * 128, [1.0] * 128]), "int4")
     with pytest.raises(QuantizationError, match=f"no activation range for {NAME}"):
         quantize_graph(
-            kit.traced("step", CONFIG, WHOLE, torch.float32),
+            kit.traced("step", CONFIG, WHOLE, torch.float32, quantized="inputs"),
             "nvfp4",
             {k: v for k, v in quantized.amax().items() if k != NAME},
         )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import chain, groupby
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.data import runs
+from tests.data import runs, templates
 from tests.launch import verbs
 
 
@@ -50,7 +54,46 @@ def test_a_look_at_conversations(folder, tmp_path):
     assert sum(counts) == 20 and found["canvases_max"] >= found["canvases_mean"] >= 1 > found["fill"] > 0
     coloured = Shown(colours=True)
     verb.data(config, coloured)
-    assert "\033[2m" in "\n".join(coloured.lines) and "[1: " not in "\n".join(coloured.lines)
+    assert plain(coloured.lines[-1]).count("fill") == text.split("An example")[1].count(" fill]")
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\033\[[\d;]*m", "", text)
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.sampled_from(["a", "er", "the fox", "box 7 +\n5?", "model"]), min_size=1, max_size=4),
+    st.integers(1, 9),
+)
+def test_each_letter_has_the_colour_of_who_says_it_and_of_its_canvas(contents, canvas_length):
+    """Also letters that the template's own words have."""
+    from nemo_diffgemma.cli import data_view
+    from nemo_diffgemma.data import Example
+    from nemo_diffgemma.data.chat_template import ChatTemplate
+    from nemo_diffgemma.data.conversations import Conversation
+
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in contents]
+    said = [{"role": "system", "content": "rules"}, *chain(*turns)]
+    tokenizer = templates.tokenizer()
+    encoded = ChatTemplate(tokenizer, {1, 6}).encode(Conversation(said))
+    shown = Shown(colours=True)
+    example = Example(tuple(encoded.tokens), tuple(encoded.answers), 0)
+    data_view.show_example(example, [(m["role"], m["content"]) for m in said], tokenizer, canvas_length, shown)
+    painted = re.findall(r"\033\[([\d;]+)m(.*?)\033\[0m", shown.lines[-1])
+    by_role = {"35": ["rules"], "36": contents}
+    for colour, texts in by_role.items():
+        assert "".join(text for paint, text in painted if paint == colour) == "".join(texts).replace("\n", "")
+    answers = "".join(text for paint, text in painted if paint.startswith("1;"))
+    assert re.sub(r" \+\d+ fill", "", answers) == "".join(f"{text}<turn|>" for text in contents).replace("\n", "")
+    grounds = [paint[2:] for paint, _ in groupby(paint for paint, _ in painted if paint.startswith("1;"))]
+    assert all(ground in ("42", "44") for ground in grounds) and ("44" in grounds) == (
+        len(shown_canvases(example, canvas_length)) > 1
+    )
+
+
+def shown_canvases(example, canvas_length: int) -> list[int]:
+    return [begin for start, end in example.answers for begin in range(start, end, canvas_length)]
 
 
 def test_a_look_at_puzzles_and_at_held_out_files_alone(folder, tmp_path):

@@ -11,30 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from nemo_diffgemma.data import VOCABULARY, SudokuDataset, SudokuTask, build_tokenizer
+from nemo_diffgemma.data import SudokuDataset, SudokuTask, sudoku_files
 from tests import commands
 
 EXAMPLES = 1300 * 64  # of the demo, each seen once
-TEMPLATE = """{{ bos_token }}{% for message in messages %}
-{{- message.content }}{{ '<sep>' if message.role == 'user' }}
-{%- endfor %}"""
-
-
-def conversation(tokens: tuple[int, ...]) -> dict:
-    """A puzzle and its solution, as people would write them."""
-    text = "".join(VOCABULARY[token] for token in tokens if token > 3)
-    return {"messages": [{"role": "user", "content": text[:16]}, {"role": "assistant", "content": text[16:]}]}
 
 
 def write(folder: Path, count: int = EXAMPLES) -> list[str]:
     """The files -> the overrides of launch/train.py that name them."""
-    stream = SudokuDataset(SudokuTask())
-    for name, first, number in (("train", 0, count), ("held_out", 1 << 39, 400)):
-        rows = (json.dumps(conversation(stream[index].tokens)) for index in range(first, first + number))
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "tokenizer")
+    sudoku_files.write(folder, count)
     return [
         "data=chat",
         f"data.train=[{folder}/train.jsonl]",
@@ -46,7 +31,7 @@ def write(folder: Path, count: int = EXAMPLES) -> list[str]:
 
 
 def last_line(script: str, *arguments: str) -> dict:
-    done = commands.run(f"launch/{script}", *arguments)
+    done = commands.run(f"launch/{script}", *arguments, timeout=6000)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -12,6 +12,7 @@ from nemo_diffgemma.model import fixed_step
 from nemo_diffgemma.model.cache import Cache
 from nemo_diffgemma.model.fixed_step import KEPT, FixedSteps, bucket, geometry
 from nemo_diffgemma.non_finite import NonFiniteError
+from nemo_diffgemma.parallel import groups
 from tests.distributed import cases
 from tests.parity import generations
 from tests.parity.fixed import fixed
@@ -141,6 +142,25 @@ def test_weights_that_have_moved_are_recorded_anew(single, checkpoint):
     assert recorder.recorded == 2
     model.train()
     assert not model.fixed_steps._steps
+
+
+def test_recordings_end_before_the_groups_in_which_they_communicate(model, monkeypatch):
+    """NCCL would wait for them for ever, at the end of every command that generates on several GPUs."""
+    cache, held = contexts(model, [5], [0]), []
+    fixed(model)
+    for seed in range(2):
+        model.canvas_step(inputs(model, 1, seed), cache)
+    assert model.fixed_steps._steps
+    monkeypatch.setattr(groups, "_groups", list(groups._groups))
+    monkeypatch.setattr(groups, "_layout", groups._layout)
+    monkeypatch.setattr(groups.parallel_state, "destroy_model_parallel", lambda: held.append(len(recorded())))
+    monkeypatch.setattr(groups.dist, "destroy_process_group", lambda *_: held.append(len(recorded())))
+
+    def recorded() -> dict:
+        return model.fixed_steps._steps
+
+    groups.shutdown()
+    assert held and not any(held)
 
 
 def test_a_step_that_cannot_be_recorded_is_computed(model, caplog):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nemo_diffgemma.model import segment_attention
 from nemo_diffgemma.model.cache import KeyValue, extended
@@ -105,7 +106,14 @@ class Drawn:
     """Random queries, keys and values of a stream and of what is cached, and attention under the dense mask."""
 
     def __init__(
-        self, stream: Stream, window: int | None, trimmed: bool, key_heads: int, seed: int = 0, width: int = WIDTH
+        self,
+        stream: Stream,
+        window: int | None,
+        trimmed: bool,
+        key_heads: int,
+        seed: int = 0,
+        width: int = WIDTH,
+        gradient: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -120,10 +128,18 @@ class Drawn:
         if self.past is not None and trimmed and window is not None:
             self.past = self.past.last(window - 1)
         mask = visible(stream, window)
+        self.inputs = [x.requires_grad_(gradient) for x in (self.q, self.k, self.v)]
         self.truth = dense(self.q, torch.cat([old_k, self.k]), torch.cat([old_v, self.v]), mask)
 
     def assert_true(self, out: Tensor) -> None:
+        """The output is that of the dense mask, and so are gradients by the queries, keys and values, where asked for."""
         torch.testing.assert_close(out.double(), self.truth, atol=1e-5, rtol=1e-5)
+        if not self.truth.requires_grad:
+            return
+        asked = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        both = [torch.autograd.grad(x, self.inputs, asked.to(x.dtype), retain_graph=True) for x in (out, self.truth)]
+        for found, true in zip(*both, strict=True):
+            torch.testing.assert_close(found, true, atol=1e-4, rtol=1e-4)
 
     @property
     def context(self) -> KeyValue:
@@ -161,7 +177,7 @@ def test_keys_of_a_sequence_stay_its_own(lengths, most):
 @given(case=streams(), key_heads=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))
 def test_attention_of_segments_is_that_of_the_dense_mask(case, key_heads, seed):
     """Any first positions, cached and new lengths, windows and canvases, several at one place and none included."""
-    drawn = Drawn(*case, key_heads, seed)
+    drawn = Drawn(*case, key_heads, seed, gradient=True)
     out, context = attend(drawn.q, drawn.k, drawn.v, drawn.stream, drawn.window, drawn.past)
     drawn.assert_true(out)
     assert tuple(span.end for span in context.kept) == tuple(span.end for span in drawn.stream.sequences_after)
@@ -297,8 +313,39 @@ def test_long_contexts_are_cut_into_blocks(monkeypatch, window, cached):
     monkeypatch.setattr(segment_attention, "_QUERY_BLOCK", 32)
     sequences = (Span(0, cached), Span(3, 3 + cached))
     stream = stream_of(sequences, (150, 147), ((1, cached + 150), (0, 40)), 4, 1)
-    drawn = Drawn(stream, window, False, 2)
+    drawn = Drawn(stream, window, False, 2, gradient=True)
     drawn.assert_true(attend(drawn.q, drawn.k, drawn.v, stream, window, drawn.past)[0])
+
+
+class Elements(TorchDispatchMode):
+    """How many numbers all operations give."""
+
+    written = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.written += sum(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
+        return out
+
+
+def elements(lengths: list[int], canvases: list[tuple[int, int]]) -> int:
+    """Those of forward and backward of one sliding layer."""
+    sequences = (Span(0, 0),) * len(lengths)
+    stream = stream_of(sequences, tuple(lengths), tuple(canvases), 16, 1)
+    q, k, v = (torch.randn(stream.tokens, heads, WIDTH, requires_grad=True) for heads in (HEADS, 2, 2))
+    with Elements() as counted:
+        attend(q, k, v, stream, 64, None)[0].sum().backward()
+    return counted.written
+
+
+def test_cost_is_linear_in_length_and_in_sequences_and_canvases():
+    """Forward and backward: no temporary of all tokens for each block, sequence or canvas."""
+    assert elements([8 * 1000], [(0, 500)]) < 8.8 * elements([1000], [(0, 500)])
+    many = [100 + index for index in range(64)]
+    assert elements(many, [(index, 90 - index) for index in range(64)]) < 8.8 * elements(
+        many[::8], [(index, 90 - index) for index in range(8)]
+    )
 
 
 def test_a_query_at_the_window_sees_the_key_after_the_first():

@@ -271,11 +271,13 @@ def losses_in_small_buckets(directory: str, **settings: Any) -> tuple[list[tuple
 def adamw(distributed: bool) -> list[dict[str, Any]]:
     """Three updates of a tiny network and of torch's own AdamW, with gradients that are sums over replicas.
 
-    Of each: the norms, and by how much the farthest weights are apart.
+    Of each: the norms, by how much the farthest weights are apart, and gathers under way when weights were read, as a
+    state dict or as checkpoints are.
     """
     import torch
     import torch.distributed as dist
 
+    from nemo_diffgemma.checkpoint.names import text_tensors
     from nemo_diffgemma.parallel import ParallelLayout, initialize
     from nemo_diffgemma.schema import OptimGroup
     from nemo_diffgemma.training import optimizer, overlap
@@ -301,11 +303,14 @@ def adamw(distributed: bool) -> list[dict[str, Any]]:
         overlap.finalize_gradients(wrapped)
         adapter.step()
         overlap.start_gather(wrapped)
-        overlap.finish_gather(wrapped)
+        list(text_tensors(network)) if step else network.state_dict()
+        late = sum(group.param_gather_handle is not None for group in wrapped.bucket_groups)
         norm = torch.nn.utils.clip_grad_norm_(copies, optim.clip_grad)
         plain.step()
         apart = [(a - b).detach().abs().max() for a, b in zip(network.parameters(), copies, strict=True)]
-        steps.append(dict(ours=adapter.grad_norm, plain=float(norm.detach()), apart=float(torch.stack(apart).max())))
+        steps.append(
+            dict(ours=adapter.grad_norm, plain=float(norm.detach()), apart=float(torch.stack(apart).max()), late=late)
+        )
     return steps
 
 

@@ -74,6 +74,7 @@ def test_updates_are_those_of_torchs_adamw(single, pool, ranks, distributed):
         for step in steps:
             assert step["ours"] == pytest.approx(step["plain"], rel=1e-6)
             assert step["apart"] < 1e-6
+            assert step["late"] == 0
 
 
 def test_a_norm_that_is_no_number_leaves_the_gradients_as_they_were(single):

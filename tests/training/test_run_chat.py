@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
+from nemo_diffgemma.errors import ConfigurationError
 from tests.data import runs
+from tests.distributed.layouts import LAYOUTS
+from tests.parity.objectives import Step, assert_same_step
 
 JOB = "tests.data.runs:run"
 
@@ -46,6 +50,30 @@ def test_in_a_layout(pool, folder, tmp_path, one_by_one, layout):
         assert_same(lines, one_by_one)
 
 
+@pytest.fixture(scope="module")
+def step_one_by_one(single, folder, tmp_path_factory):
+    """`step_one_by_one(canvases)` -> loss and gradients of the first step in one process, an example a pass."""
+
+    @functools.cache
+    def get(canvases: int) -> Step:
+        asked = dict(model__objective__canvases_per_example=canvases, data__micro_batch_size=1)
+        return Step(*runs.gradients(str(folder), str(tmp_path_factory.mktemp("run")), **asked))
+
+    return get
+
+
+@pytest.mark.parametrize("canvases", [0, 2])
+@pytest.mark.parametrize("layout", ["tp2", "ep2", "tp2_ep2", "dp2_ep2"])
+def test_every_gradient_of_a_packed_step_is_that_of_its_conversations(
+    pool, folder, tmp_path, step_one_by_one, layout, canvases
+):
+    truth, (world, axes) = step_one_by_one(canvases), LAYOUTS[layout]
+    asked = dict(model__objective__canvases_per_example=canvases, data__tokens_per_micro_batch=340, layout=axes)
+    ranks = pool(world).run("tests.data.runs:gradients", folder=str(folder), directory=str(tmp_path), **asked)
+    assert all(loss == pytest.approx(truth.loss, rel=1e-5) for loss, _ in ranks)
+    assert_same_step(Step(*ranks[0]), truth, 1e-5)
+
+
 def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, folder, tmp_path, one_by_one):
     pool(2).run(JOB, folder=str(folder), directory=str(tmp_path), steps=2, every=2)
     changed = dict(data__tokens_per_micro_batch=400, trainer__validate_every=4)
@@ -69,6 +97,23 @@ def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, fo
         (folder / "train.jsonl").write_text(kept)
 
 
+def test_rows_that_are_left_out_are_told_at_the_beginning_and_at_the_end(single, folder, tmp_path, caplog):
+    (tmp_path / "more.jsonl").write_text('{"messages": []}\n{\n')
+    files = [f"{folder}/train.jsonl", f"{tmp_path}/more*"]
+    with pytest.raises(ConfigurationError, match=r"data.train\[1\]=.*more\* has no row to learn from; 2 rows left out"):
+        runs.run(str(folder), str(tmp_path / "run"), steps=1, data__train=files)
+    files = [str(tmp_path / "both")]
+    (tmp_path / "both").mkdir()
+    for name, place in (("a.jsonl", folder / "train.jsonl"), ("b.jsonl", tmp_path / "more.jsonl")):
+        (tmp_path / "both" / name).write_text(place.read_text())
+    caplog.clear()
+    runs.run(str(folder), str(tmp_path / "run"), steps=1, data__train=files)
+    told = [record.message for record in caplog.records if record.message.startswith("data: ")]
+    assert len(told) == 2 and all("2 rows left out: 1 unknown format, 1 broken JSON" in text for text in told)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(Path(row["source"]).name, row["line"]) for row in rows] == [("b.jsonl", 1), ("b.jsonl", 2)]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -76,6 +121,7 @@ def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, fo
         ({"data__validation": [], "trainer__validate_every": 1}, "give data.validation=[FILES]"),
         ({"data__tokens_per_micro_batch": 20}, "data.tokens_per_micro_batch=20, but the longest example has"),
         ({"data__tokens_per_micro_batch": 500, "data__micro_batch_size": 2}, "use one of them"),
+        ({"data__tokenizer": "/nowhere"}, "data.tokenizer=/nowhere has no tokenizer.json"),
         ({"data__max_length": 3}, "has no row to learn from; 40 rows left out: 40 too long"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
