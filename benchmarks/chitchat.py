@@ -3,7 +3,7 @@
     python benchmarks/chitchat.py runs/chitchat         # some 3 minutes on two CPU cores; draws docs/chitchat.png
 
 The texts are those of the package chitchat-dataset (MIT): people who chat, as they typed. They are written out as a
-file of `messages`, and a tokenizer is trained on it. A network of 1 M parameters reads it on two processes that share
+file of `messages`, and a tokenizer is trained on it. A network of 0.86 M parameters reads it on two processes that share
 its tensors, is killed (SIGKILL) in the middle of the run, and goes on as two replicas that share its experts. The last
 line is JSON: rows, bad_rows, the mean loss of the first and of the last ten steps, killed_after, resumed_from.
 """
@@ -116,7 +116,7 @@ def draw(folder: Path, before: list[dict[str, Any]], resumed_from: int, picture:
     held_out = [json.loads(line) for line in (folder / "runs/chat/validation.jsonl").read_text().splitlines()]
     levels = [(line["step"], line["canvas_loss"]["0.5"]) for line in held_out]
     axes.plot(*zip(*levels, strict=True), "ko:", label="held-out canvas loss, half of the tokens replaced")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title="chitchat-dataset, 1 M parameters")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title="chitchat-dataset, 0.86 M parameters")
     axes.legend()
     figure.savefig(picture, dpi=80)
     pyplot.close(figure)

@@ -52,6 +52,7 @@ class FinetuneDemoConfig:
 def finetune_demo(config: FinetuneDemoConfig, results: Results) -> dict[str, Any]:
     """Write the data, look at them, train an adapter, compare, merge, compare with peft."""
     from nemo_diffgemma.data import sudoku_files
+    from nemo_diffgemma.parallel import ParallelLayout, initialize, shutdown
 
     began = time.time()
     base = config.checkpoint or newest() or command(results, "train.py", "experiment=sudoku_cpu", *SHORT)["checkpoint"]
@@ -85,12 +86,14 @@ def finetune_demo(config: FinetuneDemoConfig, results: Results) -> dict[str, Any
     command(results, "convert.py", f"source={base}", f"target={out}/base")
 
     results.show("== Before and after\n")
+    initialize(ParallelLayout())  # networks in this process
     rates = {name: solved(place, out / "held_out.jsonl") for name, place in (("before", base), ("after", adapter))}
     rates["merged"] = solved(f"{out}/merged", out / "held_out.jsonl")
     rows = [[name, f"{rate:.4f}"] for name, rate in rates.items()]
     results.show(table(["model", f"solved of {config.held_out}"], rows) + "\n")
     differences = logit_differences(out, adapter)
     results.show(table(["logits against the adapter here", "largest difference"], list(map(list, differences.items()))))
+    shutdown()
     unchanged = digest_of(user_path(base)) == digest
     results.show(f"\nthe files of the base are {'as they were' if unchanged else 'CHANGED'}: {base}")
     results.show(f"adapter, in PEFT's format: {adapter}\nmerged: {out}/merged\n")

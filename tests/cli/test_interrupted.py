@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nemo_diffgemma import DiffusionGemma
@@ -113,6 +114,17 @@ def test_what_a_signal_ends_leaves_nothing_but_what_it_goes_on_from(model, singl
         assert [*temporary.iterdir(), *target.parent.iterdir()] == [target]
     else:
         assert list(temporary.iterdir()) == []
+
+
+def test_ranks_end_with_the_command_that_started_them(model):
+    """Each is in a session of its own, so no signal to the command's group reaches them."""
+    arguments = command("generate", f"checkpoint={model}", "prompt_ids=[2,10]", "max_new_tokens=9999", "parallel=ep2")
+    process = subprocess.Popen([*arguments, "show=true"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline()  # they are at work
+    ranks = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    assert len(ranks) == 2 and psutil.wait_procs(ranks, timeout=60)[1] == []
 
 
 def test_inherited_variables_of_a_launcher_are_told(model):

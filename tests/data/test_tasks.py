@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nemo_diffgemma.cli.arguments import Texts
 from nemo_diffgemma.cli.configuration import CONF, register
 from nemo_diffgemma.data import tasks
 from nemo_diffgemma.data.sudoku_task import SudokuData
+from nemo_diffgemma.repository import ROOT
 from nemo_diffgemma.schema import ConfigurationError, TrainConfig, validate
 from tests.data.copying import CopyData
 from tests.launch import verbs
@@ -119,3 +121,8 @@ def test_texts_of_any_kind_are_taken_literally(monkeypatch):
     texts = Texts(TrainConfig, ["data=file", "data.path=runs/step=1,[a]", "data.length=3"])
     assert texts.arguments[0] == "data=file" and texts.arguments[2] == "data.length=3"
     assert texts.restore({"path": texts.arguments[1].removeprefix("data.path=")}) == {"path": "runs/step=1,[a]"}
+
+
+def test_the_page_shows_the_smallest_kind_as_it_is():
+    block = re.search(r"^```python\n(@dataclass.*?)^```", (ROOT / "docs/add_a_data_kind.md").read_text(), re.M | re.S)
+    assert block is not None and block[1] in (ROOT / "tests/data/copying.py").read_text()
