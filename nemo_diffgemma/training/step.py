@@ -74,12 +74,16 @@ class StepSums(HostCopy):
             if tokens
         ]
         return StepNumbers(
-            *losses,
-            *totals,
-            {level: loss for level, loss, _ in measured},
-            {level: accuracy for level, _, accuracy in measured},
-            sum(of_level[1]) / max(1.0, sum(of_level[2])),
-            [list(itertools.islice(values, self._experts)) for _ in range(self._layers)],
+            loss=losses[0],
+            diffusion=losses[1],
+            autoregressive=losses[2],
+            tokens=totals[0],
+            canvas_tokens=totals[1],
+            flops=totals[2],
+            loss_by_level={level: loss for level, loss, _ in measured},
+            accuracy_by_level={level: accuracy for level, _, accuracy in measured},
+            canvas_accuracy=sum(of_level[1]) / max(1.0, sum(of_level[2])),
+            loads=[list(itertools.islice(values, self._experts)) for _ in range(self._layers)],
         )
 
 
