@@ -3,9 +3,9 @@
     python benchmarks/chitchat.py runs/chitchat         # some 3 minutes on two CPU cores; draws docs/chitchat.png
 
 The texts are those of the package chitchat-dataset (MIT): people who chat, as they typed. They are written out as a
-file of `messages`, and a tokenizer is trained on it. A network of 0.86 M parameters reads it on two processes that
-share its tensors, is killed (SIGKILL) in the middle of the run, and goes on as two replicas that share its experts. The
-last line is JSON: rows, bad_rows, the mean loss of the first and of the last ten steps, killed_after, resumed_from.
+file of `messages`, and a tokenizer is trained on it. A network of 0.86 M parameters reads it in two processes that
+share its tensors, is killed (SIGKILL) in the middle of the run, and goes on as two replicas that share its experts.
+The last line is JSON: rows, bad_rows, the mean loss of the first and of the last ten steps, killed_after, resumed_from.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,10 @@ def write(folder: Path, train: int, held_out: int = 400, names: str = DIGITS) ->
     """The first `train` puzzles of the stream, `held_out` puzzles of the test, and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     task = SudokuTask(test_puzzles=held_out)
-    stream = ("".join(VOCABULARY[token] for token in example.tokens if token > 3) for example in SudokuDataset(task))
+    examples = map(SudokuDataset(task).__getitem__, range(train))
+    stream = ("".join(VOCABULARY[token] for token in example.tokens if token > 3) for example in examples)
     tests = ("".join(str(digit or ".") for digit in (*puzzle, *solution)) for puzzle, solution in task.test_set)
-    for name, cells in (("train", islice(stream, train)), ("held_out", tests)):
+    for name, cells in (("train", stream), ("held_out", tests)):
         _write(folder / f"{name}.jsonl", (conversation(text[:16], text[16:], names) for text in cells))
     tokenizer = build_tokenizer()
     tokenizer.chat_template = TEMPLATE
