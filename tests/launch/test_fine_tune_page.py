@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "fine_tune.md"
 # For a network of 100,000 weights and two processes
 SMALLER = {
     "experiment=lora_1xh100": ["model.lora.rank=2", "trainer.validate_every=2", "trainer.checkpoint_every=1"],
-    "experiment=sft_8xh100": ["parallel.expert=2", "trainer.checkpoint_every=2"],
+    "experiment=sft_8xh100": ["parallel.expert=2", "trainer.checkpoint_every=2", "data.max_length=500"],
 }
 FEW = ["model.dtype=float32", "trainer.max_steps=2", "data.global_batch_size=4"]  # bfloat16 is slow on a CPU
 
