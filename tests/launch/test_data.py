@@ -113,9 +113,9 @@ def test_a_checkpoint_is_evaluated_on_held_out_conversations(single, folder, tmp
     done = train(config, tmp_path)
     evaluate = verbs.load("evaluate")
     held_out = runs.config(str(folder), data__train=[], data__tokenizer=None).data  # the checkpoint has its own
-    asked = evaluate.EvaluateConfig(str(done.checkpoint), held_out, levels=[0.5])
+    asked = evaluate.EvaluateConfig(str(done.checkpoint), data=held_out, levels=[0.5])
     measured = evaluate.evaluate(asked, Shown())
-    assert set(measured) == {"canvas_loss"} and 1 < measured["canvas_loss"]["0.5"] < 10
+    assert set(measured) == {"canvas_loss", "bits_per_token"} and 1 < measured["canvas_loss"]["0.5"] < 10
     generate = verbs.load("generate")
     answer = generate.generate(
         generate.GenerateConfig(checkpoint=str(done.checkpoint), prompt="what is 7 + 5?"), Shown()
