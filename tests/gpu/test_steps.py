@@ -1,4 +1,4 @@
-"""Denoising steps on a GPU: recorded as CUDA graphs, never waited for, the tokens of transformers."""
+"""Denoising steps on a GPU: recorded as CUDA graphs, never waited for, the same tokens as without."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ CALM = dict(damp=generations.DAMP, sublayers=generations.SUBLAYERS)
 # -- what a rank runs --------------------------------------------------------------------------------------------------
 
 
-def generated(path: str, layout: dict[str, int], asked: list[dict[str, Any]]) -> list[tuple[Any, Any, int, bool]]:
+def generated(
+    path: str, layout: dict[str, int], asked: list[dict[str, Any]], dtype: torch.dtype
+) -> list[tuple[Any, Any, int, bool]]:
     """Without recordings and with them; how many geometries were recorded, and whether all could be."""
     from nemo_diffgemma.model import fixed_step
     from tests.distributed import cases
 
     fixed_step.FEWEST = 8
-    model = cases.load(path, layout)
+    model = cases.load(path, layout, dtype)
     recorded, model.fixed_steps = model.fixed_steps, None
     plain = [cases.generated(model, **given) for given in asked]
     model.fixed_steps = recorded
@@ -45,7 +47,8 @@ def without_waiting(path: str, layout: dict[str, int]) -> tuple[list[Tensor], li
     from nemo_diffgemma.parallel import device
     from tests.distributed import cases
 
-    model, here = cases.load(path, layout), device()
+    # torch's grouped product of float32 is a loop over the experts, whose limits the host reads
+    model, here = cases.load(path, layout, torch.bfloat16), device()
     config = model.model_config
     noise = KeyedNoise.for_rows(3, 2, config.canvas_length, config.vocab_size, here)
     cache = model.encode(torch.arange(24).view(2, 12))
@@ -63,9 +66,11 @@ def without_waiting(path: str, layout: dict[str, int]) -> tuple[list[Tensor], li
             torch.cuda.synchronize()
             if step > 2 or context:  # the second fixed step is recorded, with waits
                 torch.cuda.set_sync_debug_mode("error")
-            settled = run(given, cache)
-            progress.advance(settled.argmax, settled.entropy)
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                settled = run(given, cache)
+                progress.advance(settled.argmax, settled.entropy)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             if not context:
                 ours.append(settled.entropy.cpu())
                 theirs.append(model.sampling_step(given, cache).entropy.cpu())
@@ -76,19 +81,24 @@ def without_waiting(path: str, layout: dict[str, int]) -> tuple[list[Tensor], li
 # -- claims ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", WORLDS)
-def test_recorded_steps_give_the_tokens_of_transformers(gpu_pool, reference, checkpoint, layout):
+def test_recorded_steps_give_the_tokens_of_launched_ones(gpu_pool, reference, checkpoint, layout, dtype):
+    """In float32 those of transformers as well; there torch has no grouped product that could be recorded."""
     world, axes = WORLDS[layout]
     theirs, names = reference("base", **CALM), ("stable_1", "eos_many", "released")
     asked = [generations.asked(theirs, name) for name in names]
     ranks = gpu_pool(world).run(
-        "tests.gpu.test_steps:generated", path=checkpoint("base", **CALM), layout=axes, asked=asked
+        "tests.gpu.test_steps:generated", path=checkpoint("base", **CALM), layout=axes, asked=asked, dtype=dtype
     )
     for results in ranks:
         for name, (plain, ours, graphs, could) in zip(names, results, strict=True):
-            assert graphs and could
-            generations.assert_same_tokens(ours, generations.tokens(theirs, name))
-            generations.assert_same_tokens(plain, generations.tokens(theirs, name))
+            assert could == bool(graphs) == (dtype == torch.bfloat16)
+            if dtype == torch.float32:
+                generations.assert_same_tokens(ours, generations.tokens(theirs, name))
+                generations.assert_same_tokens(plain, generations.tokens(theirs, name))
+            else:
+                assert all(map(torch.equal, ours, plain))
 
 
 @pytest.mark.parametrize("layout", WORLDS)
