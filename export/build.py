@@ -51,7 +51,7 @@ class BuildConfig:
     gpu: Gpu | None = None  # gpu=<file of conf/gpu>: engines for that GPU
     dtype: str = "float32"  # float16, bfloat16
     steps: int | None = 48  # of the loop; null: each call says how many
-    graphs: list[str] | None = None  # null: encode, step and loop; of several ranks encode and step
+    graphs: list[str] | None = None  # null: encode and step, and loop where it is of one rank and asks for little
     weights: str = "inputs"  # inline: inside of the engine
     experts: str | None = None  # sparse: those chosen; dense: all; null: what suits the model
     quantization: str | None = None  # of the experts: fp8, int4, nvfp4
@@ -132,16 +132,18 @@ def _check(config: BuildConfig) -> None:
 
 def _settings(config: BuildConfig, source: Any) -> Settings:
     """What was asked for; what was not is chosen so that this model can have it: a default never refuses."""
-    from export.bundle.building import GRAPHS, suitable_experts
+    from export.bundle.building import suitable_experts, suitable_graphs
     from export.bundle.format import Settings
     from export.engine.engine import Limits
     from nemo_diffgemma.config import ModelConfig
 
     model = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
     layout = config.parallel.layout()
+    weights = config.weights if config.checkpoint is not None else "none"
+    experts = config.experts or suitable_experts(model, layout, config.quantization, config.weights)
     graphs = config.graphs
     if graphs is None:
-        graphs = [graph for graph in GRAPHS if graph != "loop" or layout.world_size == 1]
+        graphs = suitable_graphs(model, layout, config.quantization, experts)
     context = config.max_context
     if context is None:
         context = min(_MAX_CONTEXT, model.max_position_embeddings)
@@ -150,8 +152,8 @@ def _settings(config: BuildConfig, source: Any) -> Settings:
         layout=layout,
         graphs=tuple(graphs),
         steps=config.steps,
-        weights=config.weights if config.checkpoint is not None else "none",
-        experts=config.experts or suitable_experts(model, layout, config.quantization, config.weights),
+        weights=weights,
+        experts=experts,
         quantization=config.quantization,
         limits=Limits(config.max_batch_size, context, config.max_chunk),
     )

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import onnx
@@ -50,6 +51,7 @@ from nemo_diffgemma.parallel.team import ALONE, Team
 GRAPHS = ("encode", "step", "loop")
 QUANTIZATION = "hf_quant_config.json"
 _LARGEST_TOP_K = 3840  # of TensorRT's TopK layer
+_MOST_COPIES = 2 * 10**9  # bytes
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,20 @@ def suitable_experts(config: ModelConfig, layout: ParallelLayout, quantization: 
     ):
         return "dense"
     return "sparse"
+
+
+def suitable_graphs(config: ModelConfig, layout: ParallelLayout, quantization: str | None, experts: str) -> list[str]:
+    """The graphs of a bundle unless others are asked for.
+
+    No `loop` with several ranks, nor where TensorRT-RTX 1.7.1 would keep 16-bit copies of many experts: in a loop over
+    steps it does so for those of every layer that are sparse or quantised, 46 GB in the released model.
+    """
+    sizes = {name: prod(w.shape) for name, w in engine_weights(config, layout, experts).items()}
+    copies = 2 * sum(size for name, size in sizes.items() if schemes.is_quantized(name))
+    copied = experts == "sparse" or quantization is not None
+    if layout.world_size > 1 or (copied and copies > _MOST_COPIES):
+        return [graph for graph in GRAPHS if graph != "loop"]
+    return list(GRAPHS)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

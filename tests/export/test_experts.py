@@ -210,6 +210,7 @@ def test_the_form_of_the_experts_suits_the_model(model, parallel, quantization, 
     config = BuildConfig(model=group, out="out", parallel=parallel, quantization=quantization, weights=weights)
     chosen = _settings(config, ModelConfig(**architecture))
     assert chosen.experts == form
+    assert ("loop" in chosen.graphs) == (model == "sudoku")
     assert _settings(replace(config, experts="dense"), ModelConfig(**architecture)).experts == "dense"
     check_request(ModelConfig(**architecture), chosen, config.builder, (), ())
 

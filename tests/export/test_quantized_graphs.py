@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from export.engine.builders import build_engine
 from export.engine.onnx_session import OnnxSession
+from export.graph.bodies import graphs
 from export.graph.loop import to_loop
 from export.graph.model import Model, Weights
 from export.graph.tracing import example_inputs, past_names, present_names
@@ -129,14 +131,14 @@ def test_two_ranks_of_int4_compute_what_one_does() -> None:
 def test_nvfp4_nodes_dequantise_as_the_simulation() -> None:
     """ONNX Runtime has no FLOAT4E2M1 on the CPU: the two DequantizeLinear of one matrix in ONNX's own interpreter."""
     packed, model = quantized.packed("nvfp4")[NAME], quantized.graph("step", "nvfp4")
-    wanted = f"{NAME}.dequantized"
-    nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0].startswith(NAME)]
-    nodes = [node for node in nodes if ".input" not in node.input[0]]
-    inputs = [value for value in model.graph.input if value.name in packed]
+    body = next(graph for graph in graphs(model.graph) if any(NAME in node.input for node in graph.node))
+    nodes = [node for node in body.node if node.output[0].startswith(NAME) and ".dequantized" in node.output[0]]
+    wanted = next(node.output[0] for node in nodes if NAME in node.input)
+    inputs = [*(value for value in model.graph.input if value.name in packed), body.input[2]]  # which turn it is
     output = helper.make_tensor_value_info(wanted, TensorProto.FLOAT, list(quantized.weights()[NAME].shape))
     cut = helper.make_model(helper.make_graph(nodes, "weight", inputs, [output]), opset_imports=model.opset_import)
     constants = quantized.inlined(cut, packed).graph.initializer
-    feed = {tensor.name: numpy_helper.to_array(tensor) for tensor in constants}
+    feed = {tensor.name: numpy_helper.to_array(tensor) for tensor in constants} | {body.input[2].name: np.array(1)}
     found = ReferenceEvaluator(cut).run([wanted], feed)
     assert isinstance(found, list)
     torch.testing.assert_close(torch.from_numpy(found[0]), dequantize(NAME, packed, "nvfp4"), rtol=1e-6, atol=0)

@@ -36,7 +36,7 @@ def built(tmp_path_factory) -> tuple[Bundle, dict]:
 def test_the_released_architecture_builds_without_its_weights(built):
     bundle, graphs = built
     assert bundle.settings.experts == "sparse"
-    assert set(graphs) == {"encode.rank0", "step.rank0", "loop.rank0"}
+    assert set(graphs) == {"encode.rank0", "step.rank0"}
     for graph in graphs.values():
         assert 1e6 < graph["engine_bytes"] < 4e8  # no weights in it
         assert graph["peak_memory"] < 4e9  # the weights alone are 50e9
@@ -57,7 +57,7 @@ def test_quantised_experts_build_for_their_gpus(scheme, gpu, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     bundle, graphs = build(tmp_path / "bundle", f"quantization={scheme}", f"gpu={gpu}")
     assert bundle.settings.experts == "sparse"
-    assert set(graphs) == {"encode.rank0", "step.rank0", "loop.rank0"}
+    assert set(graphs) == {"encode.rank0", "step.rank0"}
     for graph in graphs.values():
         assert 1e6 < graph["engine_bytes"] < 8e8  # no weights in it
         assert graph["peak_memory"] < 4e9
