@@ -4,6 +4,7 @@
     python launch/train.py experiment=sudoku_cpu trainer.max_steps=20 seed=1 exp_manager.exp_dir=/tmp/runs
     python launch/train.py model=tiny parallel=tp2_ep2 data.global_batch_size=8
     python launch/train.py model=diffusiongemma_26b_a4b model.checkpoint=<directory> optim=finetune parallel=tp4_ep8
+    python launch/train.py experiment=lora_1xh100 model.checkpoint=<directory> data.train=[a.jsonl]
     python launch/train.py experiment=sudoku_cpu exp_manager.version=mine      # again: continues runs/sudoku_cpu/mine
 
 The number of processes follows from parallel.*; they are started here unless torchrun or srun has done so.

@@ -38,6 +38,8 @@ GROUPS = {
     "ranks": (
         "tests/checkpoint/",
         "tests/distributed/",
+        "tests/evaluation/",
+        "tests/lora/",
         "tests/parallel/",
         "tests/model/",
         "tests/training/test_archive",

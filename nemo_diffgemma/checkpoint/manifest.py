@@ -161,4 +161,7 @@ def _rank() -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / ".metadata").is_file():
+        print("give the directory of one sharded checkpoint: it is sealed anew, as its files are now", file=sys.stderr)
+        raise SystemExit(2)
     seal(Path(sys.argv[1]), {})

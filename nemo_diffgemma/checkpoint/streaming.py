@@ -69,12 +69,14 @@ class Source:
     def open(cls, path: str | Path, weights: str = "trained") -> Source:
         """From headers; a `.nemo` is unpacked, and an adapter is its base with what it adds. Collective.
 
-        `weights` "ema" are the run's average in place of trained ones.
+        `weights` "ema": the average that a run has kept in place of the trained ones.
 
         Raises `CheckpointError` on every rank where a tensor is missing, foreign or of another shape.
         """
         kind, place = format_of(path), user_path(path)
-        if kind == "adapter" and weights == "trained":
+        if kind == "adapter":
+            if weights == "ema":
+                raise CheckpointError(f"{place} is an adapter, of which no average is taken; leave weights=ema out")
             return cls._of_adapter(place)
         directory = nemo_archive.unpacked_weights(place) if kind == "nemo" else place
         source: list[Source] = []

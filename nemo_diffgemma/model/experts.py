@@ -256,7 +256,12 @@ class MixtureOfExperts(nn.Module):
         return SortedChoices(local_TK, self.experts.down_proj.shape[0], call.counting)
 
     def _uncounted(
-        self, x_TH: Tensor, weights_TK: Tensor, local_TK: Tensor, call: ExpertPass, is_canvas: Tensor | bool
+        self,
+        x_TH: Tensor,
+        weights_TK: Tensor,
+        local_TK: Tensor,
+        call: ExpertPass,
+        is_canvas: Tensor | bool = False,
     ) -> Tensor:
         """Without gradient: a row for every choice, some tokens at a time."""
         step = max(1, UNCOUNTED // local_TK.shape[1])

@@ -165,9 +165,9 @@ def _in_windows(q: Tensor, k: Tensor, v: Tensor, window: int, block: int) -> Ten
     own = _band(block, 0, window, q.device)
     first = F.scaled_dot_product_attention(q[:, :, 0], k[:, :, 0], v[:, :, 0], own, scale=1.0, enable_gqa=gqa)
     k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3) for x in (k, v))
-    blocks = (x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, 1:], k, v))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, 1:], k, v))
     band = _band(block, block, window, q.device)
-    rest = F.scaled_dot_product_attention(*blocks, attn_mask=band, scale=1.0, enable_gqa=gqa)
+    rest = F.scaled_dot_product_attention(q, k, v, band, scale=1.0, enable_gqa=gqa)
     rest = rest.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest], dim=2)[:, :, :length]
 

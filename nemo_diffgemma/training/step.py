@@ -66,17 +66,21 @@ class StepSums(HostCopy):
     def read(self) -> StepNumbers:
         """Waits until the passes have them."""
         values: Iterator[float] = iter(self.numbers())
-        losses, totals = list(itertools.islice(values, 3)), list(itertools.islice(values, 3))
+        loss, diffusion, autoregressive, tokens, canvas_tokens, flops = itertools.islice(values, 6)
         of_level = [list(itertools.islice(values, len(BINS))) for _ in range(3)]
         measured = [
-            (str(level), loss / tokens, correct / tokens)
-            for level, loss, correct, tokens in zip(BINS, *of_level, strict=True)
-            if tokens
+            (str(level), summed / count, correct / count)
+            for level, summed, correct, count in zip(BINS, *of_level, strict=True)
+            if count
         ]
         return StepNumbers(
-            *losses,
-            *totals,
-            {level: loss for level, loss, _ in measured},
+            loss,
+            diffusion,
+            autoregressive,
+            tokens,
+            canvas_tokens,
+            flops,
+            {level: mean for level, mean, _ in measured},
             {level: accuracy for level, _, accuracy in measured},
             sum(of_level[1]) / max(1.0, sum(of_level[2])),
             [list(itertools.islice(values, self._experts)) for _ in range(self._layers)],

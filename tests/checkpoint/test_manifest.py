@@ -16,6 +16,7 @@ from nemo_diffgemma import DiffusionGemma
 from nemo_diffgemma.checkpoint import manifest, sharded
 from nemo_diffgemma.checkpoint.open import save_network
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
+from tests import commands
 from tests.distributed import cases
 
 
@@ -116,7 +117,10 @@ def test_a_file_that_was_changed_on_purpose_is_sealed_anew(written, tmp_path):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_new_tokens": 8}))
     with pytest.raises(CheckpointError, match=f"if you changed it: python -m {manifest.__name__} {changed}"):
         DiffusionGemma.from_checkpoint(changed)
-    manifest.seal(changed, {})
+    command = "nemo_diffgemma/checkpoint/manifest.py"
+    refused = commands.run(command, str(tmp_path))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert commands.run(command, str(changed)).returncode == 0
     sharded.verify(changed)
     DiffusionGemma.from_checkpoint(changed)
 

@@ -164,16 +164,25 @@ def test_what_the_tokenizer_does_not_know_is_refused(model_that_reads_text, mode
         Text(model).encode("1", chat=True)
 
 
-def test_evaluation_measures_losses_and_solve_rates(model_that_reads_text, single):
+def test_evaluation_measures_losses_and_solve_rates(model_that_reads_text, single, tmp_path):
     evaluate, EvaluateConfig = (getattr(verbs.load("evaluate"), name) for name in ("evaluate", "EvaluateConfig"))
 
     config = EvaluateConfig(
-        str(model_that_reads_text), data=SudokuData(test_puzzles=6), steps=[1, 2], levels=[0.0, 1.0]
+        str(model_that_reads_text),
+        data=SudokuData(test_puzzles=6),
+        steps=[1, 2],
+        levels=[0.0, 1.0],
+        samples=3,
+        out=str(tmp_path),
     )
     found = evaluate(config, Shown())
     assert found["solve_rate"] == {"1": 0.0, "2": 0.0}
     assert found["tokens_per_forward"] >= 8
     assert set(found["canvas_loss"]) == {"0.0", "1.0"}
+    assert found["bits_per_token"] > 0
+    assert found["samples"] == {"file": str(tmp_path / "samples.jsonl"), "count": 3, "exact_match": 0.0}
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert all(line["prompt"].startswith("<bos>") and len(line["reference"]) == 16 for line in lines)
     assert evaluate(config, Shown()) == found
 
 

@@ -132,7 +132,7 @@ class Drawn:
         self.truth = dense(self.q, torch.cat([old_k, self.k]), torch.cat([old_v, self.v]), mask)
 
     def assert_true(self, out: Tensor) -> None:
-        """The output is that of the dense mask, and so are gradients by the queries, keys and values, where asked for."""
+        """The output is that of the dense mask; so are gradients by queries, keys and values, where asked for."""
         torch.testing.assert_close(out.double(), self.truth, atol=1e-5, rtol=1e-5)
         if not self.truth.requires_grad:
             return

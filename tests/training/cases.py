@@ -475,7 +475,7 @@ def first_step() -> dict[str, Any]:
         soft = network.soft_embedding(first).view(len(canvases), 16, -1) * shown
         with chosen_experts(network) as of_canvases:
             hidden = network.canvas_hidden(corrupted.noised_MC, places, cache, soft)
-    z = 30 * torch.tanh(hidden @ network.embed_tokens.weight[:64].T / 30)
+    z = 30 * torch.tanh(hidden @ network.embed_tokens.weight.detach()[:64].T / 30)
     labels = corrupted.clean_MC.flatten()
     losses, right = cross_entropy(z, labels, reduction="none").view(-1, 16), (z.argmax(1) == labels).view(-1, 16)
     by_level: dict[str, list[int]] = {}

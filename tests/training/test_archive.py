@@ -148,11 +148,17 @@ def test_a_damaged_checkpoint_is_refused_by_name_before_any_weight_is_set(single
             read_common(broken)
 
 
-def test_a_checkpoint_that_is_damaged_inside_is_refused(single, trained, tmp_path):
+def test_a_checkpoint_that_is_damaged_inside_is_refused(single, trained, tmp_path, monkeypatch):
+    """By its manifest; one of before there were any, by whoever reads the tensors."""
+    from nemo_diffgemma.checkpoint import manifest
+
     broken = tmp_path / "step-2"
     shutil.copytree(trained / "run" / "checkpoints" / "step-2", broken)
     for file in broken.glob("*.distcp"):
         file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(CheckpointError, match=f"{broken} is damaged: weights_0.distcp"):
+        cases.weights_of(str(broken), {})
+    monkeypatch.setattr(manifest, "verify", lambda *_: None)
     with pytest.raises(CheckpointError, match=f"{broken} cannot be read"):
         cases.weights_of(str(broken), {})
 
