@@ -159,13 +159,13 @@ class FileTask(Task):
             raise ConfigurationError("no tokenizer: give data.tokenizer=DIRECTORY, or data.train to train one on")
 
         def train() -> str:
-            rows = (row for _, files in self._files["train"] for file in files for _, row in rows_of(file))
-            return text_tokenizer.train(self._texts_of(rows), self.data.vocabulary_size)
+            return text_tokenizer.train(_TextsOf(self), self.data.vocabulary_size)
 
         return text_tokenizer.from_json(on_rank_zero(train))
 
-    def _texts_of(self, rows: Iterator[Any]) -> Iterator[str]:
-        for row in rows:
+    def training_texts(self) -> Iterator[str]:
+        """All texts of data.train, from the files; rows that cannot be used are left out."""
+        for row in (row for _, files in self._files["train"] for file in files for _, row in rows_of(file)):
             try:
                 if not isinstance(row, RowError):
                     yield from self.texts(row)
@@ -282,6 +282,16 @@ class FileTask(Task):
     def sources(self) -> dict[str, list[Source]]:
         """What was prepared, for a look at it."""
         return {"train": self._train, "validation": self._validation}
+
+
+class _TextsOf:
+    """They can be read more than once."""
+
+    def __init__(self, task: FileTask) -> None:
+        self.task = task
+
+    def __iter__(self) -> Iterator[str]:
+        return self.task.training_texts()
 
 
 def _sum(counts: Iterator[dict[str, int]] | Any) -> dict[str, int]:

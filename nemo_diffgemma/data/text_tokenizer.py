@@ -8,6 +8,7 @@ special tokens begin as Gemma's do; with the chat template a turn is `<|turn>rol
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,10 @@ CHAT_TEMPLATE = """{{ bos_token }}
 
 
 def train(texts: Iterable[str], size: int) -> str:
-    """A tokenizer of at most `size` tokens as JSON. Raises `ConfigurationError` for fewer than bytes and specials."""
+    """A tokenizer of at most `size` tokens as JSON, a function of the texts, which are read twice.
+
+    Raises `ConfigurationError` for fewer than bytes and specials.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     if size < _FEWEST:
@@ -41,11 +45,23 @@ def train(texts: Iterable[str], size: int) -> str:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = _words()
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    letters = _most_frequent(texts, size - _FEWEST)
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[*SPECIAL, *_BYTES], show_progress=False, limit_alphabet=size - _FEWEST
+        vocab_size=size,
+        special_tokens=[*SPECIAL, *_BYTES],
+        show_progress=False,
+        initial_alphabet=letters,  # of equally frequent letters the trainer itself would keep any, each time others
+        limit_alphabet=len(letters),
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _with_bytes_as_plain_tokens(tokenizer.to_str())
+
+
+def _most_frequent(texts: Iterable[str], most: int) -> list[str]:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text.replace(" ", "▁"))
+    return sorted(counts, key=lambda letter: (-counts[letter], letter))[:most]
 
 
 def _words() -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +337,11 @@ def test_a_trained_tokenizer_gives_every_text_back():
         assert text_tokenizer.SPECIAL.index("<unk>") not in ids
     assert made("a").input_ids[0] == made.bos_token_id == 2
     assert [made.convert_tokens_to_ids(token) for token in text_tokenizer.SPECIAL] == list(range(7))
+
+
+def test_a_tokenizer_is_a_function_of_its_texts():
+    """In any process: letters that are equally frequent are more than there is room for."""
+    train = "train(['abcdefghij klmn' * 2, 'opqrstuvwxyz'], 335)"
+    made = f"from nemo_diffgemma.data import text_tokenizer; print(text_tokenizer.{train})"
+    texts = {subprocess.run([sys.executable, "-c", made], capture_output=True, check=True).stdout for _ in range(3)}
+    assert len(texts) == 1 and len(*texts) > 1000

@@ -58,12 +58,12 @@ def test_a_second_kind_trains_evaluates_and_generates(single, tmp_path):
     tiny.data = config.data
     done = train(tiny, tmp_path)
     line = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
-    assert set(line) == {"step", "canvas_loss"}
+    assert set(line) == {"step", "canvas_loss", "bits_per_token"}
 
     evaluate = verbs.load("evaluate")
     asked = composed("evaluate", evaluate.EvaluateConfig, f"checkpoint={done.checkpoint}", "data=copy", "levels=[0.5]")
     measured = evaluate.evaluate(asked, Shown())
-    assert set(measured) == {"canvas_loss"} and set(measured["canvas_loss"]) == {"0.5"}
+    assert set(measured) == {"canvas_loss", "bits_per_token"} and set(measured["canvas_loss"]) == {"0.5"}
 
     generate = verbs.load("generate")
     asked = composed("generate", generate.GenerateConfig, f"checkpoint={done.checkpoint}", "prompt_ids=[5,6]")

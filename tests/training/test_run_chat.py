@@ -97,6 +97,10 @@ def test_a_run_goes_on_in_another_layout_with_the_next_examples(pool, single, fo
         (folder / "train.jsonl").write_text(kept)
 
 
+def test_without_measures_no_held_out_examples_are_needed(single, folder, tmp_path, one_by_one):
+    assert_same(runs.run(str(folder), str(tmp_path), steps=4, data__validation=[]), one_by_one)
+
+
 def test_rows_that_are_left_out_are_told_at_the_beginning_and_at_the_end(single, folder, tmp_path, caplog):
     (tmp_path / "more.jsonl").write_text('{"messages": []}\n{\n')
     files = [f"{folder}/train.jsonl", f"{tmp_path}/more*"]
