@@ -261,9 +261,12 @@ def _share_read(
     """The part of a tensor that `nodes` read: of one that is only looked up, dequantised or not, what is looked up."""
     share = 0.0
     for node in nodes:
+        looked_up = 1.0
         if node.op_type in _LOOKS_UP and node.input[0] == name:
-            share += _kind(node.output[0], kinds, node).elements / _kind(name, kinds, node).elements
-        elif node.op_type in (*_VIEWS, "DequantizeLinear") and node.output[0] in readers:
+            looked_up = _kind(node.output[0], kinds, node).elements / _kind(name, kinds, node).elements
+        if looked_up != 1.0:
+            share += looked_up
+        elif node.op_type in (*_VIEWS, *_LOOKS_UP, "DequantizeLinear") and node.output[0] in readers:
             share += _share_read(node.output[0], readers[node.output[0]], kinds, readers)
         elif node.op_type not in ("Shape", "Size"):
             return 1.0

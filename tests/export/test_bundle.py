@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import psutil
@@ -340,7 +341,7 @@ def test_memory_of_the_children_counts_with_our_own(traces, tmp_path, monkeypatc
         if function.__name__ == "trace_graph":
             return function(*arguments), tracing * 10**13
         arguments[2].write_bytes(b"engine")
-        return None, building * 10**13
+        return SimpleNamespace(scratch_bytes=0), building * 10**13
 
     monkeypatch.setattr("export.bundle.building.call_in_child", call)
     monkeypatch.setattr("export.bundle.building.load_module", lambda builder: None)

@@ -127,9 +127,9 @@ def test_flops_of_the_released_model_are_within_what_was_promised() -> None:
 
 
 def test_a_round_reads_the_weights_of_its_experts() -> None:
-    """Eight of sixteen, packed or not. The scales of INT4 go through the loop's index, those of all experts."""
+    """Eight of sixteen, packed or not."""
     matrices = 3 * layer.CONFIG.moe_intermediate_size * layer.CONFIG.hidden_size
-    for scheme, bytes_each in ((None, 4.0), ("int4", 0.5 + 2 * 4 / 64), ("fp8", 1.0), ("nvfp4", 0.5 + 1 / 16)):
+    for scheme, bytes_each in ((None, 4.0), ("int4", 0.5 + 4 / 64), ("fp8", 1.0), ("nvfp4", 0.5 + 1 / 16)):
         model = layer.graph(quantized=scheme and "inputs")
         if scheme is not None:
             model = quantize_graph(model, scheme, {name: 3.0 for name in layer.weights()})
@@ -177,11 +177,12 @@ def test_loop_is_its_steps_and_reads_weights_in_each(steps: int | None) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantised_experts_are_read_narrow_and_multiplied_in_their_type(scheme: str) -> None:
-    bfloat16_step = kit.traced("step", CONFIG, ParallelLayout(), torch.bfloat16)
+    bfloat16_step = kit.traced("step", CONFIG, ParallelLayout(), torch.bfloat16, quantized="inputs")
     names = [v.name for v in bfloat16_step.graph.input if is_quantized(v.name)]
     whole = count(bfloat16_step, SIZES)
-    traced = kit.traced("step", CONFIG, ParallelLayout(), torch.bfloat16, quantized="inputs")
-    cost = count(quantize_graph(traced, scheme, dict.fromkeys(names, 3.0)), SIZES)
+    plain = count(kit.traced("step", CONFIG, ParallelLayout(), torch.bfloat16), SIZES)
+    assert whole.flops_by_dtype == plain.flops_by_dtype  # loops of one turn count once
+    cost = count(quantize_graph(bfloat16_step, scheme, dict.fromkeys(names, 3.0)), SIZES)
     experts = 3 * CONFIG.num_experts * CONFIG.moe_intermediate_size * CONFIG.hidden_size * CONFIG.num_hidden_layers
     if scheme == "int4":  # weights only: products stay bfloat16
         assert cost.flops_by_dtype == whole.flops_by_dtype
@@ -192,8 +193,7 @@ def test_quantised_experts_are_read_narrow_and_multiplied_in_their_type(scheme: 
         assert cost.flops_by_dtype == {scheme: multiplied, "bfloat16": rest}
         assert cost.round_flops_by_dtype == {scheme: 2 * products_of_a_round(CONFIG, 3)}
     bytes_each = {"fp8": 1.0, "int4": 0.5 + 2 / 64, "nvfp4": 0.5 + 1 / 16}[scheme]  # with the scales of blocks
-    # the loops in which experts are dequantised bring some numbers of their own
-    assert whole.bytes - cost.bytes == pytest.approx((2 - bytes_each) * experts, abs=400)
+    assert whole.bytes - cost.bytes == pytest.approx((2 - bytes_each) * experts, abs=100)
 
 
 def test_every_rank_sends_the_sums_of_its_layers() -> None:
