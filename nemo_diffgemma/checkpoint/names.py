@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import SLIDING, ModelConfig
-from nemo_diffgemma.lora.sizes import is_adapter
+from nemo_diffgemma.model.adapter_size import is_adapter
 
 _DECODER = "model.decoder."
 _OURS = (

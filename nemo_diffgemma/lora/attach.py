@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from nemo_diffgemma.checkpoint.names import our_name, released_name, text_tensors
 from nemo_diffgemma.diffusion.noise import check_seed
 from nemo_diffgemma.errors import ConfigurationError
-from nemo_diffgemma.lora.sizes import CHILD, AdapterSize
 from nemo_diffgemma.lora.targets import DECODER, EXPERTS, frozen_tensors
+from nemo_diffgemma.model.adapter_size import CHILD, AdapterSize
 from nemo_diffgemma.model.adapters import Adapted, Adapter, ExpertAdapter
 from nemo_diffgemma.model.attention import SharedKeyValue
+from nemo_diffgemma.model.initialisation import fill
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.agreement import is_rank_zero
 from nemo_diffgemma.parallel.sharding import shard_of
@@ -79,28 +79,13 @@ def initialise(network: Network, seed: int) -> None:
     check_seed(seed)
     for module, adapter, _ in adapters(network):
         adapter.B.zero_()
-        draw_uniform(
-            adapter.A,
-            f"{seed}/{module}/lora_A",
-            bound=shard_of(adapter.A).full_shape(tuple(adapter.A.shape))[-1] ** -0.5,
-        )  # Kaiming's, a = sqrt(5)
+        features = shard_of(adapter.A).full_shape(tuple(adapter.A.shape))[-1]
+        draw_uniform(adapter.A, f"{seed}/{module}/lora_A", bound=features**-0.5)  # Kaiming's, a = sqrt(5)
 
 
-@torch.no_grad()
 def draw_uniform(tensor: Tensor, key: str, bound: float) -> None:
     """Values from -bound to bound, a function of the key and, where `tensor` is cut over experts, of the expert."""
-    shard, local = shard_of(tensor), tuple(tensor.shape)
-    full, spans = shard.full_shape(local), shard.slices(local)
-
-    def draw(key: str, shape: tuple[int, ...]) -> Tensor:
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-        return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1) * bound
-
-    if shard.expert:
-        for index, expert in enumerate(range(spans[0].start, spans[0].stop)):
-            tensor[index] = draw(f"{key}/{expert}", full[1:])[spans[1:]]
-    else:
-        tensor.copy_(draw(key, full)[spans])
+    fill(tensor, key, lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound)
 
 
 @torch.no_grad()

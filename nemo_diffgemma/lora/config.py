@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.errors import ConfigurationError
-from nemo_diffgemma.lora.sizes import AdapterSize
 from nemo_diffgemma.lora.targets import EXPERTS, chosen_linears, expert_matrices, linears
+from nemo_diffgemma.model.adapter_size import AdapterSize
 
 EXPERT_FORMS = ("none", "each", "shared")
 

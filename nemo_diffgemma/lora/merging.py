@@ -18,8 +18,8 @@ from nemo_diffgemma.checkpoint.stored import StoredTensor
 from nemo_diffgemma.lora import base as bases
 from nemo_diffgemma.lora.attach import check_mergeable
 from nemo_diffgemma.lora.peft_files import CONFIG, WEIGHTS, AdapterDirectory, Pair
-from nemo_diffgemma.lora.sizes import AdapterSize
 from nemo_diffgemma.lora.targets import DECODER, EXPERTS
+from nemo_diffgemma.model.adapter_size import AdapterSize
 from nemo_diffgemma.parallel.agreement import all_or_none, world_size
 
 

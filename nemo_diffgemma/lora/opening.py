@@ -13,8 +13,8 @@ from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.lora import base as bases
 from nemo_diffgemma.lora.attach import attach, check_mergeable, freeze, initialise, log_report
 from nemo_diffgemma.lora.peft_files import CONFIG, WEIGHTS, AdapterDirectory, fill, is_adapter
-from nemo_diffgemma.lora.sizes import AdapterSize
-from nemo_diffgemma.lora.sizes import is_adapter as is_of_adapter
+from nemo_diffgemma.model.adapter_size import AdapterSize
+from nemo_diffgemma.model.adapter_size import is_adapter as is_of_adapter
 from nemo_diffgemma.model.adapters import Adapted
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.repository import user_path

@@ -11,8 +11,8 @@ from typing import Any
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.json_files import brief, is_number, is_whole, read_object
-from nemo_diffgemma.lora.sizes import AdapterSize
 from nemo_diffgemma.lora.targets import EXPERTS, expert_matrices, is_tied, linears
+from nemo_diffgemma.model.adapter_size import AdapterSize
 
 # How an adapter was found, trained or named: its tensors say the rest.
 _NO_MATTER = set(

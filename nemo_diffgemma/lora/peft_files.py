@@ -29,9 +29,9 @@ from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.lora import peft_config
 from nemo_diffgemma.lora.attach import adapters
-from nemo_diffgemma.lora.sizes import AdapterSize
-from nemo_diffgemma.lora.sizes import is_adapter as is_of_adapter
 from nemo_diffgemma.lora.targets import DECODER, ENCODER, EXPERTS, expert_matrices, is_tied, linears, paths
+from nemo_diffgemma.model.adapter_size import AdapterSize
+from nemo_diffgemma.model.adapter_size import is_adapter as is_of_adapter
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.non_finite import DAMAGED, first_non_finite
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero

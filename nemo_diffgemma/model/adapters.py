@@ -17,7 +17,6 @@ Shapes: T tokens, R rows of this rank's experts, L experts of this rank, E of al
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -30,8 +29,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.diffusion.noise import DROPOUT, crossed_uniforms, keyed_bits
-from nemo_diffgemma.lora.sizes import CHILD, AdapterSize
+from nemo_diffgemma.diffusion.noise import DROPOUT, crossed_uniforms, keyed_bits, seed_of
+from nemo_diffgemma.model.adapter_size import CHILD, AdapterSize
 from nemo_diffgemma.model.gathered import gather_tokens
 from nemo_diffgemma.model.segments import Kind, Stream
 from nemo_diffgemma.parallel.groups import device
@@ -159,7 +158,7 @@ class Adapter(_Sized):
         self.is_row_parallel = any(cut.axis == 1 for cut in shard.cuts)
         is_column_parallel = any(cut.axis == 0 for cut in shard.cuts)
         self.dropout = dropout
-        self._key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        self._key = seed_of(name)
         self._first_feature = shard.slices(tuple(weight.shape))[1].start
 
         def learned(*shape: int, axis: int | None) -> nn.Parameter:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.diffusion.noise import check_seed
+from nemo_diffgemma.diffusion.noise import check_seed, seed_of
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.sharding import shard_of
 
@@ -25,18 +25,24 @@ def initialise(network: Network, seed: int) -> None:
         if tensor.ndim == 1:
             tensor.fill_(1.0)
             continue
-        shard = shard_of(tensor)
-        spans = shard.slices(tuple(tensor.shape))
-        full = shard.full_shape(tuple(tensor.shape))
-        if shard.expert:
-            for local, expert in enumerate(range(spans[0].start, spans[0].stop)):
-                tensor[local] = _draw(f"{seed}/{name}/{expert}", full[1:], std)[spans[1:]]
-        else:
-            tensor.copy_(_draw(f"{seed}/{name}", full, std)[spans])
+        fill(tensor, f"{seed}/{name}", lambda shape, generator: torch.randn(shape, generator=generator) * std)
     for buffer in network.buffers():
         buffer.fill_(1.0)
 
 
-def _draw(key: str, shape: tuple[int, ...], std: float) -> Tensor:
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+def fill(tensor: Tensor, key: str, draw: Callable[[tuple[int, ...], torch.Generator], Tensor]) -> None:
+    """This rank's part of what `draw(shape, generator)` gives for the whole tensor, or for each expert that it holds.
+
+    A function of the key and, where `tensor` is cut over experts, of the expert.
+    """
+    shard, local = shard_of(tensor), tuple(tensor.shape)
+    spans, full = shard.slices(local), shard.full_shape(local)
+
+    def drawn(key: str, shape: tuple[int, ...]) -> Tensor:
+        return draw(shape, torch.Generator().manual_seed(seed_of(key)))
+
+    if shard.expert:
+        for index, expert in enumerate(range(spans[0].start, spans[0].stop)):
+            tensor[index] = drawn(f"{key}/{expert}", full[1:])[spans[1:]]
+    else:
+        tensor.copy_(drawn(key, full)[spans])

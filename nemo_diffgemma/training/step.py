@@ -1,7 +1,7 @@
 """The passes of an optimizer step over a replica's share of the global batch, and what they tell of it.
 
-    sums = accumulate(network, rows, config, seed, batch_size, micro_batch_size, backward=then)
-    sums.numbers()          # waits for the losses, on a GPU not for the last backward pass
+    sums = accumulate(network, rows, config, seed, global_batch_size=64, backward=then)
+    sums.read()             # waits for the losses, on a GPU not for the last backward pass
 
 What is told goes through one sum over all ranks, on the device, and one copy to the host: losses, losses and accuracy
 by noise level, loads of the experts, FLOPs. Losses are means over the rows of all replicas, also where these hold the
