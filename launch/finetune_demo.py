@@ -67,19 +67,7 @@ def finetune_demo(config: FinetuneDemoConfig, results: Results) -> dict[str, Any
     command(results, "data.py", *data, f"checkpoint={base}", f"out={out}/look", "examples=1000")
 
     results.show("== An adapter of rank 8 is trained; all weights of the checkpoint are frozen\n")
-    trained = command(
-        results,
-        "train.py",
-        f"model.checkpoint={base}",
-        "model.lora.rank=8",
-        *data,
-        f"data.global_batch_size={BATCH}",
-        *("optim.lr=1e-2", "optim.warmup_steps=20", "optim.decay=linear", "optim.decay_start=0.5"),
-        f"trainer.max_steps={config.steps}",
-        "parallel.replicas=2",
-        *(f"exp_manager.exp_dir={out}", "exp_manager.name=runs", "exp_manager.version=lora"),
-    )
-    adapter = trained["checkpoint"]
+    adapter = trained(results, base, data, config.steps, out)
 
     results.show("== Base and adapter as one checkpoint in the released format, and the base alone for peft\n")
     command(results, "convert.py", f"source={adapter}", f"target={out}/merged")
@@ -108,6 +96,23 @@ def finetune_demo(config: FinetuneDemoConfig, results: Results) -> dict[str, Any
         "merged": f"{out}/merged",
         "seconds": round(time.time() - began, 1),
     }
+
+
+def trained(results: Results, base: str, data: tuple[str, ...], steps: int, out: Path) -> str:
+    """Train an adapter of rank 8 on two replicas -> its checkpoint."""
+    made = command(
+        results,
+        "train.py",
+        f"model.checkpoint={base}",
+        "model.lora.rank=8",
+        *data,
+        f"data.global_batch_size={BATCH}",
+        *("optim.lr=1e-2", "optim.warmup_steps=20", "optim.decay=linear", "optim.decay_start=0.5"),
+        f"trainer.max_steps={steps}",
+        "parallel.replicas=2",
+        *(f"exp_manager.exp_dir={out}", "exp_manager.name=runs", "exp_manager.version=lora"),
+    )
+    return made["checkpoint"]
 
 
 def newest() -> str | None:
