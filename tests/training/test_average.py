@@ -22,11 +22,11 @@ def test_the_decay_grows_to_the_one_that_is_asked_for():
 def test_the_average_is_that_of_the_weights_after_each_update(pool, tmp_path, layout, distributed):
     """From checkpoints of every step; and a run that was stopped has the same average, to the bit."""
     settings = dict(layout=layout, optim__ema=0.6, optim__distributed=distributed)
-    found = pool(2).run("tests.training.cases:averages", directory=str(tmp_path / "a"), **settings)[0]
+    found = pool(2).run("tests.training.weight_cases:averages", directory=str(tmp_path / "a"), **settings)[0]
     for name, average in found["expected"].items():
         torch.testing.assert_close(torch.tensor(found["average"][name]), torch.tensor(average), rtol=1e-6, atol=1e-7)
     assert any((found["average"][name] != found["weights"][name]).any() for name in found["average"])
-    resumed = pool(2).run("tests.training.cases:resumed_average", directory=str(tmp_path / "b"), **settings)[0]
+    resumed = pool(2).run("tests.training.weight_cases:resumed_average", directory=str(tmp_path / "b"), **settings)[0]
     for name, average in found["average"].items():
         assert (resumed[name] == average).all(), name
 

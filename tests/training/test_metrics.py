@@ -13,7 +13,7 @@ from nemo_diffgemma.gpus import gpu_of_device
 from nemo_diffgemma.training import flops
 from nemo_diffgemma.training.step_result import balance
 from tests.dry_run.figures import CASES, EXPECTED
-from tests.training import cases
+from tests.training import cases, weight_cases
 
 LAYOUTS = [{}, {"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}]
 FIRST = ["step", "loss", "grad_norm"]
@@ -40,7 +40,7 @@ def test_a_line_is_the_same_in_every_layout(pool, alone, tmp_path, layout):
 
 def test_levels_accuracy_and_loads_are_those_of_the_passes(single, alone):
     """Of the first step, from the same batch: dense logits and what every router chose, on its own."""
-    found = cases.first_step()
+    found = weight_cases.first_step()
     line = alone[0]
     assert line["loss_by_level"] == pytest.approx(found["loss_by_level"], rel=1e-4)
     assert line["accuracy_by_level"] == pytest.approx(found["accuracy_by_level"])

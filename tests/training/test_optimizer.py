@@ -12,7 +12,7 @@ from nemo_diffgemma.schema import ConfigurationError, OptimGroup
 from nemo_diffgemma.training import optimizer
 from nemo_diffgemma.training.nemo_model import build_network
 from nemo_diffgemma.training.optimizer import check, learning_rate
-from tests.training import cases
+from tests.training import cases, weight_cases
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
@@ -66,9 +66,9 @@ def test_weight_decay_falls_on_matrices_only(single):
 def test_updates_are_those_of_torchs_adamw(single, pool, ranks, distributed):
     """Fused, clipped by a norm that stays on the device, cut over replicas or not."""
     if ranks == 1:
-        results = [cases.adamw(distributed)]
+        results = [weight_cases.adamw(distributed)]
     else:
-        results = pool(ranks).run("tests.training.cases:adamw", distributed=distributed)
+        results = pool(ranks).run("tests.training.weight_cases:adamw", distributed=distributed)
     for steps in results:
         assert any(step["plain"] > 1.0 for step in steps), "nothing was clipped"
         for step in steps:
@@ -100,7 +100,7 @@ def test_a_norm_that_is_no_number_leaves_the_gradients_as_they_were(single):
 def test_sums_and_gathers_behind_computation_change_no_loss(pool, one_process, tmp_path, layout, distributed):
     """Many buckets, each summed as soon as its last gradient is there; whoever reads a weight waits for its bucket."""
     results = pool(2).run(
-        "tests.training.cases:losses_in_small_buckets",
+        "tests.training.weight_cases:losses_in_small_buckets",
         directory=str(tmp_path), steps=4, layout=layout, optim__distributed=distributed,
     )  # fmt: skip
     losses, counts = results[0]
