@@ -143,7 +143,7 @@ class DiffusionGemma(Network):
     def _settled(self, inputs: StepInputs, stream: Stream, cache: Cache) -> Settled:
         """A step of the tokens of `stream`; its cache is that of the pass."""
         tokens = torch.cat([*(inputs.context or ()), inputs.canvas.flatten()])
-        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft, replicas_alike=True)
+        result = self.run(tokens, stream, cache=cache, soft=inputs.soft, replicas_alike=True)
         assert result.canvas_hidden is not None
         shape, temperature = inputs.canvas.shape, inputs.temperature
         if isinstance(temperature, Tensor) and temperature.dim():  # one a sequence

@@ -15,6 +15,7 @@ W expert width of this rank, R rows of this rank's experts.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_experts
 from nemo_diffgemma.transfer import HostCopy
 
+FEWEST_ROWS = 4  # of a float32 product on a CPU whose rows do not depend on their number (tests/serving)
 # Choices at a time where the number of rows is not asked for and most may be other ranks'; at the released size
 UNCOUNTED = 1 << 16  # 1 GB of rows
 UNCOUNTED_WITH_GRADIENT = 1 << 14  # 0.25 GB of rows and as much of gradients
@@ -99,9 +101,9 @@ class Experts(nn.Module):
         gate_up, down = self._aligned()
         if x_RH.shape[0] == 0:  # grouped_mm has no gradient for no rows; the graph must still reach the other ranks
             return F.linear(_GatedActivation.apply(F.linear(x_RH, gate_up[0]), weights_R), down[0])
-        hidden = F.grouped_mm(x_RH, gate_up.transpose(-2, -1), offs=ends_L)
+        hidden = grouped_product(x_RH, gate_up.transpose(-2, -1), ends_L)
         # the product is linear in the weight, so weighting before the down projection touches W columns instead of H
-        return F.grouped_mm(_GatedActivation.apply(hidden, weights_R), down.transpose(-2, -1), offs=ends_L)
+        return grouped_product(_GatedActivation.apply(hidden, weights_R), down.transpose(-2, -1), ends_L)
 
     def _aligned(self) -> tuple[Tensor, Tensor]:
         """Weights as [L, 2W, H] and [L, H, W], W rounded up to whole 16-byte words as grouped_mm demands."""
@@ -111,6 +113,23 @@ class Experts(nn.Module):
         if missing:
             gate_up, down = F.pad(gate_up, (0, 0, 0, missing)), F.pad(down, (0, missing))
         return gate_up.flatten(1, 2), down
+
+
+def grouped_product(x_RK: Tensor, weights_LKN: Tensor, ends_L: Tensor) -> Tensor:
+    """Rows sorted by expert times the matrix of their expert, [R, N]; those behind the last expert's are undefined.
+
+    Without gradient, what a row gets does not depend on how many other rows its expert has: other tokens of the same
+    pass may be another request's. CPU libraries compute fewer than `FEWEST_ROWS` rows by another kernel, which adds up
+    in another order; there such rows are padded with zeros.
+    """
+    product = F.grouped_mm(x_RK, weights_LKN, offs=ends_L)
+    if product.device.type != "cpu" or product.dtype != torch.float32 or torch.is_grad_enabled():
+        return product
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends_L.tolist()])):
+        if 0 < end - start < FEWEST_ROWS:
+            rows = F.pad(x_RK[start:end], (0, 0, 0, FEWEST_ROWS - (end - start)))
+            product[start:end] = torch.mm(rows, weights_LKN[expert])[: end - start]
+    return product
 
 
 class _GatedActivation(torch.autograd.Function):
