@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_diffgemma.model.cache import KeyValue, extended
+from nemo_diffgemma.model.paged import PagedLayer
 from nemo_diffgemma.model.segments import FixedStream, Kind, Stream
 from nemo_diffgemma.model.visibility import TILE, Group, Visibility
 
@@ -52,22 +53,26 @@ def choose_kernel(device_type: str, dtype: torch.dtype, head_dim: int, uniform: 
 
 
 def attend(
-    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, stream: Stream, window: int | None, past: KeyValue | None
-) -> tuple[Tensor, KeyValue]:
+    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, stream: Stream, window: int | None, past: KeyValue | PagedLayer | None
+) -> tuple[Tensor, KeyValue | PagedLayer]:
     """Attention of every token of the stream -> `[T, N*D]`, and the keys of cached plus new context.
 
-    Padding sees nothing: its rows are zero.
+    Padding sees nothing: its rows are zero. A paged layer is written to and comes back as it is.
     """
     if isinstance(stream, FixedStream):
-        assert past is not None
+        assert isinstance(past, KeyValue)
         return attend_in_columns(q_TND, k_TGD, v_TGD, stream, window, past), past
-    context = extended(past, k_TGD, v_TGD, stream)
+    if isinstance(past, PagedLayer):
+        context = past.extended(k_TGD, v_TGD, stream)
+    else:
+        context = extended(past, k_TGD, v_TGD, stream)
+    result = past if isinstance(past, PagedLayer) else context
     visibility = Visibility.of(stream, window, context.kept)
     kernel = choose_kernel(q_TND.device.type, q_TND.dtype, q_TND.shape[2], visibility.is_uniform)
     if kernel is Kernel.FLEX:
-        return attend_as_one(q_TND, k_TGD, v_TGD, visibility, context), context
+        return attend_as_one(q_TND, k_TGD, v_TGD, visibility, context), result
     repeat = kernel is Kernel.GROUPS_REPEATED_HEADS
-    return attend_by_groups(q_TND, k_TGD, v_TGD, visibility, context, repeat), context
+    return attend_by_groups(q_TND, k_TGD, v_TGD, visibility, context, repeat), result
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------

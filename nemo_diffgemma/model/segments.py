@@ -212,8 +212,7 @@ def stream_of(
     ]
     each = lengths if isinstance(lengths, tuple) else (lengths,) * len(canvases)
     new += [
-        Segment(sequence, Kind.CANVAS, start, length)
-        for (sequence, start), length in zip(canvases, each, strict=True)
+        Segment(sequence, Kind.CANVAS, start, length) for (sequence, start), length in zip(canvases, each, strict=True)
     ]
     return Stream(sequences, tuple(new), multiple)
 
