@@ -90,8 +90,11 @@ class DiffusionGemma(Network):
         noise: Noise | None = None,
         seed: int | Sequence[int] = 0,
         observe: Callable[[Denoised], None] | None = None,
+        canvas_length: int | None = None,
     ) -> Generation:
         """Generate whole canvases after [B, S] prompts (left padded by `attention_mask`).
+
+        `canvas_length` None is the model's; a short answer costs less with shorter canvases.
 
         `sampler` None takes the checkpoint's settings. `noise` replaces the noise keyed by `seed`: an int keys row r by
         (seed, r); one int a row keys each row as if it were alone. `observe` sees every denoising step. Raises
@@ -100,18 +103,20 @@ class DiffusionGemma(Network):
         self.check_ids(input_ids)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
+        longest = self.model_config.canvas_length
+        length = longest if canvas_length is None else canvas_length
+        if not 1 <= length <= longest:
+            raise UserError(f"canvas_length={canvas_length}; expected 1 to {longest}, as the model was trained with")
         sampler = sampler or self.sampler_defaults
         sampler.check_ids(self.model_config.vocab_size)
         if noise is None:
-            noise = KeyedNoise.for_rows(
-                seed, input_ids.shape[0], self.model_config.canvas_length, self.model_config.vocab_size, device()
-            )
+            noise = KeyedNoise.for_rows(seed, input_ids.shape[0], length, self.model_config.vocab_size, device())
         with reused_scratch():
             return generate(
                 self,
                 to_device(input_ids, device()),
                 left_padding(input_ids, attention_mask),
-                canvas_length=self.model_config.canvas_length,
+                canvas_length=length,
                 max_new_tokens=max_new_tokens,
                 sampler=sampler,
                 noise=noise,
@@ -130,7 +135,8 @@ class DiffusionGemma(Network):
         places = [
             (index, span.end + new) for index, (span, new) in enumerate(zip(cache.sequences, lengths, strict=True))
         ]
-        settled = self._settled(inputs, self.stream(cache.sequences, lengths, places), cache)
+        stream = self.stream(cache.sequences, lengths, places, [inputs.canvas.shape[1]] * len(places))
+        settled = self._settled(inputs, stream, cache)
         return settled._replace(cache=settled.cache.trimmed(self.model_config) if context else cache)
 
     @torch.no_grad()

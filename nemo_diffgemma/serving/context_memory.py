@@ -157,7 +157,7 @@ class ContextMemory:
     # -- passes ----------------------------------------------------------------------------------------------------
 
     def cache(self, sequences: Sequence[Held], new: Sequence[int]) -> Cache:
-        """The context of some sequences for a pass that gives each so many new tokens, for which blocks are reserved."""
+        """The context of some sequences for a pass that gives each so many new tokens; their blocks are reserved."""
         rows = {kind: self._rows(kind, sequences, new) for kind in self.kinds}
         layers: list[PagedLayer] = [None] * self._all_layers  # type: ignore[list-item]
         for kind, indices in self._layers.items():

@@ -7,8 +7,9 @@
 
 A pass mixes requests that encode a piece of their prompt, denoise at different steps, and begin a canvas behind the one
 that has settled, whose tokens become context in the same pass. Requests come and go between passes. What a request gets
-depends on itself alone, to the bit: each row of every product, each tile of context and each canvas is computed as if it
-were alone (`model.visibility.TILE`, `model.experts.grouped_product`), and equals `DiffusionGemma.generate` of it alone.
+depends on itself alone, to the bit: each row of every product, each tile of context and each canvas is computed as if
+it were alone (`model.visibility.TILE`, `model.experts.grouped_product`), so its tokens are those that
+`DiffusionGemma.generate` gives it alone.
 
 Every rank of a layout has an engine, is given the same calls in the same order, and so does the same.
 """
@@ -28,8 +29,8 @@ from torch import Tensor
 from nemo_diffgemma.diffusion.progress import Lookout
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.model.visibility import TILE
+from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.parallel.agreement import world_size
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.serving.context_memory import ContextMemory
@@ -163,7 +164,7 @@ class Engine:
         if missing + sequence.request.canvas_length <= room or (first and missing <= TILE):
             return Work(sequence, missing, True)
         tiles = min(room, missing) // TILE
-        return Work(sequence, tiles * TILE, False) if tiles else None
+        return Work(sequence, tiles * TILE, False) if tiles > 0 else None
 
     def _admit(self) -> None:
         """Bring back what was moved out, the oldest first, then begin what waits, while there is memory."""
@@ -278,7 +279,7 @@ class Engine:
 
     def _settle(self, sequence: Sequence, tokens: list[int], live: int) -> list[Event]:
         """The canvas of a sequence is final: it ends the answer, or becomes context of the next one."""
-        request, reason = sequence.request, None
+        request = sequence.request
         new, reason = self._cut(request, sequence.answer, tokens)
         settled = Settled(request.id, sequence.canvas, live, new)
         sequence.answer += new
@@ -294,14 +295,14 @@ class Engine:
         if len(answer) + len(new) >= request.max_tokens:
             new = new[: request.max_tokens - len(answer)]
             reason = Reason.STOP if new[-1] in request.sampler.eos_ids else Reason.LENGTH
-        if request.stop and self.decode is not None:
-            if self._stops(request, answer + new):
-                fewest = next(n for n in range(1, len(new) + 1) if self._stops(request, answer + new[:n]))
-                return new[:fewest], Reason.STOP
+        if self._stops(request, answer + new):
+            fewest = next(n for n in range(1, len(new) + 1) if self._stops(request, answer + new[:n]))
+            return new[:fewest], Reason.STOP
         return new, reason
 
     def _stops(self, request: Request, answer: list[int]) -> bool:
-        assert self.decode is not None
+        if not request.stop or self.decode is None:
+            return False
         text = self.decode(answer)
         return any(string in text for string in request.stop)
 
