@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.transfer import to_device
 
@@ -82,12 +83,6 @@ def keyed_bits(seed: Tensor | int, *key: Tensor | int) -> Tensor:
         state = state ^ mixed
         state = _mix(state) if isinstance(state, Tensor) else _mix_int(state)
     return state if isinstance(state, Tensor) else torch.tensor(state)
-
-
-def check_seed(seed: int) -> None:
-    """Raise `UserError` unless the seed is a signed integer of 64 bits."""
-    if not -(1 << 63) <= seed < 1 << 63:
-        raise UserError(f"seed={seed}; expected an integer from -2^63 to 2^63 - 1")
 
 
 def _mix_int(value: int) -> int:

@@ -26,7 +26,8 @@ from nemo_diffgemma.model.segments import Span
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.serving.blocks import Blocks
-from nemo_diffgemma.serving.prefix_cache import BLOCKS_OF_TILE, Key, PrefixCache, keys_of
+from nemo_diffgemma.serving.prefix_cache import BLOCKS_OF_TILE, PrefixCache
+from nemo_diffgemma.serving.prefix_keys import Key, keys_of
 from nemo_diffgemma.transfer import to_device
 
 
@@ -102,7 +103,7 @@ class ContextMemory:
 
     def open(self, prompt: Sequence[int], salt: str = "") -> Held:
         """A sequence that is about to encode `prompt`; what the prefix cache has of it counts as encoded."""
-        held = Held(keys_of(prompt, salt))
+        held = Held(keys_of(prompt, TILE, salt))
         known = self.prefixes.longest(held.keys)
         shared = self.prefixes.share(held.keys[:known])
         held.end, held.remembered = known * TILE, known

@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,24 +33,11 @@ from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.parallel.agreement import world_size
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.serving.context_memory import ContextMemory
+from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
 from nemo_diffgemma.serving.request import Draft, Event, Finished, Reason, Request, Settled
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
 from nemo_diffgemma.transfer import HostCopy, to_device
-
-
-@dataclass
-class EngineConfig:
-    """What an engine may use. Raises `UserError` for what cannot be."""
-
-    context_gb: float = 4.0  # of one rank, for keys and values
-    typical_tokens: int = 4096  # of context of one request, for which the two kinds of layers share the memory
-    max_running: int = 32  # requests that denoise at a time
-    tokens_per_pass: int = 4096  # above which no more pieces of prompts join a pass
-
-    def __post_init__(self) -> None:
-        if self.max_running < 1 or self.tokens_per_pass < 1 or self.typical_tokens < 1 or not self.context_gb > 0:
-            raise UserError(f"{self}; expected numbers above 0")
 
 
 class Work(NamedTuple):

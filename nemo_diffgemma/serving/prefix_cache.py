@@ -8,30 +8,17 @@ kept and given up apart, the longest unused first.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from nemo_diffgemma.config import GLOBAL, SLIDING
 from nemo_diffgemma.model.paged import BLOCK_TOKENS
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.serving.blocks import Blocks
+from nemo_diffgemma.serving.prefix_keys import Key
 
 BLOCKS_OF_TILE = TILE // BLOCK_TOKENS
-Key = bytes
-
-
-def keys_of(tokens: Sequence[int], salt: str = "") -> list[Key]:
-    """The keys of the whole tiles of a prompt. `salt` parts prompts whose keys and values differ (adapters)."""
-    key, keys = hashlib.blake2b(salt.encode(), digest_size=16).digest(), []
-    whole = len(tokens) // TILE * TILE
-    for tile in np.asarray(tokens[:whole], dtype=np.int64).reshape(-1, TILE):
-        key = hashlib.blake2b(key + tile.tobytes(), digest_size=16).digest()
-        keys.append(key)
-    return keys
 
 
 @dataclass

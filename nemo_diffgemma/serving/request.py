@@ -1,18 +1,22 @@
-"""What a client asks of the engine, and what it hears of it."""
+"""What a client asks of the engine, and what it hears of it: msgspec structs, which travel as they are.
+
+No torch here: the front end sends and reads them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+from msgspec import Struct
+
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.diffusion.noise import check_seed
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
+from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Struct, frozen=True, tag=True):
     """A prompt and everything that its answer depends on; nothing else does.
 
     The answer has whole canvases of `canvas_length` until one has a token that ends it, a string of `stop` appears in
@@ -23,7 +27,7 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     canvas_length: int
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sampler: SamplerConfig = msgspec.field(default_factory=SamplerConfig)
     seed: int = 0
     stop: tuple[str, ...] = ()
     drafts: bool = False
@@ -62,8 +66,7 @@ class Reason(Enum):
     ERROR = "error"
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(Struct, frozen=True, tag=True):
     """A canvas after one of its steps: `remaining` more may follow. Entropies are in nats."""
 
     id: str
@@ -74,8 +77,7 @@ class Draft:
     entropy: list[float]
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(Struct, frozen=True, tag=True):
     """New tokens of an answer: a canvas that will not change, up to what ends the answer; `steps` it took."""
 
     id: str
@@ -84,8 +86,7 @@ class Settled:
     tokens: list[int]
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(Struct, frozen=True, tag=True):
     """The last that is heard of a request; `error` says what is wrong where that is the reason."""
 
     id: str
