@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -235,7 +236,7 @@ def test_information(server, client):
 
 
 def test_the_front_end_has_loaded_no_torch(server):
-    maps = open(f"/proc/{server.process.pid}/maps").read()
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "tokenizers" in maps and "libtorch" not in maps
 
 
