@@ -23,6 +23,7 @@ from nemo_diffgemma.serving.messages import (
     Ping,
     TextFiles,
     ToFront,
+    ToReplica,
     Unknown,
     Welcome,
     encode,
@@ -133,8 +134,8 @@ class Mailbox:
         except zmq.Again:
             return True
 
-    def _received(self) -> list[object]:
-        messages: list[object] = []
+    def _received(self) -> list[ToReplica]:
+        messages: list[ToReplica] = []
         try:
             while True:
                 message = self._socket.recv(zmq.NOBLOCK)

@@ -58,14 +58,11 @@ class Server:
 
     def __init__(self, command: list[str], folder: Path, **given: Any) -> None:
         self.log = folder / f"front-{time.time_ns()}.log"
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            text=True,
-            **given,
-        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, **given
+            )
         self.url, self.facts = "", {}
 
     def wait(self) -> Server:
@@ -105,7 +102,7 @@ class Server:
         for pid in self.children() if self.process.poll() is None else []:
             os.killpg(pid, signal.SIGKILL)
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
 
 def launched(checkpoint: Path, *arguments: str) -> Server:

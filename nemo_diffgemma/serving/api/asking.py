@@ -95,7 +95,7 @@ class Desk:
             raise InvalidRequest("the prompt has no token", "invalid_value", "prompt")
         if most < (asked or 1):
             what = f"{prompt} tokens of prompt" + (f" and {asked} of answer" if asked else "")
-            room = f"this server has room for {facts.context_tokens}, a last canvas of {length} not counted"
+            room = f"this server has room for {facts.context_tokens} of context, a last canvas of {length} not counted"
             raise InvalidRequest(f"{what}; {room}", "context_length_exceeded", "max_tokens" if canvases else "messages")
         return asked or min(most, self.settings.default_max_tokens)
 

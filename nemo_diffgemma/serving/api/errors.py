@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,7 +16,7 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.json_files import brief
 from nemo_diffgemma.serving.failures import Failure, InvalidRequest, Overloaded
 
-_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_CODES = {413: "body_too_large"}
 _FIELD = re.compile(r"(?!str$|int$)([a-z_]+|\d+)")  # of a place in a body; other parts of it are names of types
 _log = logging.getLogger(__name__)
 
@@ -45,9 +45,24 @@ def answer_of(error: Exception) -> JSONResponse:
     return JSONResponse(body_of_failure(failure), failure.status, headers)
 
 
-def _validation_message(fault: Mapping[str, Any]) -> tuple[str, str | None, str]:
-    """Message, parameter and code of the first thing that is wrong with a body."""
-    place = [str(part) for part in fault["loc"] if part != "body" and _FIELD.fullmatch(str(part))]
+def answer_of_http(error: HTTPException) -> JSONResponse:
+    """For what is wrong before a route begins."""
+    code = _CODES.get(error.status_code)
+    return JSONResponse(body_of(error.detail, "invalid_request_error", code), error.status_code, error.headers)
+
+
+def _place(fault: Mapping[str, Any]) -> list[str]:
+    return [str(part) for part in fault["loc"] if part != "body" and _FIELD.fullmatch(str(part))]
+
+
+def _validation_message(faults: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, str]:
+    """Message, parameter and code of the first thing that is wrong with a body.
+
+    Where a field may be of several kinds, each has its faults; the deepest is of the kind that was meant.
+    """
+    place = _place(faults[0])
+    fault = max((one for one in faults if _place(one)[: len(place)] == place), key=lambda one: len(_place(one)))
+    place = _place(fault)
     parameter = ".".join(place) or None
     if fault["type"] == "json_invalid":
         return f"the body is no valid JSON: {fault['ctx']['error']}", None, "invalid_json"
@@ -66,16 +81,14 @@ def add_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        message, parameter, code = _validation_message(error.errors()[0])
+        message, parameter, code = _validation_message(error.errors())
         return JSONResponse(body_of(message, "invalid_request_error", code, parameter), 400)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        kind = _KINDS.get(error.status_code, "invalid_request_error")
-        message = str(error.detail)
         if error.status_code in (404, 405):
-            message = f"{request.method} {request.url.path}: {message.lower()}"
-        return JSONResponse(body_of(message, kind), error.status_code, getattr(error, "headers", None))
+            error.detail = f"{request.method} {request.url.path}: {error.detail.lower()}"
+        return answer_of_http(error)
 
     async def other(request: Request, error: Exception) -> JSONResponse:
         return answer_of(error)

@@ -31,13 +31,13 @@ class Body(BaseModel):
 class Diffusion(Body):
     """How a canvas is sampled; what is left out is as the checkpoint has it. Bounds and thresholds are in nats."""
 
-    max_denoising_steps: int | None = Field(None, description="The most steps of a canvas.")
-    entropy_bound: float | None = Field(None, description="Positions are accepted while their entropies sum to this.")
-    t_min: float | None = Field(None, description="Temperature of the last step, nearly.")
-    t_max: float | None = Field(None, description="Temperature of the first step.")
-    stability_threshold: int | None = Field(None, description="Steps without a change that settle a canvas.")
-    confidence_threshold: float | None = Field(None, description="Mean entropy below which it may settle.")
-    canvas_length: int | None = Field(None, description="Tokens of a canvas; shorter ones cost a short answer less.")
+    max_denoising_steps: int | None = Field(default=None, description="The most steps of a canvas.")
+    entropy_bound: float | None = Field(default=None, description="What entropies of accepted positions sum to.")
+    t_min: float | None = Field(default=None, description="Temperature of the last step, nearly.")
+    t_max: float | None = Field(default=None, description="Temperature of the first step.")
+    stability_threshold: int | None = Field(default=None, description="Steps without a change that settle a canvas.")
+    confidence_threshold: float | None = Field(default=None, description="Mean entropy below which it may settle.")
+    canvas_length: int | None = Field(default=None, description="Tokens of a canvas; short ones suit short answers.")
 
     def sampler(self) -> dict[str, Any]:
         """What is given of the settings of the sampler."""
@@ -49,28 +49,28 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     include_obfuscation: bool = False  # OpenAI's padding against eavesdroppers: never done here
-    drafts: bool = Field(False, description="Also send the canvas after each denoising step.")
+    drafts: bool = Field(default=False, description="Also send the canvas after each denoising step.")
 
 
 class Common(Body):
     """What chats and completions share."""
 
     model: str
-    n: int = Field(1, ge=1, le=128, description="Answers; answer i is what seed + i gives alone.")
+    n: int = Field(default=1, ge=1, le=128, description="Answers; answer i is what seed + i gives alone.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
-    seed: Seed | None = Field(None, description="The same seed gives the same answer; without one it is drawn.")
+    seed: Seed | None = Field(default=None, description="The same seed gives the same answer; without one it is drawn.")
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     diffusion: Diffusion = Diffusion()
 
-    temperature: float | None = Field(None, description="Ignored: see diffusion.t_min and t_max.")
-    top_p: float | None = Field(None, description="Ignored.")
-    top_k: int | None = Field(None, description="Ignored.")
-    min_p: float | None = Field(None, description="Ignored.")
-    frequency_penalty: float | None = Field(None, description="Ignored.")
-    presence_penalty: float | None = Field(None, description="Ignored.")
-    repetition_penalty: float | None = Field(None, description="Ignored.")
+    temperature: float | None = Field(default=None, description="Ignored: see diffusion.t_min and t_max.")
+    top_p: float | None = Field(default=None, description="Ignored.")
+    top_k: int | None = Field(default=None, description="Ignored.")
+    min_p: float | None = Field(default=None, description="Ignored.")
+    frequency_penalty: float | None = Field(default=None, description="Ignored.")
+    presence_penalty: float | None = Field(default=None, description="Ignored.")
+    repetition_penalty: float | None = Field(default=None, description="Ignored.")
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

@@ -6,15 +6,19 @@ import hmac
 from collections.abc import Sequence
 
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nemo_diffgemma.serving.api.errors import body_of
+from nemo_diffgemma.serving.api.errors import answer_of_http, body_of
 
 _OPEN = ("/health", "/metrics")  # for load balancers and Prometheus
 
 
-class _TooLarge(Exception):
-    pass
+class _TooLarge(HTTPException):
+    """Of the kind that FastAPI lets through where it reads a body."""
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(413, f"the body has more than {most_bytes} bytes", {"Connection": "close"})
 
 
 class Limits:
@@ -33,34 +37,20 @@ class Limits:
             message = "this server wants an API key: Authorization: Bearer KEY"
             await JSONResponse(body_of(message, "authentication_error", "invalid_api_key"), 401)(scope, receive, send)
             return
-        length, began = headers.get(b"content-length", b"0"), False
+        length, received = headers.get(b"content-length", b"0"), 0
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._most_bytes:
-                raise _TooLarge
+                raise _TooLarge(self._most_bytes)
             return message
 
-        async def watched(message: Message) -> None:
-            nonlocal began
-            began = True
-            await send(message)
-
-        received = 0
-        try:
-            if length.isdigit() and int(length) > self._most_bytes:
-                raise _TooLarge
-            await self._app(scope, limited, watched)
-        except _TooLarge:
-            if not began:
-                await self._refuse(scope, receive, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message = f"the body has more than {self._most_bytes} bytes"
-        answer = JSONResponse(body_of(message, "invalid_request_error", "body_too_large"), 413, {"Connection": "close"})
-        await answer(scope, receive, send)
+        if length.isdigit() and int(length) > self._most_bytes:
+            await answer_of_http(_TooLarge(self._most_bytes))(scope, receive, send)
+            return
+        await self._app(scope, limited, send)
 
     def _may_ask(self, authorization: bytes) -> bool:
         if not self._keys:
