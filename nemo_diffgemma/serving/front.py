@@ -69,12 +69,15 @@ async def serve(settings: FrontSettings, listener: socket.socket, folder: str) -
     replicas = supervisor.start()
     announced = asyncio.create_task(_announce(settings, listener, router))
     ends = [asyncio.create_task(stopped.wait()), http, *([replicas] if settings.replicas else [])]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    announced.cancel()
-    server.should_exit = True
-    await http
-    await router.close()
-    await supervisor.close()
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await http
+    finally:
+        for task in (ends[0], announced):
+            task.cancel()
+        await router.close()
+        await supervisor.close()
     return await _exit_code(replicas)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.visibility import TILE
-from nemo_diffgemma.parallel.agreement import is_rank_zero, world_size
+from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero, world_size
 from nemo_diffgemma.parallel.groups import current_layout, device
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
 from nemo_diffgemma.serving.mailbox import Errand, Mailbox
@@ -60,9 +60,10 @@ class Replica:
         self._signalled = False
         self._errands_of_ranks = _Errands()
         self._mailbox: Mailbox | None = None
-        if is_rank_zero():
-            hello = Hello(name, _facts(self.engine, fingerprint(files)))
-            self._mailbox = Mailbox(address, hello, files, lonely_seconds)
+        hello = Hello(name, _facts(self.engine, fingerprint(files)))
+        with all_or_none():
+            if is_rank_zero():
+                self._mailbox = Mailbox(address, hello, files, lonely_seconds)
 
     def serve(self) -> None:
         """Until it is drained. Raises what ends it before."""

@@ -252,9 +252,9 @@ class Router:
         del self.replicas[replica.identity]
         self._metrics.replicas.set(len(self.replicas))
         jobs, replica.jobs = list(replica.jobs.values()), {}
-        if not self._closing:
-            _log.warning("replica %s: %s; %d requests begin again", replica.name, why, len(jobs))
-        self._on_dead(replica.name)
+        _log.warning("replica %s: %s; %d requests begin again", replica.name, why, len(jobs))
+        if not replica.draining:  # else it ends by itself
+            self._on_dead(replica.name)
         for job in jobs:
             job.replica = None
             job.replays += 1

@@ -128,8 +128,12 @@ class Split:
         self.server = Server(command, checkpoint.parent, pass_fds=[reader])
         os.close(reader)
         self.replicas = [self.join() for _ in range(replicas)]
+
+    def ready(self, replicas: int) -> Server:
+        """Wait for so many."""
         self.server.wait()
         self.server.until("replicas", lambda count: count == replicas)
+        return self.server
 
     def join(self) -> Command:
         """One more replica."""
@@ -141,3 +145,17 @@ class Split:
         for replica in self.replicas:
             if replica.poll() is None:
                 os.kill(replica.pid, signal.SIGKILL)
+
+
+def serve_in_layout(layout: dict[str, int], checkpoint: str, address: str, engine: dict[str, Any]) -> int:
+    """A replica in ranks of a pool, until it is drained -> requests it has ever had that still run."""
+    from nemo_diffgemma import DiffusionGemma, ParallelLayout
+    from nemo_diffgemma.parallel import initialize
+    from nemo_diffgemma.serving.engine import EngineConfig
+    from nemo_diffgemma.serving.replica import Replica
+
+    initialize(ParallelLayout(**layout))
+    network = DiffusionGemma.from_checkpoint(checkpoint)
+    replica = Replica(network, EngineConfig(**engine), address, "ranks", lonely_seconds=60.0)
+    replica.serve()
+    return len(replica.engine.running)

@@ -39,6 +39,7 @@ def tokenizer():
 def split(tmp_path_factory, network):
     checkpoint = served.write_checkpoint(tmp_path_factory.mktemp("served") / "model")
     made = served.Split(checkpoint, 2, ENGINE, queue_limit=QUEUE, max_body_mb=2.0)
+    made.ready(2)
     yield made
     made.close()
 
