@@ -32,6 +32,8 @@ from nemo_diffgemma.serving.router import Router
 from nemo_diffgemma.serving.settings import FrontSettings
 from nemo_diffgemma.serving.supervisor import StartError, Supervisor
 
+_KEEP_ALIVE = 65  # seconds; longer than clients keep idle connections, or one may close as a request comes
+
 
 class _Server(uvicorn.Server):
     """uvicorn without its handlers of signals: ours drain first and end the replicas after."""
@@ -59,6 +61,7 @@ async def serve(settings: FrontSettings, listener: socket.socket, folder: str) -
         log_level="warning",
         access_log=False,
         ws="none",
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=int(settings.drain_seconds) or 1,
     )
     server = _Server(config)

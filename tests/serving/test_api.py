@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 
+from nemo_diffgemma.serving.api.replies import ChatReply, CompletionReply, DraftReply
 from nemo_diffgemma.serving.request import Request
 from tests.serving import cases, served
 
@@ -78,6 +79,7 @@ def test_a_chat_is_what_the_network_gives_alone(client, network, tokenizer):
     assert choice.finish_reason == ("stop" if expected[-1] in cases.EOS else "length")
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), len(expected))
     assert answer.diffusion == {"ignored": ["temperature"]}
+    ChatReply.model_validate(answer.model_dump(exclude_unset=True), extra="forbid")
 
 
 def test_a_stream_has_a_chunk_a_canvas_and_the_same_text(client):
@@ -106,6 +108,7 @@ def test_drafts_show_each_step_beside_the_text(client):
             text += chunk.choices[0].delta.content or ""
         else:
             drafts.append(chunk.diffusion["draft"])
+            DraftReply.model_validate(drafts[-1], extra="forbid")
     assert len(drafts) == steps and text
     assert all(len(draft["pieces"]) == len(draft["entropy"]) == len(draft["accepted"]) == 16 for draft in drafts)
 
@@ -120,6 +123,7 @@ def test_completions_take_texts_and_ids_and_give_n_answers(client, network):
         for index in range(2)
     ]
     assert answer.usage.prompt_tokens == sum(map(len, prompts))
+    CompletionReply.model_validate(answer.model_dump(exclude_unset=True), extra="forbid")
     ids = client.completions.create(model="tiny", prompt=[5, 6, 7], seed=3, max_tokens=20, extra_body=QUICK)
     assert ids.choices[0].diffusion["token_ids"] == alone(network, [5, 6, 7], 3, 20)
 
@@ -309,6 +313,23 @@ def test_a_replica_that_is_killed_costs_nothing_but_time(split, server, client, 
         assert tokens == cases.alone(network, request)[0]
     split.replicas[0] = split.join()
     server.until("replicas", lambda count: count == 2)
+
+
+def test_a_replica_that_was_away_comes_back_without_its_requests(split, server, client, network):
+    """Stopped for longer than the front end waits, as if the network between them were cut."""
+    with ThreadPoolExecutor(6) as threads:
+        given = dict(model="tiny", prompt=[9, 9], max_tokens=400, extra_body=QUICK)
+        answers = [threads.submit(client.completions.create, **given, seed=seed) for seed in range(6)]
+        server.until("engine_slots_taken", lambda slots: slots > 3)
+        os.kill(split.replicas[0].pid, signal.SIGSTOP)
+        try:
+            server.until("replicas", lambda count: count == 1)
+            for seed, answer in enumerate(answers):
+                assert answer.result().choices[0].diffusion["token_ids"] == alone(network, [9, 9], seed, 400)
+        finally:
+            os.kill(split.replicas[0].pid, signal.SIGCONT)
+    server.until("replicas", lambda count: count == 2)
+    server.until("engine_slots_taken", lambda slots: slots == 0)
 
 
 def test_a_replica_that_is_told_to_end_answers_first(split, server, client, network):

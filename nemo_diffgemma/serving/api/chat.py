@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from nemo_diffgemma.serving.api.answers import Answer, Format, Stream, collect
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.fields import ChatBody
+from nemo_diffgemma.serving.api.replies import ChatReply, responses
 
 
 class _Chat(Format):
@@ -37,7 +38,7 @@ def routes(desk: Desk) -> APIRouter:
             return Stream(desk, jobs, format)
         return JSONResponse(format.whole(await collect(desk, jobs)))
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=responses(ChatReply))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """The next turn of a conversation."""
         desk.check_model(body.model)

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from nemo_diffgemma.serving.api.answers import Answer, Format, Stream, collect
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.fields import CompletionBody
+from nemo_diffgemma.serving.api.replies import CompletionReply, responses
 from nemo_diffgemma.serving.failures import InvalidRequest
 
 
@@ -44,7 +45,7 @@ def routes(desk: Desk) -> APIRouter:
             return Stream(desk, jobs, format)
         return JSONResponse(format.whole(await collect(desk, jobs)))
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=responses(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """What follows a prompt, as it is: no chat template."""
         desk.check_model(body.model)
