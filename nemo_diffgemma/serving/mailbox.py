@@ -79,7 +79,7 @@ class Mailbox:
         self._push.send(encode(message))
 
     def passed(self, running: int, waiting: int, passes: int) -> None:
-        """A pass is over, or nothing was to do."""
+        """A pass is over, or is about to begin."""
         self._beat, self._since = Beat(running, waiting, passes, 0.0), time.monotonic()
 
     def close(self) -> None:

@@ -89,14 +89,19 @@ class Replica:
 
     def _turn(self) -> None:
         """What has come, then a pass."""
-        engine, events = self.engine, []
+        engine = self.engine
+        events: list[Event] = []
         for errand in self._errands_of_ranks.of_rank_zero(self._taken()):
             events += self._do(errand)
+        self._tell(events)  # also that there is work, should the pass not end
         if engine.has_work:
-            events += engine.step()
+            self._tell(engine.step())
+
+    def _tell(self, events: list[Event]) -> None:
         if self._mailbox is not None:
             if events:
                 self._mailbox.send(Events(events))
+            engine = self.engine
             self._mailbox.passed(len(engine.running), len(engine.waiting) + len(engine.moved_out), engine.passes)
 
     def _taken(self) -> list[Errand]:

@@ -102,10 +102,15 @@ class Router:
     # -- requests --------------------------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[Request]) -> list[Job]:
-        """Send requests of one client on their way, all or none. Raises `Overloaded` or `Unavailable`."""
+        """Send requests of one client on their way, all or none.
+
+        Raises `Overloaded`, `Unavailable`, or `InvalidRequest` for more than there is ever room for.
+        """
         if self._closing or self.facts is None:
             raise Unavailable("the server ends" if self._closing else "the server is loading the model")
         room = sum(replica.facts.max_running for replica in self.replicas.values()) + self._settings.queue_limit
+        if self.replicas and len(requests) > room:
+            raise InvalidRequest(f"{len(requests)} answers at once; this server has room for {room}")
         if len(self.jobs) + len(requests) > room:
             wait = self._retry_after(len(self.jobs) + len(requests) - room)
             self._metrics.refused.inc(len(requests))
@@ -162,11 +167,11 @@ class Router:
         while True:
             identity, content = await self._socket.recv_multipart()
             try:
-                message = of_replica(content)
+                self._take(identity, of_replica(content))
             except msgspec.DecodeError as error:
                 _log.warning("what came is no message of a replica: %s", error)
-                continue
-            self._take(identity, message)
+            except Exception:  # a defect; others are still to be heard
+                _log.exception("a message of a replica could not be taken")
 
     def _take(self, identity: bytes, message: ToFront) -> None:
         replica = self.replicas.get(identity)
@@ -270,18 +275,24 @@ class Router:
         while True:
             await asyncio.sleep(_TICK)
             now = time.monotonic()
-            late, last = now - last - _TICK, now
-            for replica in list(self.replicas.values()):
-                replica.heard += max(0.0, late)  # what came while we did not listen is not read yet
-                if now - replica.heard > self._settings.dead_seconds:
-                    self._lost(replica, f"silent for {now - replica.heard:.1f} s")
-                elif replica.beat.stalled > self._settings.stall_seconds:
-                    self._lost(replica, f"one pass has taken {replica.beat.stalled:.0f} s")
-                else:
-                    self._send(replica.identity, Ping())
-            for job in [one for one in self.jobs.values() if now - one.began > self._settings.request_seconds]:
-                self._end(job, TimedOut(f"not answered in {self._settings.request_seconds:g} s", "timeout"))
-            self._metrics.show(self)
+            try:
+                self._look(now, late=now - last - _TICK)
+            except Exception:  # a defect; there will be more to see
+                _log.exception("the replicas could not be looked after")
+            last = now
+
+    def _look(self, now: float, late: float) -> None:
+        for replica in list(self.replicas.values()):
+            replica.heard += max(0.0, late)  # what came while we did not listen is not read yet
+            if now - replica.heard > self._settings.dead_seconds:
+                self._lost(replica, f"silent for {now - replica.heard:.1f} s")
+            elif replica.beat.stalled > self._settings.stall_seconds:
+                self._lost(replica, f"one pass has taken {replica.beat.stalled:.0f} s")
+            else:
+                self._send(replica.identity, Ping())
+        for job in [one for one in self.jobs.values() if now - one.began > self._settings.request_seconds]:
+            self._end(job, TimedOut(f"not answered in {self._settings.request_seconds:g} s", "timeout"))
+        self._metrics.show(self)
 
     @property
     def waiting(self) -> int:

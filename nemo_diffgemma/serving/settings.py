@@ -21,4 +21,4 @@ class FrontSettings(Struct, frozen=True, kw_only=True):
     default_max_tokens: int = 2048  # of an answer that asks for nothing else
     api_keys: list[str] = []  # empty: everybody may ask
     dead_seconds: float = 5.0  # without a heartbeat, after which a replica is dead
-    stall_seconds: float = 300.0  # without an end of a pass, after which it is dead too
+    stall_seconds: float = 600.0  # without an end of a pass, after which it is dead too

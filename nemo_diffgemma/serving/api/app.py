@@ -14,8 +14,8 @@ from nemo_diffgemma.serving.settings import FrontSettings
 
 
 def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> FastAPI:
-    """CORS is off: pages of other hosts may not ask."""
-    app, desk = FastAPI(title="nemo_diffgemma", redoc_url=None), Desk(router, settings)
+    """CORS is off: pages of other hosts may not ask. FastAPI's own pages are off: they load scripts from elsewhere."""
+    app, desk = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None), Desk(router, settings)
     add_handlers(app)
     app.add_middleware(Limits, most_bytes=int(settings.max_body_mb * 1e6), keys=settings.api_keys)
     for routes in (chat.routes(desk), completions.routes(desk), information.routes(desk, metrics)):

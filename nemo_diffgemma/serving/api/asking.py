@@ -6,12 +6,12 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import Awaitable, Sequence
-from typing import Any
 
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
+from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.api.fields import Common
 from nemo_diffgemma.serving.failures import InvalidRequest, Unavailable, UnknownModel
 from nemo_diffgemma.serving.job import Job
@@ -62,8 +62,7 @@ class Desk:
         if not 1 <= length <= facts.canvas_length:
             what = f"diffusion.canvas_length={length}; expected 1 to {facts.canvas_length}"
             raise InvalidRequest(what, "invalid_value", "diffusion.canvas_length")
-        given: dict[str, Any] = {**vars(facts.sampler), **body.diffusion.sampler()}
-        sampler = SamplerConfig.from_mapping(given, "diffusion.")
+        sampler = _sampler(facts, body)
         seed = secrets.randbits(_SEED_BITS) if body.seed is None else body.seed
         if seed + body.n - 1 >= 2**63:
             raise InvalidRequest(
@@ -114,6 +113,14 @@ class Desk:
         """Whoever waited for these does no more."""
         for job in jobs:
             self.router.cancel(job)
+
+
+def _sampler(facts: Facts, body: Common) -> SamplerConfig:
+    """The checkpoint's settings, with those of the body in place. Raises `InvalidRequest`."""
+    try:
+        return SamplerConfig.from_mapping({**vars(facts.sampler), **body.diffusion.sampler()}, "diffusion.")
+    except UserError as error:
+        raise InvalidRequest(str(error), "invalid_value", str(error).partition("=")[0]) from None
 
 
 async def while_connected[T](request: HttpRequest, work: Awaitable[T]) -> T | Response:

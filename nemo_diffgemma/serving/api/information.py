@@ -34,7 +34,7 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
         """The names that requests may give."""
         return {"object": "list", "data": [model(name) for name in desk.settings.names]}
 
-    @router.get("/v1/models/{name}")
+    @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         """One of them."""
         desk.check_model(name)
