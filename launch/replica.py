@@ -10,6 +10,7 @@ SIGTERM drains: what is being answered is answered, then the replica ends. The l
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import MISSING
 
+from nemo_diffgemma.cli.child_process import end_with_parent
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.schema import ParallelGroup
 from nemo_diffgemma.serving.engine_config import EngineConfig
+from nemo_diffgemma.serving.supervisor import STARTED_BY
 
 
 @dataclass
@@ -40,7 +43,6 @@ class ReplicaConfig:
 
 def replica(config: ReplicaConfig, results: Results) -> dict[str, Any]:
     """Serve until drained."""
-    import os
     import socket
 
     from nemo_diffgemma import DiffusionGemma
@@ -53,4 +55,6 @@ def replica(config: ReplicaConfig, results: Results) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if os.environ.get(STARTED_BY) == str(os.getppid()):
+        end_with_parent()  # or a front end that was killed and starts again would find its GPUs taken
     start(replica, ReplicaConfig, "replica", distributed=True)

@@ -18,14 +18,15 @@ import resource
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import uvicorn
 import zmq
 
 from nemo_diffgemma.cli.reporting import USER_ERROR, print_error
+from nemo_diffgemma.scratch import scratch_directory
 from nemo_diffgemma.serving.api.app import create_app
 from nemo_diffgemma.serving.metrics import Metrics
 from nemo_diffgemma.serving.router import Router
@@ -43,7 +44,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(settings: FrontSettings, listener: socket.socket, folder: str) -> int:
+async def serve(settings: FrontSettings, listener: socket.socket, folder: Path) -> int:
     """Serve until a signal comes -> exit code."""
     metrics = Metrics()
     own = f"ipc://{folder}/replicas"
@@ -123,7 +124,8 @@ def main() -> int:
     except OSError as error:
         print_error(f"host={settings.host} port={settings.port} cannot be listened at ({error}); port=0 takes any")
         return USER_ERROR
-    with tempfile.TemporaryDirectory(prefix="nemo_diffgemma.") as folder, listener:
+    # not below TMPDIR, which may be long: paths of sockets have 107 characters
+    with scratch_directory(Path("/tmp"), "serve", private=True) as folder, listener:
         return asyncio.run(serve(settings, listener, folder))
 
 

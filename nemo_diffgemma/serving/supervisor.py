@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from nemo_diffgemma.serving.settings import FrontSettings
 
+STARTED_BY = "NEMO_DIFFGEMMA_FRONT"  # in the environment of replicas: whose end is theirs
 _LONELY_SECONDS = 15.0  # without the front end, after which its replicas end
 _BACKOFF = (1.0, 60.0)  # seconds before a replica is started again: the first time, and at most
 _CALM_SECONDS = 120.0  # up for so long, a replica has no history
@@ -103,7 +104,7 @@ class Supervisor:
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),  # standard output is the server's
-            env={**os.environ, **self._settings.environments[index]},
+            env={**os.environ, **self._settings.environments[index], STARTED_BY: str(os.getpid())},
             start_new_session=True,  # Ctrl-C is for the front end, which lets them answer first
         )
         self._processes[name] = process
@@ -111,7 +112,7 @@ class Supervisor:
             code = await process.wait()
         finally:
             del self._processes[name]
-        _signal(process, signal.SIGKILL)  # ranks that the first one has left
+            _signal(process, signal.SIGKILL)  # and ranks that the first one has left
         self._on_end(name, f"its process ended with code {code}")
         return code
 

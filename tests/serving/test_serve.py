@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def test_the_replica_is_started_again_and_a_signal_drains(checkpoint, network):
             assert server.stop() == 0
             assert [answer.result() for answer in answers] == [expected(seed) for seed in range(2)]
         assert not Path(f"/proc/{pid}").exists()
+    finally:
+        server.close()
+
+
+@pytest.mark.slow  # one more start; that the kernel ends children is known from other commands
+def test_replicas_end_with_a_front_end_that_is_killed(checkpoint):
+    server = served.launched(checkpoint, *ENGINE).wait()
+    try:
+        (pid,) = server.children()
+        server.process.kill()
+        server.process.wait()
+        for _ in range(100):
+            if not Path(f"/proc/{pid}/fd").exists() or not list(Path(f"/proc/{pid}/fd").iterdir()):
+                return
+            time.sleep(0.05)
+        raise AssertionError("the replica lives on")
     finally:
         server.close()
 
