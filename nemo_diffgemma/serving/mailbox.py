@@ -92,6 +92,14 @@ class Mailbox:
     # -- of the thread with the socket -----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._speak()
+        finally:
+            self.lonely = True  # whatever ends this thread
+            self._socket.close()
+            self._pull.close(0)
+
+    def _speak(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._pull, zmq.POLLIN)
@@ -117,8 +125,6 @@ class Mailbox:
                         self._inbox.put(message)
                     elif not isinstance(message, Ping):
                         self._inbox.put(message)
-        self._socket.close()
-        self._pull.close(0)
 
     def _news(self) -> Beat:
         beat, since = self._beat, self._since

@@ -200,9 +200,9 @@ class Router:
         self.ready.set()
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
-        """A replica begins; one that was lost and comes back has forgotten its requests."""
-        if identity in self.replicas:
-            self._lost(self.replicas[identity], "it began anew")
+        """A replica begins, or one that was given up comes back: it has forgotten its requests."""
+        if identity in self.replicas:  # it said so again before it heard that it is welcome
+            return
         if hello.name in self._ended:
             self._send(identity, Drain())
             return

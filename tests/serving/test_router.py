@@ -151,6 +151,20 @@ def test_a_client_hears_each_canvas_once_though_the_replica_dies(play):
     play(scene)
 
 
+def test_a_replica_that_says_hello_twice_keeps_its_requests(play):
+    """The welcome may take longer than it waits."""
+
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        id = (await a.hear(Request)).id
+        await a.say(Hello("a", FACTS), Events([Accepted(id), Settled(id, 0, 1, [5]), finished(id)]))
+        assert await rest(job) == [5]
+        assert not world.dead
+
+    play(scene)
+
+
 def test_requests_wait_where_there_is_no_replica_and_go_to_the_next(play):
     async def scene(world):
         a = await world.join("a")
