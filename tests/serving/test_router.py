@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import zmq.asyncio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.serving import messages
@@ -149,6 +151,18 @@ def test_a_client_hears_each_canvas_once_though_the_replica_dies(play):
         assert not world.router.jobs
 
     play(scene)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.lists(st.integers(0, 30), max_size=3))
+def test_whenever_replicas_die_each_canvas_is_told_once_and_drafts_go_on(steps, deaths):
+    """`steps` of each canvas; `deaths` are numbers of events after which the request begins again."""
+    events = [Accepted("")]
+    for canvas, count in enumerate(steps):
+        events += [Draft("", canvas, remaining, [], [], []) for remaining in range(9, 9 - count, -1)]
+        events.append(Settled("", canvas, count, [canvas]))
+    job = Job(Request("", (1,), 8, 8, drafts=True), [], 0.0)
+    told = [event for life in [*deaths, len(events)] for event in events[:life] if job.tell(event)]
+    assert told == events
 
 
 def test_a_replica_that_says_hello_twice_keeps_its_requests(play):
