@@ -50,6 +50,7 @@ class Mailbox:
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
+            self._context.destroy(linger=0)  # or its end would wait for the socket's
             raise UserError(f"front={address}: {error}; expected tcp://host:port or ipc:///path") from None
         outgoing = f"inproc://{uuid.uuid4().hex}"
         self._pull = self._context.socket(zmq.PULL)
