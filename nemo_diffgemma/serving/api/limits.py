@@ -18,7 +18,7 @@ class _TooLarge(HTTPException):
     """Of the kind that FastAPI lets through where it reads a body."""
 
     def __init__(self, most_bytes: int) -> None:
-        super().__init__(413, f"the body has more than {most_bytes} bytes", {"Connection": "close"})
+        super().__init__(413, f"the body has more than {most_bytes} bytes")
 
 
 class Limits:
