@@ -35,7 +35,7 @@ from nemo_diffgemma.schema import DTYPES, ConfigurationError
 if TYPE_CHECKING:
     from export.bundle.comparison import Differences, Trajectory
     from export.bundle.format import Bundle, Settings
-    from nemo_diffgemma.diffusion.sampler import SamplerConfig
+    from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 
 _ROUTED_STEPS = 8  # of the last prompts: the traced functions run on the CPU
 

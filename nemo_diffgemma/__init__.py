@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_diffgemma.config import ModelConfig
-    from nemo_diffgemma.diffusion.sampler import SamplerConfig
+    from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
     from nemo_diffgemma.diffusion_gemma import DiffusionGemma
     from nemo_diffgemma.parallel.layout import ParallelLayout
 

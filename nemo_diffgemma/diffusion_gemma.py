@@ -13,7 +13,8 @@ from nemo_diffgemma.checkpoint import huggingface
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, StepInputs, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig, accept
+from nemo_diffgemma.diffusion.sampler import accept
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.cache import Cache
 from nemo_diffgemma.model.fixed_step import CudaGraphs, FixedSteps
@@ -109,8 +110,11 @@ class DiffusionGemma(Network):
         noise: Noise | None = None,
         seed: int | Sequence[int] = 0,
         observe: Callable[[Denoised], None] | None = None,
+        canvas_length: int | None = None,
     ) -> Generation:
         """Generate whole canvases after [B, S] prompts (left padded by `attention_mask`).
+
+        `canvas_length` None is the model's; a short answer costs less with shorter canvases.
 
         `sampler` None takes the checkpoint's settings. `noise` replaces the noise keyed by `seed`: an int keys row r by
         (seed, r); one int a row keys each row as if it were alone. `observe` sees every denoising step. Raises
@@ -119,18 +123,20 @@ class DiffusionGemma(Network):
         self.check_ids(input_ids)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens}; expected at least 1 (rounded up to whole canvases)")
+        longest = self.model_config.canvas_length
+        length = longest if canvas_length is None else canvas_length
+        if not 1 <= length <= longest:
+            raise UserError(f"canvas_length={canvas_length}; expected 1 to {longest}, as the model was trained with")
         sampler = sampler or self.sampler_defaults
         sampler.check_ids(self.model_config.vocab_size)
         if noise is None:
-            noise = KeyedNoise.for_rows(
-                seed, input_ids.shape[0], self.model_config.canvas_length, self.model_config.vocab_size, device()
-            )
+            noise = KeyedNoise.for_rows(seed, input_ids.shape[0], length, self.model_config.vocab_size, device())
         with reused_scratch():
             return generate(
                 self,
                 to_device(input_ids, device()),
                 left_padding(input_ids, attention_mask),
-                canvas_length=self.model_config.canvas_length,
+                canvas_length=length,
                 max_new_tokens=max_new_tokens,
                 sampler=sampler,
                 noise=noise,
@@ -149,7 +155,8 @@ class DiffusionGemma(Network):
         places = [
             (index, span.end + new) for index, (span, new) in enumerate(zip(cache.sequences, lengths, strict=True))
         ]
-        settled = self._settled(inputs, self.stream(cache.sequences, lengths, places), cache)
+        stream = self.stream(cache.sequences, lengths, places, [inputs.canvas.shape[1]] * len(places))
+        settled = self._settled(inputs, stream, cache)
         return settled._replace(cache=settled.cache.trimmed(self.model_config) if context else cache)
 
     @torch.no_grad()
@@ -162,7 +169,7 @@ class DiffusionGemma(Network):
     def _settled(self, inputs: StepInputs, stream: Stream, cache: Cache) -> Settled:
         """A step of the tokens of `stream`; its cache is that of the pass."""
         tokens = torch.cat([*(inputs.context or ()), inputs.canvas.flatten()])
-        result = self.run(tokens, stream, cache=cache, soft_MCH=inputs.soft, replicas_alike=True)
+        result = self.run(tokens, stream, cache=cache, soft=inputs.soft, replicas_alike=True)
         assert result.canvas_hidden is not None
         shape, temperature = inputs.canvas.shape, inputs.temperature
         if isinstance(temperature, Tensor) and temperature.dim():  # one a sequence

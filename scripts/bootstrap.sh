@@ -82,7 +82,7 @@ rm -f .venv/.installed
 
 say "installing the versions in constraints.txt; torch and its CUDA libraries are large, so the first time takes minutes"
 # -qq: errors only; -q still prints a warning for every local index that lacks a package.
-if ! .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,export]'; then
+if ! .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,export,serve]'; then
     rm .venv/.installing # pip failed by itself and undid what it had begun: what was there is still good
     say "pip failed, see above"
     exit 1

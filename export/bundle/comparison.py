@@ -26,7 +26,7 @@ from export.graph.weights import key_value_heads
 from export.quantization.calibration import SimulatedWeights
 from nemo_diffgemma.diffusion.generate import Settled, StepInputs
 from nemo_diffgemma.diffusion.noise import KeyedNoise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.non_finite import NonFiniteError
 from nemo_diffgemma.parallel import device

@@ -21,7 +21,7 @@ from export.bundle.building import link_checkpoint
 from export.bundle.format import writing
 from export.graph.weights import check_tensors, engine_weights
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.layout import ParallelLayout
 

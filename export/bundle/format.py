@@ -32,7 +32,7 @@ from export.graph.weights import Weight, WeightsError, engine_weights, read_weig
 from export.quantization.schemes import ALGORITHMS, is_quantized, load_quantized, packed_inputs
 from nemo_diffgemma.checkpoint.tensor_files import TensorFiles
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.json_files import read_object
 from nemo_diffgemma.parallel.layout import ParallelLayout

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.tokenizer import Text
 

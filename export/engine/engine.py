@@ -32,7 +32,7 @@ from nemo_diffgemma.diffusion.generate import (
     generate,
 )
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.fixed_step import bucket
 from nemo_diffgemma.model.segments import left_padding

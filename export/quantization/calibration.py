@@ -18,7 +18,7 @@ from torch import Tensor
 from export.graph.model import KeyValue, Model, Weights, empty_context, product
 from export.quantization.schemes import QuantizationError, dequantize, fake_quantize, model_optimizer
 from nemo_diffgemma.diffusion.noise import KeyedNoise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 
 
 class SimulatedWeights(Weights):

@@ -12,7 +12,7 @@ import torch
 
 from nemo_diffgemma.checkpoint.tensor_files import INDEX, CheckpointError
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.json_files import read_object
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

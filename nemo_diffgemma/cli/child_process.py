@@ -47,7 +47,7 @@ def call_in_child[T](
         [sys.executable, "-P", "-m", "nemo_diffgemma.cli.child_process"],
         input=pickle.dumps((function, arguments)),
         stdout=subprocess.PIPE,
-        env={**os.environ, **_one_gpu(), "PYTHONPATH": _search_path(), **(environment or {})},
+        env={**os.environ, **_one_gpu(), "PYTHONPATH": search_path(), **(environment or {})},
     )
     if done.returncode:
         raise ChildCrash(f"the process of {function.__name__} ended with code {done.returncode}; see above")
@@ -57,7 +57,7 @@ def call_in_child[T](
     return result, peak
 
 
-def _search_path() -> str:
+def search_path() -> str:
     """This repository first. An empty part would be the working directory, which `-P` keeps out."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join([str(ROOT), *filter(None, given)])

@@ -31,6 +31,10 @@ class Results:
     def close(self, result: Mapping[str, Any]) -> None:
         """The last line."""
         self.show(json.dumps(result))
+        self.restore()
+
+    def restore(self) -> None:
+        """Standard output is what it was."""
         if self._stream is not None:
             sys.stdout.flush()
             os.dup2(self._stream.fileno(), 1)  # another run of a sweep may follow

@@ -18,7 +18,7 @@ from nemo_diffgemma.data.sudoku import SudokuDataset, SudokuTask, encode_puzzle,
 from nemo_diffgemma.data.sudoku_tokenizer import EOS_ID, PAD_ID, VOCABULARY, build_tokenizer
 from nemo_diffgemma.data.tasks import DataGroup, Measures, Task
 from nemo_diffgemma.diffusion.noise import KeyedNoise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.parallel.groups import device
 

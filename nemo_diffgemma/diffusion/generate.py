@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nemo_diffgemma.diffusion.noise import CanvasNoise, Noise
 from nemo_diffgemma.diffusion.progress import Denoised, Lookout, Progress
-from nemo_diffgemma.diffusion.sampler import SamplerConfig, is_eos, pad_after_eos
+from nemo_diffgemma.diffusion.sampler import is_eos, pad_after_eos
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.transfer import to_device
 
 __all__ = ["CanvasInputs", "Denoised", "DenoisedCanvas", "Denoiser", "Generation", "Settled", "StepInputs", "generate"]

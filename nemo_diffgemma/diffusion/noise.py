@@ -8,13 +8,13 @@ Shapes: B rows, C canvas positions, N denoising steps.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.transfer import to_device
 
@@ -84,17 +84,6 @@ def keyed_bits(seed: Tensor | int, *key: Tensor | int) -> Tensor:
         state = state ^ mixed
         state = _mix(state) if isinstance(state, Tensor) else _mix_int(state)
     return state if isinstance(state, Tensor) else torch.tensor(state)
-
-
-def check_seed(seed: int) -> None:
-    """Raise `UserError` unless the seed is a signed integer of 64 bits."""
-    if not -(1 << 63) <= seed < 1 << 63:
-        raise UserError(f"seed={seed}; expected an integer from -2^63 to 2^63 - 1")
-
-
-def seed_of(name: str) -> int:
-    """A seed that is a function of a name: 56 bits of its hash."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
 def _mix_int(value: int) -> int:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.diffusion.sampler import SamplerConfig, StableAndConfident
+from nemo_diffgemma.diffusion.sampler import StableAndConfident
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.transfer import LateFlag
 
 STEPS_BEHIND = 1  # of a GPU: enough for it to be busy always, and at most one step a canvas is computed for nothing

@@ -25,7 +25,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 from transformers.utils import logging
 
 from nemo_diffgemma.diffusion.noise import Noise
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 
 
 class Reference:

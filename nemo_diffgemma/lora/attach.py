@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_diffgemma.checkpoint.names import our_name, released_name, text_tensors
-from nemo_diffgemma.diffusion.noise import check_seed
+from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.lora.targets import DECODER, EXPERTS, frozen_tensors
 from nemo_diffgemma.model.adapter_size import CHILD, AdapterSize

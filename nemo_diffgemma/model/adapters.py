@@ -29,7 +29,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.diffusion.noise import DROPOUT, crossed_uniforms, keyed_bits, seed_of
+from nemo_diffgemma.diffusion.noise import DROPOUT, crossed_uniforms, keyed_bits
+from nemo_diffgemma.diffusion.seeds import seed_of
 from nemo_diffgemma.model.adapter_size import CHILD, AdapterSize
 from nemo_diffgemma.model.gathered import gather_tokens
 from nemo_diffgemma.model.segments import Kind, Stream

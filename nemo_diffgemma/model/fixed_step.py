@@ -56,6 +56,7 @@ class Geometry(NamedTuple):
     """What buffers and a recording are made for."""
 
     rows: int
+    length: int  # of a canvas
     columns: tuple[tuple[str, Columns], ...]  # of each kind of layer
 
 
@@ -64,8 +65,8 @@ def bucket(columns: int) -> int:
     return max(FEWEST, 1 << (columns - 1).bit_length())
 
 
-def geometry(cache: Cache, config: ModelConfig) -> Geometry:
-    """The geometry in which the contexts of `cache` lie."""
+def geometry(cache: Cache, config: ModelConfig, length: int) -> Geometry:
+    """The geometry in which canvases of this length stand behind the contexts of `cache`."""
     columns = {}
     for kind, layer in _layers_by_kind(config).items():
         lengths = [span.length for span in cache.layers[layer].kept]
@@ -74,7 +75,7 @@ def geometry(cache: Cache, config: ModelConfig) -> Geometry:
             most = min(most, config.sliding_window - 1)
         # buckets that happen to be full keep their mask: the next canvas needs it
         columns[kind] = Columns(most, kind != SLIDING or min(lengths) < config.sliding_window - 1)
-    return Geometry(len(cache.sequences), tuple(columns.items()))
+    return Geometry(len(cache.sequences), length, tuple(columns.items()))
 
 
 def _layers_by_kind(config: ModelConfig) -> dict[str, int]:
@@ -125,7 +126,7 @@ class FixedSteps:
 
     def run(self, compute: Compute, inputs: StepInputs, cache: Cache, network: Network) -> Settled:
         """One step of canvases behind the contexts of `cache`; `compute` computes it, with the weights of `network`."""
-        key = geometry(cache, network.model_config)
+        key = geometry(cache, network.model_config, inputs.canvas.shape[1])
         if key not in self._steps:
             while len(self._steps) >= KEPT:
                 self._steps.popitem(last=False)  # its memory first
@@ -159,7 +160,7 @@ class _FixedStep:
         self.recording: tuple[Any, Results] | None = None
         self.was_computed = False
         self.device = cache.layers[0].keys.device
-        self._length, self._kinds = config.canvas_length, config.layer_types
+        self._length, self._kinds = shape.length, config.layer_types
         self._first_layers = _layers_by_kind(config)
         self._cache: Callable[[], Cache | None] = lambda: None
         with torch.inference_mode(False):  # buffers are written in later passes of either mode

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.diffusion.noise import check_seed, seed_of
+from nemo_diffgemma.diffusion.seeds import check_seed, seed_of
 from nemo_diffgemma.model.network import Network
 from nemo_diffgemma.parallel.sharding import shard_of
 

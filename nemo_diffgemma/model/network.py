@@ -87,30 +87,39 @@ class Network(MegatronModule):
         stream: Stream,
         *,
         cache: Cache | None = None,
-        soft_MCH: Tensor | None = None,
+        soft: Tensor | None = None,
         need_context_hidden: bool = False,
         replicas_alike: bool = False,
     ) -> Pass:
         """Run the tokens of a stream without its padding, that is new context and then canvases, in one pass.
 
-        `stream` continues the sequences of `cache`. `soft_MCH` [M, C, H] is the self-conditioning signal of the
-        canvases, unscaled; None is no signal. With gradient enabled the returned cache carries gradient.
+        `stream` continues the sequences of `cache`. `soft` [M, C, H], or [N, H] of all canvas tokens, is their
+        self-conditioning signal, unscaled; None is no signal. With gradient enabled the returned cache carries
+        gradient.
         `replicas_alike` says that all replicas run the same stream, without gradient: then experts exchange less.
         """
         adapters = None if self.lora is None else self._adapter_pass(stream)
-        x, is_canvas = self._embed(stream, tokens, soft_MCH, adapters)
+        x, is_canvas = self._embed(stream, tokens, None if soft is None else soft.flatten(0, -2), adapters)
         x, layers = self._run_layers(x, is_canvas, stream, cache, replicas_alike, adapters)
         return self._finish(self.norm(x), stream, layers, need_context_hidden)
 
     def stream(
-        self, sequences: tuple[Span, ...], contexts: Sequence[int] = (), canvases: Sequence[tuple[int, int]] = ()
+        self,
+        sequences: tuple[Span, ...],
+        contexts: Sequence[int] = (),
+        canvases: Sequence[tuple[int, int]] = (),
+        lengths: Sequence[int] | None = None,
     ) -> Stream:
-        """The stream of new tokens of each sequence (`contexts`, how many) and of canvases (sequence, start)."""
+        """The stream of new tokens of each sequence (`contexts`, how many) and of canvases (sequence, start).
+
+        `lengths` are those of the canvases; None is the model's for all.
+        """
         places = tuple((sequence, start) for sequence, start in canvases)
-        return stream_of(sequences, tuple(contexts), places, self.model_config.canvas_length, self.groups.tp.size())
+        each = self.model_config.canvas_length if lengths is None else tuple(lengths)
+        return stream_of(sequences, tuple(contexts), places, each, self.groups.tp.size())
 
     def _embed(
-        self, stream: Stream, tokens: Tensor, soft_MCH: Tensor | None, adapters: AdapterPass | None
+        self, stream: Stream, tokens: Tensor, soft_NH: Tensor | None, adapters: AdapterPass | None
     ) -> tuple[Tensor, Tensor | bool]:
         """This rank's tokens of the stream, [T/tp, H], and which of them are canvas tokens."""
         x = self.embed_tokens.look_up(
@@ -119,9 +128,9 @@ class Network(MegatronModule):
         if not stream.canvases:
             return x, False
         soft_TH = None
-        if soft_MCH is not None:
+        if soft_NH is not None:
             around = (stream.context_tokens, stream.padding)
-            soft_TH = nn.functional.pad(soft_MCH.flatten(0, 1) * self.embed_tokens.scale, (0, 0, *around))
+            soft_TH = nn.functional.pad(soft_NH * self.embed_tokens.scale, (0, 0, *around))
             soft_TH = self._scatter(soft_TH)
         conditioned = self.self_conditioning(x, soft_TH, adapters)
         if not stream.contexts:
@@ -229,7 +238,7 @@ class Network(MegatronModule):
         places = [(index, span.end) for index, span in enumerate(cache.sequences)]
         stream = self.stream(cache.sequences, canvases=places)
         tokens = canvas.to(device()).flatten()
-        hidden = self.run(tokens, stream, cache=cache, soft_MCH=soft_MCH, replicas_alike=True).canvas_hidden
+        hidden = self.run(tokens, stream, cache=cache, soft=soft_MCH, replicas_alike=True).canvas_hidden
         assert hidden is not None
         logits = vocabulary.logits(
             hidden, self.embed_tokens.weight, self.embed_tokens.shard, self.model_config.final_logit_softcapping
@@ -266,7 +275,7 @@ class Network(MegatronModule):
     ) -> Tensor:
         """Final hidden states [M*C, H] of any set of canvases (sequence, start) of the cached sequences."""
         stream = self.stream(cache.sequences, canvases=canvases)
-        hidden = self.run(canvas_MC.flatten(), stream, cache=cache, soft_MCH=soft_MCH).canvas_hidden
+        hidden = self.run(canvas_MC.flatten(), stream, cache=cache, soft=soft_MCH).canvas_hidden
         assert hidden is not None
         return hidden
 

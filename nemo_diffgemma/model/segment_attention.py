@@ -12,6 +12,7 @@ group, C queries of each, K keys of each.
 from __future__ import annotations
 
 import functools
+import itertools
 from enum import Enum
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_diffgemma.model.cache import KeyValue, extended
+from nemo_diffgemma.model.paged import PagedLayer
 from nemo_diffgemma.model.segments import FixedStream, Kind, Stream, parts
-from nemo_diffgemma.model.visibility import Group, Visibility
+from nemo_diffgemma.model.visibility import TILE, Group, Visibility
 
 _COMPILATIONS = 64  # of FlexAttention, at most
 _QUERY_BLOCK = 512  # rows of a causal mask at a time, where a mask is needed at all
@@ -53,22 +55,26 @@ def choose_kernel(device_type: str, dtype: torch.dtype, head_dim: int, uniform: 
 
 
 def attend(
-    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, stream: Stream, window: int | None, past: KeyValue | None
-) -> tuple[Tensor, KeyValue]:
+    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, stream: Stream, window: int | None, past: KeyValue | PagedLayer | None
+) -> tuple[Tensor, KeyValue | PagedLayer]:
     """Attention of every token of the stream -> `[T, N*D]`, and the keys of cached plus new context.
 
-    Padding sees nothing: its rows are zero.
+    Padding sees nothing: its rows are zero. A paged layer is written to and comes back as it is.
     """
     if isinstance(stream, FixedStream):
-        assert past is not None
+        assert isinstance(past, KeyValue)
         return attend_in_columns(q_TND, k_TGD, v_TGD, stream, window, past), past
-    context = extended(past, k_TGD, v_TGD, stream)
+    if isinstance(past, PagedLayer):
+        context = past.extended(k_TGD, v_TGD, stream)
+    else:
+        context = extended(past, k_TGD, v_TGD, stream)
+    result = past if isinstance(past, PagedLayer) else context
     visibility = Visibility.of(stream, window, context.kept)
     kernel = choose_kernel(q_TND.device.type, q_TND.dtype, q_TND.shape[2], visibility.is_uniform)
     if kernel is Kernel.FLEX:
-        return attend_as_one(q_TND, k_TGD, v_TGD, visibility, context), context
+        return attend_as_one(q_TND, k_TGD, v_TGD, visibility, context), result
     repeat = kernel is Kernel.GROUPS_REPEATED_HEADS
-    return attend_by_groups(q_TND, k_TGD, v_TGD, visibility, context, repeat), context
+    return attend_by_groups(q_TND, k_TGD, v_TGD, visibility, context, repeat), result
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
@@ -129,27 +135,27 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, group: Group, visibility: Visibilit
     """Causal attention of [m, N, C, D] queries, the first of which stands `group.ahead` keys after the first key."""
     if repeat_heads and k.shape[1] < q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if not visibility.needs_mask(group):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=k.shape[1] < q.shape[1])
+    grouped = k.shape[1] < q.shape[1]
+    in_tiles = q.device.type == "cpu" and not torch.is_grad_enabled()
+    if not in_tiles and not visibility.needs_mask(group):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=grouped)
     queries, ahead, window = q.shape[2], group.ahead, visibility.window
-    narrow = window is not None and k.shape[2] > window
-    block = max(window, _LEAST_BLOCK) if narrow and window is not None else _QUERY_BLOCK
-    if narrow and window is not None and ahead == 0 and queries > block:
-        return _in_windows(q, k, v, window, block)
+    if in_tiles:
+        edges = [0, *range((-group.in_tile - 1) % TILE + 1, queries, TILE), queries]
+    else:
+        window = window if window is not None and k.shape[2] > window else None
+        block = _QUERY_BLOCK if window is None else max(window, _LEAST_BLOCK)
+        if window is not None and ahead == 0 and queries > block:
+            return _in_windows(q, k, v, window, block)
+        edges = [*range(0, queries, block), queries]
     outs = []
-    for start in range(0, queries, block):
-        end = min(start + block, queries)
-        low = max(0, ahead + start - window + 1) if narrow and window is not None else 0
-        mask = _band(end - start, ahead + start - low, window if narrow else None, q.device)
+    for start, end in itertools.pairwise(edges):
+        low = 0 if window is None else max(0, ahead + start - window + 1)
+        mask = _band(end - start, ahead + start - low, window, q.device)
         keys = slice(low, ahead + end)
         outs.append(
             F.scaled_dot_product_attention(
-                q[:, :, start:end],
-                k[:, :, keys],
-                v[:, :, keys],
-                attn_mask=mask,
-                scale=1.0,
-                enable_gqa=k.shape[1] < q.shape[1],
+                q[:, :, start:end], k[:, :, keys], v[:, :, keys], attn_mask=mask, scale=1.0, enable_gqa=grouped
             )
         )
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

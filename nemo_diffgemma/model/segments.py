@@ -198,17 +198,22 @@ def stream_of(
     sequences: tuple[Span, ...],
     contexts: tuple[int, ...],
     canvases: tuple[tuple[int, int], ...],
-    canvas_length: int,
+    lengths: int | tuple[int, ...],
     multiple: int,
 ) -> Stream:
     """The stream of `contexts` (new tokens of each sequence, may be none) and `canvases` (sequence, start).
+
+    `lengths` are those of the canvases, or one of all.
 
     The last few are kept: every denoising step of a canvas runs the same one.
     """
     new = [
         Segment(index, Kind.CONTEXT, sequences[index].end, length) for index, length in enumerate(contexts) if length
     ]
-    new += [Segment(sequence, Kind.CANVAS, start, canvas_length) for sequence, start in canvases]
+    each = lengths if isinstance(lengths, tuple) else (lengths,) * len(canvases)
+    new += [
+        Segment(sequence, Kind.CANVAS, start, length) for (sequence, start), length in zip(canvases, each, strict=True)
+    ]
     return Stream(sequences, tuple(new), multiple)
 
 

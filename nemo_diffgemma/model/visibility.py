@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries and keys of a block of FlexAttention's mask
+# Context tokens are computed in tiles of so many positions, counted from the first of their sequence, where that may
+# show in the last bits: a tile is the same whether its prompt runs whole or in pieces that end with a tile.
+TILE = 256
 
 
 class Group(NamedTuple):
-    """Segments of as many queries and as many context keys; `ahead` of these lie before the first query."""
+    """Segments of as many queries and as many context keys; `ahead` of these lie before the first query.
+
+    The first query of a context stands `in_tile` places behind the beginning of a tile.
+    """
 
     kind: Kind
     ahead: int
+    in_tile: int
     queries: Slices  # of the stream
     keys: Slices  # of the context keys; those of the queries themselves are among them where these are context
 
@@ -71,22 +78,25 @@ class Visibility:
     # -- as groups -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def _members(self) -> dict[tuple[Kind, int, int], list[int]]:
-        """Indices of segments by kind, queries, and keys before the first query."""
-        members: dict[tuple[Kind, int, int], list[int]] = {}
+    def _members(self) -> dict[tuple[Kind, int, int, int], list[int]]:
+        """Indices of segments by kind, queries, keys before the first query, and its place in a tile."""
+        members: dict[tuple[Kind, int, int, int], list[int]] = {}
         for index, (segment, first_key) in enumerate(zip(self.stream.segments, self._first_keys, strict=True)):
-            members.setdefault((segment.kind, segment.length, segment.start - first_key), []).append(index)
+            sequence, kind, start, length = segment
+            in_tile = 0 if kind is Kind.CANVAS else (start - self.stream.sequences[sequence].first) % TILE
+            members.setdefault((kind, length, start - first_key, in_tile), []).append(index)
         return members
 
     @cached_property
     def groups(self) -> list[Group]:
         stream, groups = self.stream, []
-        for (kind, length, ahead), members in self._members.items():
+        for (kind, length, ahead, in_tile), members in self._members.items():
             rows = [self._row(stream.segments[index].sequence, self._first_keys[index]) for index in members]
             groups.append(
                 Group(
                     kind,
                     ahead,
+                    in_tile,
                     Slices([stream.offsets[index] for index in members], length, stream.tokens),
                     Slices(rows, ahead + length if kind is Kind.CONTEXT else ahead, self.context_keys),
                 )

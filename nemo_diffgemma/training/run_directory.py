@@ -27,7 +27,7 @@ from nemo_diffgemma.checkpoint import sharded
 from nemo_diffgemma.checkpoint.assets import GENERATION
 from nemo_diffgemma.data import bad_rows
 from nemo_diffgemma.data.tasks import DataReport, Task
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.errors import ConfigurationError, UserError
 from nemo_diffgemma.parallel.agreement import on_rank_zero

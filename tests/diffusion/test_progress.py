@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_diffgemma.diffusion.generate import Settled, StepInputs, generate
 from nemo_diffgemma.diffusion.noise import KeyedNoise
 from nemo_diffgemma.diffusion.progress import Denoised, Lookout
-from nemo_diffgemma.diffusion.sampler import SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 
 LENGTH, VOCABULARY = 2, 4
 

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nemo_diffgemma import ModelConfig
-from nemo_diffgemma.diffusion.sampler import SamplerConfig, StableAndConfident, accept, pad_after_eos
+from nemo_diffgemma.diffusion.sampler import StableAndConfident, accept, pad_after_eos
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 
 # Multiples of 1/64 add up exactly in float32, so brute force may use Python's floats.

@@ -86,7 +86,7 @@ def pass_of(model: Any, chosen: Sequence[Member], cache: Cache) -> list[Outcome]
     stream = model.stream(cache.sequences, [len(member.new) for member in chosen], places)
     tokens = torch.cat([*(member.new for member in chosen), *(member.canvases.flatten() for member in chosen)])
     soft = torch.cat([member.soft for member in chosen]).to(device())
-    result = model.run(tokens.to(device()), stream, cache=cache, soft_MCH=soft, need_context_hidden=True)
+    result = model.run(tokens.to(device()), stream, cache=cache, soft=soft, need_context_hidden=True)
     canvases = result.canvas_hidden.view(*soft.shape).split([len(member.starts) for member in chosen])
     contexts = result.context_hidden.split([len(member.new) for member in chosen])
     return [

@@ -106,7 +106,7 @@ def test_a_growing_context_is_recorded_once_a_bucket(model):
         for step in range(3):
             given_ = inputs(model, 2, 3 * canvas + step)
             assert_same(model.canvas_step(given_, cache), model.sampling_step(given_, cache))
-        seen.append(geometry(cache, config))
+        seen.append(geometry(cache, config, config.canvas_length))
         ids = list(torch.randint(config.vocab_size, (2, 4), generator=torch.Generator().manual_seed(canvas)))
         joint = StepInputs(given_.canvas, given_.uniforms, given_.canvas, 1.0, 0.1, context=ids)
         cache = model.sampling_step(joint, cache).cache

@@ -28,7 +28,7 @@ def joint_pass(model, context, canvas, canvases, soft=None):
     rows, columns = context.shape
     stream = model.stream(Cache.empty([0] * rows).sequences, [columns] * rows, canvases)
     tokens = torch.cat([context.flatten(), canvas.flatten()])
-    return model.run(tokens, stream, soft_MCH=soft, need_context_hidden=True)
+    return model.run(tokens, stream, soft=soft, need_context_hidden=True)
 
 
 def encoded(model, context):

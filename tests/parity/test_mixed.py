@@ -137,7 +137,7 @@ def test_sequences_come_and_go(single, checkpoint):
         lengths = [len(members[4].new), len(members[2].new), 0, len(members[3].new)]
         tokens = torch.cat([*(member.new for member in chosen), *(member.canvases.flatten() for member in chosen)])
         soft = torch.cat([member.soft for member in chosen])
-        result = model.run(tokens, model.stream(cache.sequences, lengths, places), cache=cache, soft_MCH=soft)
+        result = model.run(tokens, model.stream(cache.sequences, lengths, places), cache=cache, soft=soft)
         hidden = result.canvas_hidden.view(soft.shape).split([len(member.starts) for member in chosen])
         for part, member in zip(hidden, chosen, strict=True):
             (own,) = mixed.pass_of(model, [member], mixed.encoded(model, [member]).trimmed(model.model_config))

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_diffgemma.model import segment_attention
+from nemo_diffgemma.model import visibility as visibility_module
 from nemo_diffgemma.model.cache import KeyValue, extended
 from nemo_diffgemma.model.segment_attention import (
     Kernel,
@@ -308,9 +309,10 @@ def test_blocks_of_wide_heads_fit_the_shared_memory_of_every_gpu(dtype, head_dim
 
 @pytest.mark.parametrize("window", [None, 8, 64, 70], ids=["global", "8", "64", "70"])
 @pytest.mark.parametrize("cached", [0, 9])
-def test_long_contexts_are_cut_into_blocks(monkeypatch, window, cached):
-    """Longer than a block of queries, whose last one is short."""
-    monkeypatch.setattr(segment_attention, "_QUERY_BLOCK", 32)
+def test_long_contexts_are_cut_into_tiles(monkeypatch, window, cached):
+    """Longer than a tile of queries; the first and the last may be short."""
+    for module in (segment_attention, visibility_module):
+        monkeypatch.setattr(module, "TILE", 32)
     sequences = (Span(0, cached), Span(3, 3 + cached))
     stream = stream_of(sequences, (150, 147), ((1, cached + 150), (0, 40)), 4, 1)
     drawn = Drawn(stream, window, False, 2, gradient=True)

@@ -1,0 +1,1 @@
+"""Serving: one engine for many requests, and what stands around it."""

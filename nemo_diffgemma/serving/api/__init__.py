@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's API over the router, and what it lacks under `diffusion`. No torch."""

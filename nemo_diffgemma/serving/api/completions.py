@@ -1,0 +1,54 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from nemo_diffgemma.serving.api.answers import Answer, Format, Stream, collect
+from nemo_diffgemma.serving.api.asking import Desk, while_connected
+from nemo_diffgemma.serving.api.fields import CompletionBody
+from nemo_diffgemma.serving.api.replies import CompletionReply, responses
+from nemo_diffgemma.serving.failures import InvalidRequest
+
+
+class _Completion(Format):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.finish_reason}
+
+    def delta(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+async def _ids(desk: Desk, prompt: str | list[Any]) -> list[list[int]]:
+    """Prompts as ids: one or more, as texts or as ids."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return [prompt]
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        raise InvalidRequest("there is no prompt", "invalid_value", "prompt")
+    return [await asyncio.to_thread(desk.text.encode, one) if isinstance(one, str) else one for one in prompts]
+
+
+def routes(desk: Desk) -> APIRouter:
+    router = APIRouter()
+
+    async def answer(body: CompletionBody) -> Response:
+        jobs = await desk.submit(desk.requests(await _ids(desk, body.prompt), body, body.max_tokens))
+        format = _Completion(body.model, body)
+        if body.stream:
+            return Stream(desk, jobs, format)
+        return JSONResponse(format.whole(await collect(desk, jobs)))
+
+    @router.post("/v1/completions", responses=responses(CompletionReply))
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """What follows a prompt, as it is: no chat template."""
+        desk.check_model(body.model)
+        return await while_connected(request, answer(body))
+
+    return router

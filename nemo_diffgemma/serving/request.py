@@ -1,0 +1,99 @@
+"""What a client asks of the engine, and what it hears of it: msgspec structs, which travel as they are.
+
+No torch here: the front end sends and reads them.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+from msgspec import Struct
+
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
+from nemo_diffgemma.diffusion.seeds import check_seed
+from nemo_diffgemma.errors import UserError
+
+
+class Request(Struct, frozen=True, tag=True):
+    """A prompt and everything that its answer depends on; nothing else does.
+
+    The answer has whole canvases of `canvas_length` until one has a token that ends it, a string of `stop` appears in
+    its text, or `max_tokens` are reached, at which it is cut. `drafts` asks for a report of every denoising step.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    canvas_length: int
+    sampler: SamplerConfig = msgspec.field(default_factory=SamplerConfig)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    drafts: bool = False
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise `UserError` for what this network can never answer."""
+        if not self.prompt:
+            raise UserError(f"the prompt has no token; give at least <bos>, id {model.bos_token_id}")
+        low, high = min(self.prompt), max(self.prompt)
+        if low < 0 or high >= model.vocab_size:
+            raise UserError(f"token ids of the prompt range from {low} to {high}; this model has {model.vocab_size}")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens}; expected at least 1")
+        if not 1 <= self.canvas_length <= model.canvas_length:
+            raise UserError(f"canvas_length={self.canvas_length}; expected 1 to {model.canvas_length}")
+        check_seed(self.seed)
+        self.sampler.check_ids(model.vocab_size)
+
+    @property
+    def canvases(self) -> int:
+        """The most canvases that the answer can have."""
+        return -(-self.max_tokens // self.canvas_length)
+
+    @property
+    def most_context(self) -> int:
+        """The most tokens that ever are its context."""
+        return len(self.prompt) + (self.canvases - 1) * self.canvas_length
+
+
+class Reason(Enum):
+    """Why an answer ends, as OpenAI's API names it."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class Draft(Struct, frozen=True, tag=True):
+    """A canvas after one of its steps: `remaining` more may follow. Entropies are in nats."""
+
+    id: str
+    canvas: int
+    remaining: int
+    tokens: list[int]
+    accepted: list[bool]
+    entropy: list[float]
+
+
+class Settled(Struct, frozen=True, tag=True):
+    """New tokens of an answer: a canvas that will not change, up to what ends the answer; `steps` it took."""
+
+    id: str
+    canvas: int
+    steps: int
+    tokens: list[int]
+
+
+class Finished(Struct, frozen=True, tag=True):
+    """The last that is heard of a request; `error` says what is wrong where that is the reason."""
+
+    id: str
+    reason: Reason
+    prompt_tokens: int
+    cached_tokens: int
+    error: str | None = None
+
+
+Event = Draft | Settled | Finished

@@ -1,0 +1,112 @@
+"""Prompts into ids and ids into text, in processes without torch.
+
+transformers reads a tokenizer's files in the replica, which sends what it has made of them; here the same tokenizer
+runs without transformers, whose import brings torch along.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.serving.messages import TextFiles
+
+if TYPE_CHECKING:
+    from nemo_diffgemma.tokenizer import Text
+
+
+def files_of(text: Text) -> TextFiles | None:
+    """What another process needs of a checkpoint's tokenizer; None without one."""
+    if text.tokenizer is None:
+        return None
+    template = text.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    special = {name: str(token) for name, token in text.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return TextFiles(text.tokenizer.backend_tokenizer.to_str(), template, special)
+
+
+def fingerprint(files: TextFiles | None) -> str:
+    """Equal for equal tokenizers and templates; empty without."""
+    if files is None:
+        return ""
+    parts = (files.tokenizer, files.template, sorted(files.special_tokens.items()))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+class ServedText:
+    """The tokenizer and chat template of a model. Its methods may be called from any thread."""
+
+    def __init__(self, files: TextFiles) -> None:
+        self._tokenizer = Tokenizer.from_str(files.tokenizer)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._special_tokens = files.special_tokens
+        self._template = None if files.template is None else _environment().from_string(files.template)
+        self.piece = functools.lru_cache(65536)(lambda id: self.decode([id]))  # what a token alone says
+
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Raises `UserError` for characters that the tokenizer does not know."""
+        try:
+            text.encode("utf-8")
+            return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        except Exception as error:  # the tokenizers library raises nothing more special
+            raise UserError(f"this model's tokenizer cannot read the text: {error}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Ids of a conversation with the answer's beginning behind it.
+
+        A model without a template gets the text of a single message of the user's as it is. Raises `UserError` for
+        what the template refuses, and for conversations where there is none.
+        """
+        if self._template is not None:
+            try:
+                prompt = self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            except Exception as error:  # a template is a program, and raises what it likes
+                raise UserError(f"the chat template of this model does not take these messages: {error}") from None
+            return self.encode(prompt, special_tokens=False)
+        if len(messages) != 1 or messages[0]["role"] != "user":
+            raise UserError("this model has no chat template; send one message of the user's, or use /v1/completions")
+        return self.encode(messages[0]["content"])
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: marks answers for training; here what is inside."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As transformers.utils.chat_template_utils has it."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment

@@ -1,0 +1,160 @@
+"""The engine: whatever runs beside a request, it gets what it would get alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
+from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.model.experts import FEWEST_ROWS, grouped_product
+from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.request import Reason, Request
+from tests.serving import cases
+
+ROOMY = dict(context_gb=0.01, typical_tokens=700, max_running=5, tokens_per_pass=600)
+TIGHT = dict(context_gb=0.0022, typical_tokens=700, max_running=5, tokens_per_pass=300)
+
+
+@pytest.fixture
+def engine(single):
+    return Engine(cases.network(), EngineConfig(**ROOMY), decode=lambda ids: "".join(chr(97 + id % 26) for id in ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_tokens_are_those_of_each_request_alone(single, dtype, config):
+    """To the bit: these networks multiply the smallest difference until tokens differ."""
+    assert cases.differences({}, dtype, 16, 3, config) == []
+
+
+def test_tokens_are_those_of_each_request_alone_in_a_layout(pool):
+    found = pool(4).run(
+        "tests.serving.cases:differences",
+        layout=dict(tensor=2, expert=2),
+        dtype=torch.float32,
+        count=8,
+        seed=5,
+        config=ROOMY,
+    )
+    assert found == [[]] * 4
+
+
+def test_whoever_is_moved_out_goes_on_as_if_nothing_had_happened(single):
+    """Memory for three of five answers: the youngest give way and come back, and all blocks are free in the end."""
+    engine, moved, heard = Engine(cases.network(), EngineConfig(**TIGHT)), set(), cases.Heard()
+    sampler = SamplerConfig(max_denoising_steps=2, entropy_bound=20.0)
+    asked = [Request(str(key), (3, 4, key), 600, 32, sampler, seed=key) for key in range(5)]
+    for request in asked:
+        engine.add(request)
+    while engine.has_work:
+        heard.take(engine.step())
+        moved |= {sequence.request.id for sequence in engine.moved_out}
+    assert len(moved) > 1
+    for request in asked:
+        assert heard.tokens[request.id] == cases.alone(engine.network, request)[0]
+    for kind, blocks in engine.memory.blocks.items():
+        engine.memory.prefixes.give_up(kind, blocks.count)
+        assert blocks.free == blocks.count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_of_products_do_not_depend_on_their_number(dtype):
+    """What `FEWEST_ROWS` promises of this CPU, for a dense product and for one expert among others."""
+    draw = torch.Generator().manual_seed(0)
+    for inner, outer in [(16, 64), (64, 32), (64, 500), (352, 128), (512, 1024)]:
+        x = torch.randn(300, inner, generator=draw).to(dtype)
+        weights = torch.randn(2, outer, inner, generator=draw).to(dtype).transpose(1, 2)
+        with torch.no_grad():
+            whole = grouped_product(x, weights, torch.tensor([0, 300], dtype=torch.int32))
+            assert torch.equal(whole, F.linear(x, weights[1].T))
+            for rows in [1, 2, 3, 4, 5, 7, 8, 9, 31, 64, 257]:
+                part = grouped_product(x[:rows], weights, torch.tensor([0, rows], dtype=torch.int32))
+                assert torch.equal(part, whole[:rows]), (inner, outer, rows)
+                if rows >= FEWEST_ROWS:
+                    assert torch.equal(F.linear(x[:rows], weights[1].T), whole[:rows]), (inner, outer, rows)
+
+
+def test_a_cancelled_request_leaves_at_once_and_changes_nothing(engine):
+    asked = cases.requests(9, 2)
+    heard = cases.serve(engine, asked, 2, cancelled={"1", "4", "6"})
+    assert heard.finished.keys() == {request.id for request in asked}
+    for request in asked:
+        if heard.finished[request.id].reason is not Reason.CANCELLED:
+            assert heard.tokens[request.id] == cases.alone(engine.network, request)[0]
+    assert not engine.has_work and len(engine._free_slots) == ROOMY["max_running"]
+
+
+def test_a_shared_beginning_is_encoded_once(engine):
+    prompt = tuple(range(2, 490)) * 2
+    for index in range(3):
+        engine.add(Request(str(index), prompt + (index,), 8, 8, seed=index))
+    first = engine.step()
+    heard = cases.Heard()
+    heard.take(first)
+    while engine.has_work:
+        heard.take(engine.step())
+    engine.add(Request("later", prompt, 8, 8))
+    while engine.has_work:
+        heard.take(engine.step())
+    assert heard.finished["later"].cached_tokens == 768
+    assert heard.tokens["later"] == cases.alone(engine.network, Request("", prompt, 8, 8))[0]
+
+
+def test_a_canvas_that_settles_costs_no_pass_of_its_own(engine):
+    """K passes a canvas: what has settled becomes context in the pass that begins the next canvas."""
+    request = Request("a", (5, 6), 24, 8, cases.requests(1, 0)[0].sampler.with_overrides({"max_denoising_steps": 3}))
+    engine.add(request)
+    heard = cases.Heard()
+    while engine.has_work:
+        heard.take(engine.step())
+    assert engine.passes == sum(heard.steps["a"])
+
+
+def test_drafts_show_every_step(engine):
+    request = Request("a", (5, 6), 16, 8, drafts=True)
+    engine.add(request)
+    heard = cases.Heard()
+    while engine.has_work:
+        heard.take(engine.step())
+    drafts = heard.drafts["a"]
+    assert [draft.canvas for draft in drafts] == sorted(draft.canvas for draft in drafts)
+    assert len(drafts) == sum(heard.steps["a"])
+    last = [draft for draft in drafts if draft.canvas == 0][-1]
+    assert last.tokens == heard.tokens["a"][:8] and len(last.entropy) == len(last.accepted) == 8
+
+
+def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(engine):
+    request = Request("a", (5, 6), 64, 8)
+    whole, _ = cases.alone(engine.network, request)
+    text = engine.decode(whole)
+    engine.add(Request("b", (5, 6), 64, 8, stop=(text[10:12],)))
+    heard = cases.Heard()
+    while engine.has_work:
+        heard.take(engine.step())
+    assert heard.finished["b"].reason is Reason.STOP
+    assert engine.decode(heard.tokens["b"]) == text[: text.index(text[10:12]) + 2]
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (dict(prompt=()), "no token"),
+        (dict(prompt=(500,)), "range from 500"),
+        (dict(prompt=(-1, 3)), "range from -1"),
+        (dict(max_tokens=0), "max_tokens=0"),
+        (dict(canvas_length=33), "canvas_length=33; expected 1 to 32"),
+        (dict(seed=1 << 63), "seed="),
+        (dict(prompt=(1,) * 100_000), "more context memory"),
+    ],
+)
+def test_what_can_never_be_answered_is_refused(engine, change, what):
+    with pytest.raises(UserError, match=what):
+        engine.add(Request(**{**dict(id="a", prompt=(1, 2), max_tokens=8, canvas_length=8), **change}))
+    assert not engine.has_work
+
+
+def test_memory_for_not_one_request_is_refused(single):
+    with pytest.raises(UserError, match="give more"):
+        Engine(cases.network(), EngineConfig(context_gb=1e-6))

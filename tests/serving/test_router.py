@@ -1,0 +1,337 @@
+"""Where requests go, and what becomes of them when replicas die: replicas here are sockets that say what is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import zmq.asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
+from nemo_diffgemma.serving import messages
+from nemo_diffgemma.serving.failures import Failure, InvalidRequest, Overloaded, TimedOut, Unavailable
+from nemo_diffgemma.serving.job import Job
+from nemo_diffgemma.serving.messages import Accepted, Beat, Cancel, Events, Facts, Farewell, Hello, Ping, Refused
+from nemo_diffgemma.serving.metrics import Metrics
+from nemo_diffgemma.serving.request import Draft, Finished, Reason, Request, Settled
+from nemo_diffgemma.serving.router import Router
+from nemo_diffgemma.serving.settings import FrontSettings
+
+FACTS = Facts(500, 32, 4096, 4, 8, 2, SamplerConfig(), "", "one process", "cpu")
+
+
+class Fake:
+    """A replica of few words."""
+
+    def __init__(self, address: str, name: str, facts: Facts = FACTS) -> None:
+        self.name, self.facts = name, facts
+        self.socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.identity = name.encode()
+        self.socket.connect(address)
+
+    async def say(self, *said: Any) -> None:
+        for message in said:
+            await self.socket.send(messages.encode(message))
+
+    async def hear(self, kind: type) -> Any:
+        """The next message of a kind."""
+        while True:
+            message = messages.of_front(await asyncio.wait_for(self.socket.recv(), 10))
+            if isinstance(message, kind):
+                return message
+
+    async def hears_nothing(self, kind: type, seconds: float = 0.2) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                raise AssertionError(await self.hear(kind))
+
+    async def live(self) -> None:
+        """Heartbeats."""
+        while True:
+            await self.say(Beat(0, 0, 0, 0.0))
+            await asyncio.sleep(0.2)
+
+
+class World:
+    """A router with some replicas, which beat until they are killed."""
+
+    def __init__(self, address: str, **settings: Any) -> None:
+        given = dict(host="", port=0, names=["m"], replicas=[], environments=[], dead_seconds=1.0)
+        self.address, self.dead, self.hearts = address, [], {}
+        self.router = Router(FrontSettings(**{**given, **settings}), Metrics(), self.dead.append)
+        self.router.listen([address])
+
+    async def join(self, name: str, facts: Facts = FACTS) -> Fake:
+        replica = Fake(self.address, name, facts)
+        await replica.say(Hello(name, facts))
+        self.hearts[name] = asyncio.create_task(replica.live())
+        await replica.hear(messages.Welcome)
+        return replica
+
+    def kill(self, replica: Fake) -> None:
+        self.hearts[replica.name].cancel()
+
+    def ask(self, prompt: tuple[int, ...] = (1, 2), **given: Any) -> Job:
+        return self.router.submit([Request(uuid.uuid4().hex, prompt, 64, 32, **given)])[0]
+
+
+@pytest.fixture
+def play(tmp_path) -> Callable[..., None]:
+    """Run a scene in a world of its own."""
+
+    def run(scene: Callable[[World], Coroutine[Any, Any, None]], **settings: Any) -> None:
+        async def whole() -> None:
+            world = World(f"ipc://{tmp_path}/router", **settings)
+            try:
+                await scene(world)
+            finally:
+                for heart in world.hearts.values():
+                    heart.cancel()
+                await world.router.close()
+
+        asyncio.run(asyncio.wait_for(whole(), 30))
+
+    return run
+
+
+def finished(id: str, reason: Reason = Reason.LENGTH, error: str | None = None) -> Finished:
+    return Finished(id, reason, 2, 0, error)
+
+
+async def rest(job: Job) -> list[int]:
+    """Tokens of a job until it ends."""
+    tokens = []
+    while not isinstance(event := await job.next(), Finished):
+        tokens += event.tokens if isinstance(event, Settled) else []
+    return tokens
+
+
+def test_the_longest_known_beginning_decides_then_the_load(play):
+    async def scene(world):
+        a, b = await world.join("a"), await world.join("b")
+        first = world.ask((1, 2, 3, 4, 5))
+        home, other = (a, b) if first.replica.name == "a" else (b, a)
+        assert world.ask((9, 9, 9, 9)).replica.name == other.name, "nothing known: the one with fewer requests"
+        assert world.ask((1, 2, 3, 4, 6)).replica.name == home.name, "a tile of it is known there"
+        assert world.ask((1, 2, 3, 4, 7)).replica.name == other.name, "no slot is free where it is known"
+        assert (await home.hear(Request)).prompt == (1, 2, 3, 4, 5)
+
+    play(scene)
+
+
+def test_a_client_hears_each_canvas_once_though_the_replica_dies(play):
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        request = await a.hear(Request)
+        id = request.id
+        draft = lambda canvas, remaining: Draft(id, canvas, remaining, [0], [True], [0.0])
+        await a.say(Events([Accepted(id), draft(0, 1), Settled(id, 0, 3, [7]), draft(1, 2)]))
+        assert isinstance(await job.next(), Accepted) and isinstance(await job.next(), Draft)
+        assert (await job.next()).tokens == [7]
+        world.kill(a)
+        b = await world.join("b")
+        assert await b.hear(Request) == request, "as it was, when the silence is noticed"
+        assert world.dead == ["a"]
+        await a.say(Events([Settled(id, 1, 9, [666]), finished(id)]))  # it lives after all
+        assert isinstance(await a.hear(messages.Unknown), messages.Unknown)
+        await b.say(Events([Accepted(id), draft(0, 1), Settled(id, 0, 3, [7]), draft(1, 2), draft(1, 1)]))
+        await b.say(Events([Settled(id, 1, 2, [8]), finished(id)]))
+        heard = []
+        while not isinstance(event := await job.next(), Finished):
+            heard.append(event)
+        assert heard == [draft(1, 2), draft(1, 1), Settled(id, 1, 2, [8])]
+        assert not world.router.jobs
+
+    play(scene)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.lists(st.integers(0, 30), max_size=3))
+def test_whenever_replicas_die_each_canvas_is_told_once_and_drafts_go_on(steps, deaths):
+    """`steps` of each canvas; `deaths` are numbers of events after which the request begins again."""
+    events = [Accepted("")]
+    for canvas, count in enumerate(steps):
+        events += [Draft("", canvas, remaining, [], [], []) for remaining in range(9, 9 - count, -1)]
+        events.append(Settled("", canvas, count, [canvas]))
+    job = Job(Request("", (1,), 8, 8, drafts=True), [], 0.0)
+    told = [event for life in [*deaths, len(events)] for event in events[:life] if job.tell(event)]
+    assert told == events
+
+
+def test_a_replica_that_says_hello_twice_keeps_its_requests(play):
+    """The welcome may take longer than it waits."""
+
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        id = (await a.hear(Request)).id
+        await a.say(Hello("a", FACTS), Events([Accepted(id), Settled(id, 0, 1, [5]), finished(id)]))
+        assert await rest(job) == [5]
+        assert not world.dead
+
+    play(scene)
+
+
+def test_requests_wait_where_there_is_no_replica_and_go_to_the_next(play):
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        await a.hear(Request)
+        world.router.ended("a", "killed")
+        assert world.router.waiting == 1
+        await a.say(Hello("a", FACTS))  # ranks that it has left
+        await a.hear(messages.Drain)
+        b = await world.join("b")
+        id = (await b.hear(Request)).id
+        await b.say(Events([Accepted(id), Settled(id, 0, 1, [5]), finished(id)]))
+        assert await rest(job) == [5]
+
+    play(scene)
+
+
+def test_a_request_that_replicas_die_of_is_given_up(play):
+    async def scene(world):
+        job = None
+        for name in "abc":
+            replica = await world.join(name)
+            job = job or world.ask()
+            await replica.hear(Request)
+            await replica.say(Farewell(False, "NaN"))
+        with pytest.raises(Failure, match="3 replicas failed while they answered: NaN"):
+            await job.next()
+
+    play(scene)
+
+
+def test_a_replica_that_drains_gets_nothing_new(play):
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        await a.hear(Request)
+        late = world.ask()
+        await a.say(Farewell(True, "draining"), Events([Refused(late.request.id, "about to end")]))
+        b = await world.join("b")
+        assert (await b.hear(Request)).id == late.request.id
+        await a.say(Events([Settled(job.request.id, 0, 1, [5]), finished(job.request.id)]))
+        assert await rest(job) == [5]
+
+    play(scene)
+
+
+def test_refusals_and_errors_end_a_request(play):
+    async def scene(world):
+        a = await world.join("a")
+        for event, failure in [
+            (lambda id: Refused(id, "no token"), InvalidRequest),
+            (lambda id: finished(id, Reason.ERROR, "NaN"), Failure),
+        ]:
+            job = world.ask()
+            await a.say(Events([event((await a.hear(Request)).id)]))
+            with pytest.raises(failure, match="no token|NaN"):
+                await job.next()
+            assert not world.router.jobs
+
+    play(scene)
+
+
+def test_what_takes_too_long_is_cancelled(play):
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        with pytest.raises(TimedOut, match="not answered in 0.3 s"):
+            await job.next()
+        assert (await a.hear(Cancel)).id == job.request.id
+
+    play(scene, request_seconds=0.3)
+
+
+def test_a_pass_that_does_not_end_is_a_death(play):
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        await a.hear(Request)
+        world.kill(a)
+        await a.say(Beat(1, 0, 5, 77.0))
+        b = await world.join("b")
+        assert (await b.hear(Request)).id == job.request.id
+
+    play(scene, stall_seconds=60.0, dead_seconds=20.0)
+
+
+def test_a_full_queue_refuses_all_of_a_clients_requests(play):
+    async def scene(world):
+        with pytest.raises(Unavailable):
+            world.ask()
+        await world.join("a")  # with two slots
+        for _ in range(4):
+            world.ask()
+        several = [Request(str(index), (1,), 8, 8) for index in range(2)]
+        with pytest.raises(Overloaded) as refused:
+            world.router.submit(several)
+        assert refused.value.retry_after >= 1 and len(world.router.jobs) == 4
+        world.ask()
+
+    play(scene, queue_limit=3)
+
+
+def test_a_cancelled_request_leaves_its_replica(play):
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        await a.hear(Request)
+        world.router.cancel(job)
+        assert (await a.hear(Cancel)).id == job.request.id
+        world.router.cancel(job)
+        await a.hears_nothing(Cancel)
+        await a.say(Events([Settled(job.request.id, 0, 1, [5])]))
+        await a.hear(Ping)
+        assert not world.router.jobs
+
+    play(scene)
+
+
+def test_a_replica_of_another_model_gets_no_requests(play):
+    async def scene(world):
+        await world.join("a")
+        other = Fake(world.address, "b", messages.Facts(501, 32, 4096, 4, 8, 2, SamplerConfig(), "", "", "cpu"))
+        await other.say(Hello("b", other.facts))
+        await other.hears_nothing(messages.Welcome)
+        assert len(world.router.replicas) == 1
+
+    play(scene)
+
+
+def test_slow_readers_miss_drafts_and_no_token(play):
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask(drafts=True)
+        id = (await a.hear(Request)).id
+        await a.say(Events([Accepted(id)]))
+        for canvas in range(5):
+            steps = [Draft(id, canvas, remaining, [0], [True], [0.0]) for remaining in range(47, -1, -1)]
+            await a.say(Events([*steps, Settled(id, canvas, 48, [canvas])]))
+        await a.say(Events([finished(id)]))
+        while not job.is_over:
+            await asyncio.sleep(0.01)
+        assert job._events.qsize() < 5 * 48
+        assert await rest(job) == [0, 1, 2, 3, 4]
+
+    play(scene)
+
+
+def test_messages_that_are_none_are_left_aside(play):
+    async def scene(world):
+        a = await world.join("a")
+        await a.socket.send(b"\xc1 no MessagePack")
+        await a.socket.send(b"\x81\xa4type\xa5Hello")
+        job = world.ask()
+        assert (await a.hear(Request)).id == job.request.id
+
+    play(scene)
