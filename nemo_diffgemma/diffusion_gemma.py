@@ -25,6 +25,8 @@ from nemo_diffgemma.non_finite import raise_non_finite
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.repository import user_path
+from nemo_diffgemma.serving.constraints.constraint import Constraint
+from nemo_diffgemma.serving.constraints.sequence import ConstrainedBatch
 from nemo_diffgemma.transfer import to_device
 
 
@@ -90,6 +92,7 @@ class DiffusionGemma(Network):
         noise: Noise | None = None,
         seed: int | Sequence[int] = 0,
         observe: Callable[[Denoised], None] | None = None,
+        constraints: Sequence[Constraint | None] | None = None,
     ) -> Generation:
         """Generate whole canvases after [B, S] prompts (left padded by `attention_mask`).
 
@@ -106,16 +109,22 @@ class DiffusionGemma(Network):
             noise = KeyedNoise.for_rows(
                 seed, input_ids.shape[0], self.model_config.canvas_length, self.model_config.vocab_size, device()
             )
+        length, told = self.model_config.canvas_length, None
+        if constraints is not None:
+            told = ConstrainedBatch(
+                constraints, input_ids.shape[0], length, -(-max_new_tokens // length), sampler.eos_ids, device()
+            )
         with reused_scratch():
             return generate(
                 self,
                 to_device(input_ids, device()),
                 left_padding(input_ids, attention_mask),
-                canvas_length=self.model_config.canvas_length,
+                canvas_length=length,
                 max_new_tokens=max_new_tokens,
                 sampler=sampler,
                 noise=noise,
                 observe=observe,
+                constraints=told,
             )
 
     def start(self, first_positions: Sequence[int]) -> Cache:
@@ -149,18 +158,27 @@ class DiffusionGemma(Network):
         if isinstance(temperature, Tensor) and temperature.dim():  # one a sequence
             temperature = temperature[:, None].expand(shape).reshape(-1, 1)
         statistics = self.statistics(
-            result.canvas_hidden, temperature, inputs.uniforms.flatten(), soft_embedding=not inputs.last
+            result.canvas_hidden,
+            temperature,
+            inputs.uniforms.flatten(),
+            soft_embedding=not inputs.last,
+            constraint=inputs.constraint,
         )
         assert statistics.sample_N is not None
         soft, entropy = statistics.soft_embedding_NH, statistics.entropy_N.view(shape)
-        accepted = accept(entropy, inputs.entropy_bound)
+        accepted, allowed = accept(entropy, inputs.entropy_bound), None
+        argmax = statistics.argmax_N.view(shape)
+        if inputs.constraint is not None:
+            assert statistics.allowed_nC is not None
+            allowed = inputs.constraint.allowed(argmax, statistics.allowed_nC)
         return Settled(
             canvas=torch.where(accepted, statistics.sample_N.view(shape), inputs.replacements),
-            argmax=statistics.argmax_N.view(shape),
+            argmax=argmax,
             entropy=entropy,
             accepted=accepted,
             soft=None if soft is None else soft.view(*shape, -1),
             cache=result.cache,
+            allowed=allowed,
         )
 
     def train(self, mode: bool = True) -> Self:
