@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from nemo_diffgemma.diffusion.constraint import StepConstraint
 
@@ -66,18 +67,23 @@ class ClassMaxima:
         size, chunk, device = self._shard.size, self._logits_kNc.shape[2], part_nC.device
         if size == 0:
             return self._first_of_all(torch.zeros_like(part_nC), torch.full_like(part_nC, PARTS))
+        rows_n1, positions_C = (torch.arange(many, device=device) for many in part_nC.shape)
+        rows_n1, stream_nC = rows_n1[:, None], self._constraint.rows_n[:, None] * len(positions_C) + positions_C
         if self._interleaved:
             place_W = torch.arange(-(-size // PARTS) + 1, device=device) * PARTS
             place_nCW = (part_nC - self._shard.first_id)[..., None] % PARTS + place_W
-        else:
-            place_W = torch.arange(self._chunks_of_part * chunk, device=device)
-            place_nCW = part_nC[..., None] * len(place_W) + place_W
-        inside_nCW = place_nCW < size
-        place_nCW = torch.where(inside_nCW, place_nCW, 0)
-        rows_n11, positions_C1 = (torch.arange(many, device=device)[:, None] for many in part_nC.shape)
-        stream_nC1 = self._constraint.rows_n[:, None, None] * len(positions_C1) + positions_C1
-        z_nCW = self._logits_kNc[place_nCW // chunk, stream_nC1, place_nCW % chunk]
-        is_it_nCW = inside_nCW & (self._class_nv[rows_n11[..., None], place_nCW] == class_nC1) & (z_nCW == top_nC1)
+            near_nCW = place_nCW.clamp_max(size - 1)
+            z_nCW = self._logits_kNc[near_nCW // chunk, stream_nC[..., None], near_nCW % chunk]
+            class_nCW = self._class_nv[rows_n1[..., None], near_nCW]
+        else:  # whole chunks, which are copied fast
+            chunk_nCJ = part_nC[..., None] * self._chunks_of_part + torch.arange(self._chunks_of_part, device=device)
+            place_nCW = (chunk_nCJ[..., None] * chunk + torch.arange(chunk, device=device)).flatten(2)
+            chunk_nCJ = chunk_nCJ.clamp_max(len(self._logits_kNc) - 1)
+            z_nCW = self._logits_kNc[chunk_nCJ, stream_nC[..., None]].flatten(2)
+            missing = len(self._logits_kNc) * chunk - size
+            class_nkc = F.pad(self._class_nv, (0, missing), value=-1).unflatten(1, (-1, chunk))
+            class_nCW = class_nkc[rows_n1[..., None], chunk_nCJ].flatten(2)
+        is_it_nCW = (place_nCW < size) & (class_nCW == class_nC1) & (z_nCW == top_nC1)
         first_nC1 = is_it_nCW.int().argmax(2, keepdim=True)
         ids_nC = place_nCW.gather(2, first_nC1)[..., 0] + self._shard.first_id
         is_here_nC = is_it_nCW.gather(2, first_nC1)[..., 0]

@@ -83,7 +83,8 @@ class CanvasConstraint:
     @property
     def geometry(self) -> Hashable:
         """All shapes, and the numbers that are no tensors."""
-        return (*(tuple(tensor.shape) for tensor in self._tensors()), self.automata.labels, self.eos_id)
+        numbers = (self.automata.labels, self.automata.incoming, self.eos_id)
+        return (*(tuple(tensor.shape) for tensor in self._tensors()), numbers)
 
     def buffer(self) -> CanvasConstraint:
         """A copy in memory of its own."""

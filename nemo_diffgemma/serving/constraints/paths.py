@@ -9,9 +9,11 @@ Shapes: n sequences, C positions, K classes, S states (the last is dead), E edge
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +27,7 @@ class Automata:
     """Automata of n sequences on the device, int64 but `class_of_id` int32.
 
     `following` [n, K, S], `class_of_id` [n, V], `source`, `target` and `label` [n, E], `member` and `member_of` [n, M],
+    `first_edge` [n, S + 1]: edges are sorted by target, and those into state s begin there, `incoming` at most;
     `end_class` and the state `ended` [n]. `labels` is L.
     """
 
@@ -35,44 +38,53 @@ class Automata:
     label: Tensor
     member: Tensor
     member_of: Tensor
+    first_edge: Tensor
     end_class: Tensor
     ended: Tensor
     labels: int
+    incoming: int
 
     @staticmethod
     def of(automaton: TokenAutomaton, device: torch.device) -> Automata:
         """One automaton, n = 1."""
         edges = automaton.edges
         tables = [automaton.following, automaton.class_of_id, edges.source, edges.target, edges.label]
-        tables += [edges.member, edges.member_of]
+        first_edge = np.searchsorted(edges.target, np.arange(automaton.following.shape[1] + 1))
+        tables += [edges.member, edges.member_of, first_edge]
         sent = [to_device(torch.from_numpy(table), device) for table in tables]
         following, class_of_id, *others = sent
         longs = [table.long()[None] for table in others]
         end = to_device(torch.tensor([[automaton.end_class], [automaton.ended]]), device)
-        return Automata(following.long()[None], class_of_id[None], *longs, end[0], end[1], labels=edges.labels)
+        numbers = (edges.labels, int(np.diff(first_edge).max()))
+        return Automata(following.long()[None], class_of_id[None], *longs, end[0], end[1], *numbers)
 
     @staticmethod
     def joined(parts: list[Automata], rounded: bool) -> Automata:
         """Automata of one sequence each as a batch; `rounded` sizes are powers of two, of which there are few."""
 
-        def size(of: str, axis: int) -> int:
-            most = max(getattr(part, of).shape[axis] for part in parts)
-            return 1 << (most - 1).bit_length() if rounded else most
+        def size(lengths: Iterable[int]) -> int:
+            return 1 << (max(lengths) - 1).bit_length() if rounded else max(lengths)
 
-        classes, states = size("following", 1), size("following", 2)
-        edges, members = size("source", 1), size("member", 1)
-        labels = 1 << (max(part.labels for part in parts) - 1).bit_length() if rounded else max(p.labels for p in parts)
+        classes, states = (size(part.following.shape[axis] for part in parts) for axis in (1, 2))
+        edges, members = size(part.source.shape[1] for part in parts), size(part.member.shape[1] for part in parts)
+
+        def joined(name: str, length: int, value: int) -> Tensor:
+            tables = [getattr(part, name) for part in parts]
+            return torch.cat([F.pad(table, (0, length - table.shape[1]), value=value) for table in tables])
+
         return Automata(
             torch.cat([_with_size(part.following, classes, states) for part in parts]),
             torch.cat([part.class_of_id for part in parts]),
-            torch.cat([F.pad(part.source, (0, edges - part.source.shape[1]), value=states - 1) for part in parts]),
-            torch.cat([F.pad(part.target, (0, edges - part.target.shape[1]), value=states - 1) for part in parts]),
-            torch.cat([F.pad(part.label, (0, edges - part.label.shape[1])) for part in parts]),
-            torch.cat([F.pad(part.member, (0, members - part.member.shape[1]), value=classes - 1) for part in parts]),
-            torch.cat([F.pad(part.member_of, (0, members - part.member_of.shape[1])) for part in parts]),
+            joined("source", edges, states - 1),
+            joined("target", edges, states - 1),
+            joined("label", edges, 0),
+            joined("member", members, classes - 1),
+            joined("member_of", members, 0),
+            joined("first_edge", states + 1, edges),
             torch.cat([part.end_class for part in parts]),
             torch.cat([part.ended for part in parts]),
-            labels=labels,
+            size(part.labels for part in parts),
+            size(part.incoming for part in parts),
         )
 
     @cached_property
@@ -80,7 +92,8 @@ class Automata:
         return self.following.shape[2]
 
     def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self) if field.name != "labels"]
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if isinstance(value, Tensor)]
 
 
 def _with_size(following_1KS: Tensor, classes: int, states: int) -> Tensor:
@@ -107,12 +120,16 @@ def best_classes(
         scores.append(torch.where(active_nC[:, position, None], after_nS, scores[-1]))
     state_n1 = torch.where(viable_nS, scores.pop(), -torch.inf).argmax(1, keepdim=True)
     chosen = []
+    some_D = torch.arange(automata.incoming, device=start_n.device)
     for position in reversed(range(active_nC.shape[1])):
-        along_nE = scores.pop().gather(1, automata.source).add_(best_nCL[:, position].gather(1, automata.label))
-        along_nE.masked_fill_(automata.target != state_n1, -torch.inf)
-        edge_n1 = along_nE.argmax(1, keepdim=True)
-        chosen.append(automata.label.gather(1, edge_n1))
-        state_n1 = torch.where(active_nC[:, position, None], automata.source.gather(1, edge_n1), state_n1)
+        edge_nD = automata.first_edge.gather(1, state_n1) + some_D
+        is_one_nD = edge_nD < automata.first_edge.gather(1, state_n1 + 1)
+        edge_nD = torch.where(is_one_nD, edge_nD, 0)
+        before_nD, label_nD = automata.source.gather(1, edge_nD), automata.label.gather(1, edge_nD)
+        along_nD = scores.pop().gather(1, before_nD) + best_nCL[:, position].gather(1, label_nD)
+        best_n1 = torch.where(is_one_nD, along_nD, -torch.inf).argmax(1, keepdim=True)
+        chosen.append(label_nD.gather(1, best_n1))
+        state_n1 = torch.where(active_nC[:, position, None], before_nD.gather(1, best_n1), state_n1)
     return _best_members(automata, maxima_nCK, torch.cat(chosen[::-1], dim=1))
 
 
