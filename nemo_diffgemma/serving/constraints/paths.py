@@ -68,6 +68,8 @@ class Automata:
         classes, states = (size(part.following.shape[axis] for part in parts) for axis in (1, 2))
         edges, members = size(part.source.shape[1] for part in parts), size(part.member.shape[1] for part in parts)
 
+        labels = size(part.labels + 1 for part in parts)  # the last is of no edge
+
         def joined(name: str, length: int, value: int) -> Tensor:
             tables = [getattr(part, name) for part in parts]
             return torch.cat([F.pad(table, (0, length - table.shape[1]), value=value) for table in tables])
@@ -79,11 +81,11 @@ class Automata:
             joined("target", edges, states - 1),
             joined("label", edges, 0),
             joined("member", members, classes - 1),
-            joined("member_of", members, 0),
+            joined("member_of", members, labels - 1),
             joined("first_edge", states + 1, edges),
             torch.cat([part.end_class for part in parts]),
             torch.cat([part.ended for part in parts]),
-            size(part.labels for part in parts),
+            labels,
             size(part.incoming for part in parts),
         )
 
