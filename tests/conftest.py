@@ -40,6 +40,7 @@ GROUPS = {
         "tests/distributed/",
         "tests/parallel/",
         "tests/model/",
+        "tests/serving/test_generation",
         "tests/training/test_archive",
         "tests/training/test_run",
         "tests/parity/test_joint",

@@ -26,16 +26,19 @@ PARTS = 32
 class ClassMaxima:
     """Those of the constrained sequences of one sweep over the logits `[k, N, c]` of this rank."""
 
-    def __init__(self, constraint: StepConstraint, shard: Any, logits_kNc: Tensor, interleaved: bool) -> None:
+    def __init__(
+        self, constraint: StepConstraint, shard: Any, logits_kNc: Tensor, interleaved: bool | None = None
+    ) -> None:
         self._constraint, self._shard, self._logits_kNc = constraint, shard, logits_kNc
-        self._interleaved = interleaved
         rows, classes, device = len(constraint.class_of_id_nV), constraint.classes, logits_kNc.device
+        self._interleaved = device.type == "cuda" if interleaved is None else interleaved
         self._class_nv = constraint.class_of_id_nV[:, shard.first_id : shard.first_id + shard.size].long()
         self._index_nv = self._class_nv
-        if interleaved:  # parts by id, not by its place on this rank
+        if self._interleaved:  # parts by id, not by its place on this rank
             ids = torch.arange(shard.first_id, shard.first_id + shard.size, device=device)
             self._index_nv = self._class_nv + ids % PARTS * classes
-        sizes = (rows, constraint.length, PARTS * classes) if interleaved else (PARTS, rows, constraint.length, classes)
+        each = (rows, constraint.length)
+        sizes = (*each, PARTS * classes) if self._interleaved else (PARTS, *each, classes)
         self._parts = torch.full(sizes, -torch.inf, dtype=torch.float32, device=device)
         self._chunks_of_part = -(-len(logits_kNc) // PARTS)
 

@@ -92,7 +92,9 @@ def statistics(
     with torch.no_grad():
         gain = softcap / temperature
         gain = gain.float() if isinstance(gain, Tensor) else gain
-        sweep = _Sweep(hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding, constraint)
+        sweep = _Sweep(
+            hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding, constraint
+        )
         maximum_NK, reference_NK, mass_NK, moment_NK = sweep.of_all_ranks()
         top_N1 = maximum_NK.amax(1, keepdim=True)
         scale_NK = torch.exp(reference_NK - top_N1)
@@ -143,7 +145,7 @@ class _Sweep:
         self._dtype = weight.dtype
         self.class_maxima: ClassMaxima | None = None
         if constraint is not None:
-            self.class_maxima = ClassMaxima(constraint, shard, self.logits_kNc, interleaved=device.type == "cuda")
+            self.class_maxima = ClassMaxima(constraint, shard, self.logits_kNc)
         self._run(hidden_NH, weight[: shard.size], softcap, gain)
 
     def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float | Tensor) -> None:

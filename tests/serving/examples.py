@@ -88,7 +88,12 @@ def _integer(draw: random.Random) -> dict[str, Any]:
 
 def _number(draw: random.Random) -> dict[str, Any]:
     low = draw.randint(-12, 12)
-    more = [{}, {"minimum": low}, {"exclusiveMaximum": low}, {"exclusiveMinimum": low, "maximum": low + draw.randint(1, 9)}]
+    more = [
+        {},
+        {"minimum": low},
+        {"exclusiveMaximum": low},
+        {"exclusiveMinimum": low, "maximum": low + draw.randint(1, 9)},
+    ]
     return {"type": "number", **draw.choice(more)}
 
 

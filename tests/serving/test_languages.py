@@ -24,7 +24,6 @@ from nemo_diffgemma.serving.constraints.byte_automaton import ByteAutomaton, byt
 from nemo_diffgemma.serving.constraints.patterns import translated
 from tests.serving import examples
 
-
 DATE = {"type": "string", "format": "date"}
 
 

@@ -45,7 +45,9 @@ def byte_automaton(expression: str, most_states: int) -> ByteAutomaton:
     except ValueError as error:
         raise ConstraintError(f"the expression cannot be compiled: {' '.join(str(error).split())[:300]}") from None
     edges = index.get_transitions()
-    numbers = {state: number for number, state in enumerate(sorted({*edges, *(t for m in edges.values() for t in m.values())}))}
+    numbers = {
+        state: number for number, state in enumerate(sorted({*edges, *(t for m in edges.values() for t in m.values())}))
+    }
     dead = len(numbers)
     if dead > most_states:
         raise ConstraintError(

@@ -68,7 +68,7 @@ def as_regex(ranges: Ranges) -> str:
 
 def literal(text: str) -> str:
     """A piece of Rust regex that matches the text itself."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in ' "_,:;=<>!%@`\'') else rf"\x{{{ord(c):X}}}" for c in text)
+    return "".join(c if c.isascii() and (c.isalnum() or c in " \"_,:;=<>!%@`'") else rf"\x{{{ord(c):X}}}" for c in text)
 
 
 # -- inside a JSON string --------------------------------------------------------------------------------------------

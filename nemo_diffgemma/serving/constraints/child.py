@@ -1,6 +1,6 @@
 """The child process of `compiler.py`: compiles constraints and checks texts, one after the other, until it is left.
 
-    python -P -m nemo_diffgemma.serving.constraints.child FILE_DESCRIPTOR
+python -P -m nemo_diffgemma.serving.constraints.child FILE_DESCRIPTOR
 """
 
 from __future__ import annotations

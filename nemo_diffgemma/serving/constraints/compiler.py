@@ -121,6 +121,8 @@ class _Child:
             if self._connection.poll(seconds):
                 return self._connection.recv()
             self.end()
-            raise _LateError(f"the constraint is too large: not compiled or checked within {seconds:g} s; make it simpler")
+            raise _LateError(
+                f"the constraint is too large: not compiled or checked within {seconds:g} s; make it simpler"
+            )
         self.end()
         raise ConstraintError("the constraint is too large: the process that compiled it ran out of memory")

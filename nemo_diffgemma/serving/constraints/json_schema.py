@@ -24,7 +24,9 @@ Schema = Mapping[str, Any] | bool
 Place = tuple[str | int, ...]
 
 NESTING = 3  # how often a $ref may stand within itself
-MOST_SCHEMAS = 20_000  # visited, and characters of the expression: schemas that refer to each other may grow without end
+MOST_SCHEMAS = (
+    20_000  # visited, and characters of the expression: schemas that refer to each other may grow without end
+)
 LONGEST = 1_000_000
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -74,7 +76,9 @@ class _Translator:
         self._check_keywords(schema, at)
         written = self._written(schema, at)
         if written is not None and len(written) > LONGEST:
-            raise ConstraintError(f"the schema's regular expression has more than {LONGEST} characters; make it smaller")
+            raise ConstraintError(
+                f"the schema's regular expression has more than {LONGEST} characters; make it smaller"
+            )
         return None if written is None else f"(?:{written})"
 
     def _written(self, schema: Mapping[str, Any], at: Place) -> str | None:
@@ -147,7 +151,9 @@ class _Translator:
         if keyword == "allOf" and len(given) > 1:
             raise self._refusal(at, "has several schemas; a constraint can express allOf of one alone: merge them")
         if keyword == "oneOf" and not self._exclude_each_other(given):
-            raise self._refusal(at, "has schemas that may hold at once; give them different types or tags, or use anyOf")
+            raise self._refusal(
+                at, "has schemas that may hold at once; give them different types or tags, or use anyOf"
+            )
         return _either([self.value(schema, (*at, index)) for index, schema in enumerate(given)])
 
     def _referred(self, reference: Any, at: Place) -> str | None:
@@ -187,7 +193,9 @@ class _Translator:
     def _string(self, schema: Mapping[str, Any], at: Place) -> str | None:
         shortest, longest = (self._whole(schema, f"{end}Length", at) for end in ("min", "max"))
         has_length = shortest is not None or longest is not None
-        given = [name for name in ("pattern", "format") if name in schema] + (["minLength, maxLength"] if has_length else [])
+        given = [name for name in ("pattern", "format") if name in schema] + (
+            ["minLength, maxLength"] if has_length else []
+        )
         if len(given) > 1:
             raise self._refusal(at, f"has {' and '.join(given)}; a constraint can express one of them alone")
         if "pattern" in schema:
@@ -223,7 +231,8 @@ class _Translator:
         for name, bound in bounds.items():
             if bound != int(bound) or abs(bound) >= numbers.BOUND:
                 raise self._refusal(
-                    (*at, name), f"is {bound!r}; of a number a constraint can express whole bounds below {numbers.BOUND}"
+                    (*at, name),
+                    f"is {bound!r}; of a number a constraint can express whole bounds below {numbers.BOUND}",
                 )
         if not bounds:
             return numbers.NUMBER
@@ -305,7 +314,9 @@ def _types_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _tags_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     def tags(schema: Mapping[str, Any], name: str) -> set[str]:
         member = schema.get("properties", {}).get(name, {})
-        values = member.get("enum", [member["const"]] if "const" in member else []) if isinstance(member, Mapping) else []
+        values = (
+            member.get("enum", [member["const"]] if "const" in member else []) if isinstance(member, Mapping) else []
+        )
         return {json.dumps(value, sort_keys=True) for value in values}
 
     def is_object(schema: Mapping[str, Any]) -> bool:
@@ -315,5 +326,3 @@ def _tags_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         return False
     shared = set(one.get("required", [])) & set(other.get("required", []))
     return any(tags(one, n) and tags(other, n) and not tags(one, n) & tags(other, n) for n in shared)
-
-

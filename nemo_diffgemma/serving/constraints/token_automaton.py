@@ -123,7 +123,9 @@ def _classes(automaton: ByteAutomaton, trie: Trie) -> tuple[Numbers, NDArray[np.
 def _live_states(automaton: ByteAutomaton, maps: Numbers) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """States that tokens reach from the start and that reach acceptance, [S] bool; fewest tokens to there, [S]."""
     source, target = np.broadcast_to(np.arange(maps.shape[1]), maps.shape), maps
-    pairs = np.unique(source[target != automaton.dead].astype(np.int64) * maps.shape[1] + target[target != automaton.dead])
+    pairs = np.unique(
+        source[target != automaton.dead].astype(np.int64) * maps.shape[1] + target[target != automaton.dead]
+    )
     source, target = pairs // maps.shape[1], pairs % maps.shape[1]
     reached = np.zeros(maps.shape[1], bool)
     front = np.array([automaton.start])
@@ -163,7 +165,9 @@ def _edges(following: Numbers) -> Edges:
     first = np.flatnonzero(np.r_[True, (source[1:] != source[:-1]) | (target[1:] != target[:-1])])
     sets: dict[bytes, int] = {}
     ends = np.r_[first[1:], len(label)]
-    of_edge = [sets.setdefault(label[a:b].tobytes(), len(sets)) for a, b in zip(first.tolist(), ends.tolist(), strict=True)]
+    of_edge = [
+        sets.setdefault(label[a:b].tobytes(), len(sets)) for a, b in zip(first.tolist(), ends.tolist(), strict=True)
+    ]
     members = [np.frombuffer(content, np.int32) for content in sets]
     return Edges(
         source[first].astype(np.int32),
