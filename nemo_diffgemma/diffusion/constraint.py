@@ -12,7 +12,7 @@ Shapes: B sequences, n of them constrained, C canvas positions, K classes, V ids
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -30,10 +30,17 @@ class StepConstraint(Protocol):
     A canvas has `length` tokens; `class_of_id_nV` int32 has values below `classes`.
     """
 
-    rows_n: Tensor
-    class_of_id_nV: Tensor
-    classes: int
-    length: int
+    @property
+    def rows_n(self) -> Tensor: ...
+
+    @property
+    def class_of_id_nV(self) -> Tensor: ...
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
 
     def choose(self, maxima_nCK: Tensor) -> Tensor:
         """The class of each position, [n, C] int64, from the largest logit of each class."""
@@ -48,7 +55,7 @@ class StepConstraint(Protocol):
     def buffer(self) -> StepConstraint:
         """Memory of its own for constraints of this geometry."""
 
-    def copy_(self, other: StepConstraint) -> None:
+    def copy_(self, other: Any) -> None:
         """Take over what `other`, of this geometry, says."""
 
 

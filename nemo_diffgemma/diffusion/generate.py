@@ -138,8 +138,9 @@ def generate(
     """Generate whole canvases until `max_new_tokens` are reached (rounded up) or every row has met an EOS id.
 
     Left padding ends here: a row behind three columns of it is a sequence that starts at position 3. `observe` is
-    called after every step. With `constraints` a denoiser's steps must say what they allow. `denoise_canvas` is for an engine that runs all steps of a canvas in one call; it gives
-    what `stepwise` does. NaN and infinity, in weights or activations, end in the error of `Denoiser.raise_non_finite`.
+    called after every step. With `constraints` a denoiser's steps must say what they allow. `denoise_canvas` is for an
+    engine that runs all steps of a canvas in one call; it gives what `stepwise` does. NaN and infinity, in weights or
+    activations, end in the error of `Denoiser.raise_non_finite`.
     """
     rows, prompt = input_ids.shape
     device = input_ids.device

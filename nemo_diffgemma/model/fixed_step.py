@@ -243,7 +243,7 @@ class _FixedStep:
             self._constraint = inputs.constraint
 
     def computed(self, compute: Compute) -> Results:
-        """The results of one step, in memory of their own: canvas, arg-max, entropy, accepted, signal, and `Allowed`."""
+        """The results of one step, in memory of their own: canvas, arg-max, entropy, accepted, signal, `Allowed`."""
         self.was_computed = True
         settled = compute(self._inputs, self._stream, Cache(self._stream.sequences, self._layers))
         return (*settled[:5], *(settled.allowed or ()))

@@ -56,7 +56,8 @@ def test_classes_are_ascii():
 @pytest.mark.parametrize(
     "pattern, named",
     [(r"(a)\1", "back-reference"), ("a(?=b)", "look-around"), ("(?i)a", "inline flag"), ("a^b", "anchor"),
-     (r"\ba", "anchor"), ("(?>a)", "atomic"), ("a++", "possessive"), ("(", "no regular expression"), (r"\x00", "empty set"),
+     (r"\ba", "anchor"), ("(?>a)", "atomic"), ("a++", "possessive"), ("(", "no regular expression"),
+     (r"\x00", "empty set"),
      ("(" * 9000 + "a" + ")" * 9000, "groups within groups"), ("a" * 70_000, "70000 characters")],
 )  # fmt: skip
 def test_what_is_no_regular_language_is_refused_by_name(pattern, named):
@@ -106,8 +107,10 @@ def test_numbers_between_whole_bounds(low, width, above, below, probes):
      ({"type": "number", "minimum": 0.5}, "minimum"), ({"$ref": "http://x/y"}, "http://x/y"), ({"$ref": "#/a"}, "#/a"),
      ({"allOf": [{"type": "string"}, {"minLength": 1}]}, "allOf"), ({"type": "thing"}, "thing"),
      ({"oneOf": [{"type": "string"}, {"minLength": 1}]}, "oneOf"), ({"anyOf": [True], "type": "null"}, "'type'"),
-     ({"type": "object", "minProperties": 2}, "minProperties"), ({"properties": {"a": {"foo": 1}}}, "properties/a has 'foo'"),
-     ({"type": "string", "minLength": -1}, "minLength"), ({"items": [{}]}, "items"), (3, "int"), ({"required": "a"}, "required"),
+     ({"type": "object", "minProperties": 2}, "minProperties"),
+     ({"properties": {"a": {"foo": 1}}}, "properties/a has 'foo'"),
+     ({"type": "string", "minLength": -1}, "minLength"), ({"items": [{}]}, "items"), (3, "int"),
+     ({"required": "a"}, "required"),
      ({"type": "object", "required": ["a"], "additionalProperties": False}, "impossible"),
      ({"$ref": "#"}, "impossible"), ({"type": "string", "pattern": "(?=a)"}, "look-around"),
      ({"$defs": {n: {"anyOf": [{"$ref": f"#/$defs/{m}"} for m in "abcdef"]} for n in "abcdef"}, "$ref": "#/$defs/a"},
@@ -133,7 +136,8 @@ def test_keywords_that_cannot_be_expressed_are_refused_by_name(schema, named):
          ['{"k": "a"}', '{"k": "b"}'], ['{"k": "c"}', "{}"]),
         ({"properties": {"next": {"$ref": "#"}, "v": {"type": "integer"}}},
          ["{}", '{"next": {"next": {"v": 1}}}', '{"v": -2}'], ['{"v": 1.5}', '{"next": 1}']),
-        ({"enum": [1, "1", None, "long"], "maxLength": 3, "type": ["string", "null"]}, ['"1"', "null"], ["1", '"long"']),
+        ({"enum": [1, "1", None, "long"], "maxLength": 3, "type": ["string", "null"]},
+         ['"1"', "null"], ["1", '"long"']),
         ({"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 1},
          ["{}", '{"a": true}'], ['{"a": true, "b": false}', '{"a": 1}']),
         ({"items": False}, ["[]"], ["[1]"]),

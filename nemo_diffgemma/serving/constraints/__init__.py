@@ -4,9 +4,9 @@
         constraint = Constraint(compiler.compile(json_of_schema({"type": "object"})))
     model.generate(input_ids, constraints=[constraint])
 
-From a language to a token: `languages` and what they are made of (`patterns`, `json_schema`) give a regular expression,
-`byte_automaton` and `token_automaton` what tokens may follow each other, `sequence` how far an answer has come, `canvas`
-and `paths` the most probable canvas that is allowed.
+From a language to a token: `languages` and what they are made of (`patterns`, `json_schema`) give a regular
+expression, `byte_automaton` and `token_automaton` what tokens may follow each other, `sequence` how far an answer has
+come, `canvas` and `paths` the most probable canvas that is allowed.
 """
 
 from nemo_diffgemma.serving.constraints.child import Limits, Vocabulary

@@ -19,7 +19,7 @@ from nemo_diffgemma.serving.constraints.errors import ConstraintError
 
 @dataclass(frozen=True)
 class ByteAutomaton:
-    """`following` [S, 256] int32: the state behind a byte. `accepting` [S] bool. `start`, and the `dead` state S - 1."""
+    """`following` [S, 256] int32: the state behind a byte. `accepting` [S] bool. State S - 1 is `dead`."""
 
     following: NDArray[np.int32]
     accepting: NDArray[np.bool_]
@@ -51,8 +51,8 @@ def byte_automaton(expression: str, most_states: int) -> ByteAutomaton:
     dead = len(numbers)
     if dead > most_states:
         raise ConstraintError(
-            f"the constraint has {dead} states; expected at most {most_states}. Make repetitions and lengths smaller, or "
-            "leave maxLength and maxItems out: strings and arrays without them need few states"
+            f"the constraint has {dead} states; expected at most {most_states}. Make repetitions and lengths smaller, "
+            "or leave maxLength and maxItems out: strings and arrays without them need few states"
         )
     following = np.full((dead + 1, 256), dead, np.int32)
     for state, targets in edges.items():

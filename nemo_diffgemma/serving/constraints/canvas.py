@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,9 +89,11 @@ class CanvasConstraint:
 
     def buffer(self) -> CanvasConstraint:
         """A copy in memory of its own."""
-        own = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        tables = {name: value.clone() for name, value in vars(self.automata).items() if isinstance(value, Tensor)}
-        return replace(self, automata=replace(self.automata, **tables), **own)
+
+        def cloned(tensors: Any) -> dict[str, Any]:
+            return {name: value.clone() for name, value in vars(tensors).items() if isinstance(value, Tensor)}
+
+        return replace(self, automata=replace(self.automata, **cloned(self.automata)), **cloned(self))
 
     def copy_(self, other: CanvasConstraint) -> None:
         """Take over what `other` says, which has the same geometry."""

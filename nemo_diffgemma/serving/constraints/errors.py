@@ -4,7 +4,7 @@ from nemo_diffgemma.errors import UserError
 
 
 class ConstraintError(UserError):
-    """A regex, schema or list of choices that cannot be a constraint; the message names the part and what may stand there."""
+    """A regex, schema or list of choices that cannot be a constraint; the message names the part that cannot."""
 
 
 class ConstraintViolation(RuntimeError):

@@ -82,8 +82,8 @@ def _problem_of_json(text: str, schema: Any) -> str:
     except ValueError as error:
         return f"it is no JSON ({error})"
     kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-    error = jsonschema.exceptions.best_match(kind(schema, format_checker=kind.FORMAT_CHECKER).iter_errors(value))
-    return "" if error is None else f"{error.json_path}: {error.message[:300]}"
+    worst = jsonschema.exceptions.best_match(kind(schema, format_checker=kind.FORMAT_CHECKER).iter_errors(value))
+    return "" if worst is None else f"{worst.json_path}: {worst.message[:300]}"
 
 
 def _no_constant(name: str) -> NoReturn:

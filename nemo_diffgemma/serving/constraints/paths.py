@@ -49,14 +49,16 @@ class Automata:
         """One automaton, n = 1."""
         edges = automaton.edges
         tables = [automaton.following, automaton.class_of_id, edges.source, edges.target, edges.label]
-        first_edge = np.searchsorted(edges.target, np.arange(automaton.following.shape[1] + 1))
+        first_edge = np.searchsorted(edges.target, np.arange(automaton.following.shape[1] + 1)).astype(np.int32)
         tables += [edges.member, edges.member_of, first_edge]
         sent = [to_device(torch.from_numpy(table), device) for table in tables]
-        following, class_of_id, *others = sent
-        longs = [table.long()[None] for table in others]
-        end = to_device(torch.tensor([[automaton.end_class], [automaton.ended]]), device)
-        numbers = (edges.labels, int(np.diff(first_edge).max()))
-        return Automata(following.long()[None], class_of_id[None], *longs, end[0], end[1], *numbers)
+        following, class_of_id, *others = (table[None] for table in sent)
+        ends = to_device(torch.tensor([[automaton.end_class], [automaton.ended]]), device)
+        tensors = [following.long(), class_of_id, *(table.long() for table in others), *ends]
+        names = [field.name for field in fields(Automata)][: len(tensors)]
+        return Automata(
+            **dict(zip(names, tensors, strict=True)), labels=edges.labels, incoming=int(np.diff(first_edge).max())
+        )
 
     @staticmethod
     def joined(parts: list[Automata], rounded: bool) -> Automata:

@@ -68,8 +68,8 @@ class _Writer:
 
     def _refusal(self, what: str) -> ConstraintError:
         return ConstraintError(
-            f"pattern {self._shown()} has {what}; expected characters, sets, groups, | and repetition, with ^ and $ only "
-            "at its ends"
+            f"pattern {self._shown()} has {what}; expected characters, sets, groups, | and repetition, with ^ and $ "
+            "only at its ends"
         )
 
     def _whole(self, items: list[Any]) -> str:
@@ -119,7 +119,7 @@ class _Writer:
 def _set(items: list[Any]) -> Ranges:
     """The characters of [...]. A class is ASCII where it stands, and what Python takes for it where it is negated."""
     negated = items[0][0] is op.NEGATE
-    parts = []
+    parts: list[Ranges] = []
     for kind, value in items[negated:]:
         if kind is op.LITERAL:
             parts.append(((value, value),))

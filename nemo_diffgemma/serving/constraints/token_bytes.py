@@ -45,8 +45,8 @@ def _reader(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
         return lambda text: bytes(_byte_level().get(c, -1) for c in text) if _is_byte_level(text) else text.encode()
     if "Fuse" not in kinds or any(kind not in ("Replace", "ByteFallback", "Fuse") for kind in kinds):
         raise ConstraintError(
-            f"a tokenizer whose decoder is {'+'.join(kinds) or 'missing'} cannot be constrained; expected ByteLevel, or "
-            "Fuse with Replace and ByteFallback, as Gemma's has them"
+            f"a tokenizer whose decoder is {'+'.join(kinds) or 'missing'} cannot be constrained; expected ByteLevel, "
+            "or Fuse with Replace and ByteFallback, as Gemma's has them"
         )
     replaced = [_replacement(part) for part in parts if part["type"] == "Replace"]
     has_bytes = "ByteFallback" in kinds
