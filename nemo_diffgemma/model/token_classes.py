@@ -32,7 +32,8 @@ class ClassMaxima:
         self._constraint, self._shard, self._logits_kNc = constraint, shard, logits_kNc
         rows, classes, device = len(constraint.class_of_id_nV), constraint.classes, logits_kNc.device
         self._interleaved = device.type == "cuda" if interleaved is None else interleaved
-        self._class_nv = constraint.class_of_id_nV[:, shard.first_id : shard.first_id + shard.size].long()
+        self._ids = slice(shard.first_id, shard.first_id + shard.size)
+        self._class_nv = constraint.class_of_id_nV[:, self._ids].long()
         self._index_nv = self._class_nv
         if self._interleaved:  # parts by id, not by its place on this rank
             ids = torch.arange(shard.first_id, shard.first_id + shard.size, device=device)
@@ -67,29 +68,32 @@ class ClassMaxima:
 
     def _search(self, class_nC1: Tensor, top_nC1: Tensor, part_nC: Tensor) -> Tensor:
         """The first token of part `part_nC` that is of the class and has the logit `top_nC1`, of all ranks."""
-        size, chunk, device = self._shard.size, self._logits_kNc.shape[2], part_nC.device
+        size, chunk = self._shard.size, self._logits_kNc.shape[2]
         if size == 0:
             return self._first_of_all(torch.zeros_like(part_nC), torch.full_like(part_nC, PARTS))
-        rows_n1, positions_C = (torch.arange(many, device=device) for many in part_nC.shape)
-        rows_n1, stream_nC = rows_n1[:, None], self._constraint.rows_n[:, None] * len(positions_C) + positions_C
+        device, rows, length = part_nC.device, *part_nC.shape
+        rows_n1 = torch.arange(rows, device=device)[:, None]
+        stream_nC1 = (self._constraint.rows_n[:, None] * length + torch.arange(length, device=device))[..., None]
         if self._interleaved:
-            place_W = torch.arange(-(-size // PARTS) + 1, device=device) * PARTS
-            place_nCW = (part_nC - self._shard.first_id)[..., None] % PARTS + place_W
+            first_nC1 = (part_nC[..., None] - self._shard.first_id) % PARTS
+            place_nCW = first_nC1 + torch.arange(-(-size // PARTS) + 1, device=device) * PARTS
             near_nCW = place_nCW.clamp_max(size - 1)
-            z_nCW = self._logits_kNc[near_nCW // chunk, stream_nC[..., None], near_nCW % chunk]
-            class_nCW = self._class_nv[rows_n1[..., None], near_nCW]
+            z_nCW = self._logits_kNc[near_nCW // chunk, stream_nC1, near_nCW % chunk]
+            class_nCW = self._class_nv[rows_n1[..., None], near_nCW].masked_fill_(place_nCW >= size, -1)
+            apart = PARTS
         else:  # whole chunks, which are copied fast
+            first_nC1 = part_nC[..., None] * (self._chunks_of_part * chunk)
             chunk_nCJ = part_nC[..., None] * self._chunks_of_part + torch.arange(self._chunks_of_part, device=device)
-            place_nCW = (chunk_nCJ[..., None] * chunk + torch.arange(chunk, device=device)).flatten(2)
-            chunk_nCJ = chunk_nCJ.clamp_max(len(self._logits_kNc) - 1)
-            z_nCW = self._logits_kNc[chunk_nCJ, stream_nC[..., None]].flatten(2)
+            chunk_nCJ = chunk_nCJ.clamp_max(len(self._logits_kNc) - 1)  # repeated, behind the place of the first
+            z_nCW = self._logits_kNc[chunk_nCJ, stream_nC1].flatten(2)
             missing = len(self._logits_kNc) * chunk - size
-            class_nkc = F.pad(self._class_nv, (0, missing), value=-1).unflatten(1, (-1, chunk))
-            class_nCW = class_nkc[rows_n1[..., None], chunk_nCJ].flatten(2)
-        is_it_nCW = (place_nCW < size) & (class_nCW == class_nC1) & (z_nCW == top_nC1)
-        first_nC1 = is_it_nCW.int().argmax(2, keepdim=True)
-        ids_nC = place_nCW.gather(2, first_nC1)[..., 0] + self._shard.first_id
-        is_here_nC = is_it_nCW.gather(2, first_nC1)[..., 0]
+            class_nkc = F.pad(self._constraint.class_of_id_nV[:, self._ids], (0, missing), value=-1)
+            class_nCW = class_nkc.unflatten(1, (-1, chunk))[rows_n1[..., None], chunk_nCJ].flatten(2)
+            apart = 1
+        is_it_nCW = (class_nCW == class_nC1) & (z_nCW == top_nC1)
+        found_nC1 = is_it_nCW.view(torch.uint8).argmax(2, keepdim=True)
+        ids_nC = (first_nC1 + found_nC1 * apart)[..., 0] + self._shard.first_id
+        is_here_nC = is_it_nCW.gather(2, found_nC1)[..., 0]
         return self._first_of_all(ids_nC, torch.where(is_here_nC, part_nC if self._interleaved else 0, PARTS))
 
     def _first_of_all(self, ids_nC: Tensor, order_nC: Tensor) -> Tensor:
