@@ -26,6 +26,8 @@ from nemo_diffgemma.non_finite import raise_non_finite
 from nemo_diffgemma.parallel.agreement import all_or_none
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.repository import user_path
+from nemo_diffgemma.serving.constraints.constraint import Constraint
+from nemo_diffgemma.serving.constraints.sequence import ConstrainedBatch
 from nemo_diffgemma.transfer import to_device
 
 
@@ -111,6 +113,7 @@ class DiffusionGemma(Network):
         seed: int | Sequence[int] = 0,
         observe: Callable[[Denoised], None] | None = None,
         canvas_length: int | None = None,
+        constraints: Sequence[Constraint | None] | None = None,
     ) -> Generation:
         """Generate whole canvases after [B, S] prompts (left padded by `attention_mask`).
 
@@ -131,6 +134,10 @@ class DiffusionGemma(Network):
         sampler.check_ids(self.model_config.vocab_size)
         if noise is None:
             noise = KeyedNoise.for_rows(seed, input_ids.shape[0], length, self.model_config.vocab_size, device())
+        told = None
+        if constraints is not None:
+            canvases = -(-max_new_tokens // length)
+            told = ConstrainedBatch(constraints, input_ids.shape[0], length, canvases, sampler.eos_ids, device())
         with reused_scratch():
             return generate(
                 self,
@@ -141,6 +148,7 @@ class DiffusionGemma(Network):
                 sampler=sampler,
                 noise=noise,
                 observe=observe,
+                constraints=told,
             )
 
     def start(self, first_positions: Sequence[int]) -> Cache:
@@ -175,18 +183,27 @@ class DiffusionGemma(Network):
         if isinstance(temperature, Tensor) and temperature.dim():  # one a sequence
             temperature = temperature[:, None].expand(shape).reshape(-1, 1)
         statistics = self.statistics(
-            result.canvas_hidden, temperature, inputs.uniforms.flatten(), soft_embedding=not inputs.last
+            result.canvas_hidden,
+            temperature,
+            inputs.uniforms.flatten(),
+            soft_embedding=not inputs.last,
+            constraint=inputs.constraint,
         )
         assert statistics.sample_N is not None
         soft, entropy = statistics.soft_embedding_NH, statistics.entropy_N.view(shape)
-        accepted = accept(entropy, inputs.entropy_bound)
+        accepted, allowed = accept(entropy, inputs.entropy_bound), None
+        argmax = statistics.argmax_N.view(shape)
+        if inputs.constraint is not None:
+            assert statistics.allowed_nC is not None
+            allowed = inputs.constraint.allowed(argmax, statistics.allowed_nC)
         return Settled(
             canvas=torch.where(accepted, statistics.sample_N.view(shape), inputs.replacements),
-            argmax=statistics.argmax_N.view(shape),
+            argmax=argmax,
             entropy=entropy,
             accepted=accepted,
             soft=None if soft is None else soft.view(*shape, -1),
             cache=result.cache,
+            allowed=allowed,
         )
 
     def train(self, mode: bool = True) -> Self:

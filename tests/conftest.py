@@ -42,6 +42,7 @@ GROUPS = {
         "tests/lora/",
         "tests/parallel/",
         "tests/model/",
+        "tests/serving/test_generation",
         "tests/training/test_archive",
         "tests/training/test_run",
         "tests/parity/test_joint",

@@ -225,6 +225,8 @@ class Engine:
 
     def sampling_step(self, inputs: StepInputs, cache: Context) -> Settled:
         """One denoising step of [B, C] canvases; new context is encoded first."""
+        if inputs.constraint is not None:
+            raise EngineError("engines keep no logits, so they cannot be constrained; generate from the checkpoint")
         cache = self._extended(cache, inputs.context)
         outputs = self.step(
             cache,

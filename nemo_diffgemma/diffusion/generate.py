@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.constraint import Allowed, Constraints, StepConstraint
 from nemo_diffgemma.diffusion.noise import CanvasNoise, Noise
 from nemo_diffgemma.diffusion.progress import Denoised, Lookout, Progress
 from nemo_diffgemma.diffusion.sampler import is_eos, pad_after_eos
@@ -33,7 +34,7 @@ class StepInputs:
     first); `context` are ids that each sequence gets before its canvas, none for some or all. `temperature` and
     `entropy_bound` (nats) are the sampler's, numbers or float64 tensors: [], or a temperature for each sequence, [B]. A
     candidate is read at `uniforms` [B, C], what is not accepted becomes `replacements` [B, C]. After the `last` step
-    nobody needs a signal.
+    nobody needs a signal. With a `constraint` the step says what it allows as well.
     """
 
     canvas: Tensor
@@ -44,10 +45,14 @@ class StepInputs:
     soft: Tensor | None = None
     context: Sequence[Tensor] | None = None
     last: bool = False
+    constraint: StepConstraint | None = None
 
 
 class Settled(NamedTuple):
-    """One denoising step with its sampling, [B, C] each; `soft` [B, C, H] is the next step's signal."""
+    """One denoising step with its sampling, [B, C] each; `soft` [B, C, H] is the next step's signal.
+
+    `allowed` is the most probable canvas that the constraint allows, where there is a constraint.
+    """
 
     canvas: Tensor
     argmax: Tensor
@@ -55,6 +60,7 @@ class Settled(NamedTuple):
     accepted: Tensor
     soft: Any
     cache: Any
+    allowed: Allowed | None = None
 
 
 class Denoiser(Protocol):
@@ -81,7 +87,8 @@ class CanvasInputs:
     """What the denoising of one canvas of each sequence is given: `index` counts canvases from 0.
 
     `context` are the ids that each sequence gets before it, `finished_B` the sequences that have met an EOS id;
-    `noise` are the numbers of all its steps, `temperatures_N` [N] and `entropy_bound` [] float64 on the device.
+    `noise` are the numbers of all its steps, `temperatures_N` [N] and `entropy_bound` [] float64 on the device. Some of
+    the sequences may have a `constraint`.
     """
 
     index: int
@@ -91,6 +98,7 @@ class CanvasInputs:
     noise: CanvasNoise
     temperatures_N: Tensor
     entropy_bound: Tensor
+    constraint: StepConstraint | None = None
 
 
 class DenoisedCanvas(NamedTuple):
@@ -125,13 +133,15 @@ def generate(
     sampler: SamplerConfig,
     noise: Noise,
     observe: Callable[[Denoised], None] | None = None,
+    constraints: Constraints | None = None,
     denoise_canvas: Callable[[CanvasInputs, Any], DenoisedCanvas] | None = None,
 ) -> Generation:
     """Generate whole canvases until `max_new_tokens` are reached (rounded up) or every row has met an EOS id.
 
     Left padding ends here: a row behind three columns of it is a sequence that starts at position 3. `observe` is
-    called after every step. `denoise_canvas` is for an engine that runs all steps of a canvas in one call; it gives
-    what `stepwise` does. NaN and infinity, in weights or activations, end in the error of `Denoiser.raise_non_finite`.
+    called after every step. With `constraints` a denoiser's steps must say what they allow. `denoise_canvas` is for an
+    engine that runs all steps of a canvas in one call; it gives what `stepwise` does. NaN and infinity, in weights or
+    activations, end in the error of `Denoiser.raise_non_finite`.
     """
     rows, prompt = input_ids.shape
     device = input_ids.device
@@ -143,11 +153,14 @@ def generate(
     sequences = input_ids
     for index in range(-(-max_new_tokens // canvas_length)):
         drawn = CanvasNoise.of(noise, index, sampler.max_denoising_steps, device)
-        inputs = CanvasInputs(index, context, finished_B, sampler, drawn, scalars[:-1], scalars[-1])
+        told = None if constraints is None else constraints.of_canvas()
+        inputs = CanvasInputs(index, context, finished_B, sampler, drawn, scalars[:-1], scalars[-1], told)
         denoise = denoise_canvas or partial(stepwise, network, observe=observe)
         again = partial(denoise, inputs, cache)
         final_BC, cache, live_B, finite = again()
         forwards_B += live_B
+        if constraints is not None:
+            constraints.advance(final_BC)
         final_BC, finished_B = _ended(final_BC, finished_B, sampler)
         sequences, context = torch.cat([sequences, final_BC], dim=1), list(final_BC.unbind())
         # the one wait of a canvas
@@ -192,10 +205,12 @@ def stepwise(
             soft=soft,
             context=inputs.context if step == 0 else None,
             last=step == steps - 1,
+            constraint=inputs.constraint,
         )
         settled = network.sampling_step(given, cache) if step == 0 else network.canvas_step(given, cache)
-        canvas_BC, soft, cache = settled.canvas, settled.soft, settled.cache
-        progress.advance(settled.argmax, settled.entropy)
+        soft, cache = settled.soft, settled.cache
+        progress.advance(settled.argmax, settled.entropy, settled.allowed)
+        canvas_BC = progress.guided_canvas(settled.canvas, settled.accepted, settled.allowed)
         seen = (progress.best_BC, settled.accepted, settled.entropy, progress.done_B)
         lookout.add(Denoised(inputs.index, steps - step, *seen), progress.is_over)
         if step < steps - 1 and lookout.sees_the_end():

@@ -20,13 +20,15 @@ import itertools
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_diffgemma.config import SLIDING, ModelConfig
+from nemo_diffgemma.diffusion.constraint import Allowed, StepConstraint
 from nemo_diffgemma.diffusion.generate import Settled, StepInputs
 from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.segments import FixedStream, Kind, Segment, Span
@@ -58,6 +60,7 @@ class Geometry(NamedTuple):
     rows: int
     length: int  # of a canvas
     columns: tuple[tuple[str, Columns], ...]  # of each kind of layer
+    constraint: Hashable = None  # its own geometry, where there is one
 
 
 def bucket(columns: int) -> int:
@@ -127,10 +130,12 @@ class FixedSteps:
     def run(self, compute: Compute, inputs: StepInputs, cache: Cache, network: Network) -> Settled:
         """One step of canvases behind the contexts of `cache`; `compute` computes it, with the weights of `network`."""
         key = geometry(cache, network.model_config, inputs.canvas.shape[1])
+        if inputs.constraint is not None:
+            key = key._replace(constraint=inputs.constraint.geometry)
         if key not in self._steps:
             while len(self._steps) >= KEPT:
                 self._steps.popitem(last=False)  # its memory first
-            self._steps[key] = _FixedStep(key, cache, network)
+            self._steps[key] = _FixedStep(key, cache, network, inputs.constraint)
         self._steps.move_to_end(key)
         step = self._steps[key]
         if not step.has(cache):
@@ -138,8 +143,8 @@ class FixedSteps:
         step.fill(inputs)
         if step.recording is None and step.was_computed and self.recorder is not None:
             self._record(step, compute)
-        canvas, argmax, entropy, accepted, soft = step.results(compute)
-        return Settled(canvas, argmax, entropy, accepted, soft, cache)
+        canvas, argmax, entropy, accepted, soft, *allowed = step.results(compute)
+        return Settled(canvas, argmax, entropy, accepted, soft, cache, Allowed(*allowed) if allowed else None)
 
     def _record(self, step: _FixedStep, compute: Compute) -> None:
         """Record a step, on all ranks or none: NCCL wants a collective to be captured everywhere or nowhere."""
@@ -155,7 +160,9 @@ class FixedSteps:
 class _FixedStep:
     """Buffers of one geometry, and the recording of a step that reads and writes them."""
 
-    def __init__(self, shape: Geometry, cache: Cache, network: Network) -> None:
+    def __init__(
+        self, shape: Geometry, cache: Cache, network: Network, constraint: StepConstraint | None = None
+    ) -> None:
         config, columns = network.model_config, dict(shape.columns)
         self.recording: tuple[Any, Results] | None = None
         self.was_computed = False
@@ -163,8 +170,11 @@ class _FixedStep:
         self._length, self._kinds = shape.length, config.layer_types
         self._first_layers = _layers_by_kind(config)
         self._cache: Callable[[], Cache | None] = lambda: None
+        self._constraint = constraint  # the one that the buffers hold
         with torch.inference_mode(False):  # buffers are written in later passes of either mode
             self._inputs = self._input_buffers(shape.rows, network)
+            if constraint is not None:
+                self._inputs = replace(self._inputs, constraint=constraint.buffer())
             self._layers = tuple(
                 self._context_buffers(past, shape.rows, columns[kind].most)
                 for kind, past in zip(self._kinds, cache.layers, strict=True)
@@ -240,11 +250,16 @@ class _FixedStep:
                 buffer.copy_(given)
             else:
                 buffer.fill_(0.0 if given is None else given)
+        if inputs.constraint is not None and inputs.constraint is not self._constraint:
+            assert self._inputs.constraint is not None
+            self._inputs.constraint.copy_(inputs.constraint)
+            self._constraint = inputs.constraint
 
     def computed(self, compute: Compute) -> Results:
-        """The results of one step, in memory of their own: canvas, arg-max, entropy, accepted, signal."""
+        """The results of one step, in memory of their own: canvas, arg-max, entropy, accepted, signal, `Allowed`."""
         self.was_computed = True
-        return tuple(compute(self._inputs, self._stream, Cache(self._stream.sequences, self._layers))[:5])
+        settled = compute(self._inputs, self._stream, Cache(self._stream.sequences, self._layers))
+        return (*settled[:5], *(settled.allowed or ()))
 
     def results(self, compute: Compute) -> Results:
         """The same from the recording where there is one, copied: the next replay fills them anew."""

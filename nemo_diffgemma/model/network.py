@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.constraint import StepConstraint
 from nemo_diffgemma.diffusion.levels import Shift
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model import likelihood, loss, vocabulary
@@ -246,7 +247,12 @@ class Network(MegatronModule):
         return logits.view(*canvas.shape, -1)
 
     def statistics(
-        self, hidden_NH: Tensor, temperature: float | Tensor, uniforms_N: Tensor, soft_embedding: bool
+        self,
+        hidden_NH: Tensor,
+        temperature: float | Tensor,
+        uniforms_N: Tensor,
+        soft_embedding: bool,
+        constraint: StepConstraint | None = None,
     ) -> vocabulary.Statistics:
         """What a denoising step needs of the tempered distribution of some positions."""
         return vocabulary.statistics(
@@ -257,6 +263,7 @@ class Network(MegatronModule):
             temperature=temperature,
             uniforms_N=uniforms_N,
             soft_embedding=soft_embedding,
+            constraint=constraint,
         )
 
     def agreed(self, flags: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.constraint import StepConstraint
 from nemo_diffgemma.diffusion.sampler import choose_chunk, choose_inside
+from nemo_diffgemma.model.token_classes import ClassMaxima
 
 CHUNK = 1024  # ids; a chunk of 256 positions is 1 MiB and stays in a core's cache (benchmarks/vocabulary.py)
 GPU_CHUNK_BYTES = 32 << 20  # of float32 logits: 32768 ids of 256 positions; a GPU waits for launches, not for a cache
@@ -55,7 +57,8 @@ class Statistics:
     """What a denoising step needs of the tempered distribution, equal on every tensor-parallel rank.
 
     log_sum_exp_N, entropy_N (nats) float32; argmax_N, sample_N int64; soft_embedding_NH: expected row of the table
-    under the distribution, in the table's dtype. `sample_N` and `soft_embedding_NH` are None where not asked for.
+    under the distribution, in the table's dtype. allowed_nC int64: tokens of the classes that a constraint chooses, of
+    its n sequences. The last three are None where not asked for.
     """
 
     log_sum_exp_N: Tensor
@@ -63,6 +66,7 @@ class Statistics:
     argmax_N: Tensor
     sample_N: Tensor | None
     soft_embedding_NH: Tensor | None
+    allowed_nC: Tensor | None = None
 
 
 # -- statistics of a denoising step ----------------------------------------------------------------------------------
@@ -77,6 +81,7 @@ def statistics(
     temperature: float | Tensor = 1.0,
     uniforms_N: Tensor | None = None,
     soft_embedding: bool = True,
+    constraint: StepConstraint | None = None,
     chunk: int | None = None,
 ) -> Statistics:
     """Statistics of softmax(softcap * tanh(hidden @ weight.T / softcap) / temperature).
@@ -87,7 +92,9 @@ def statistics(
     with torch.no_grad():
         gain = softcap / temperature
         gain = gain.float() if isinstance(gain, Tensor) else gain
-        sweep = _Sweep(hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding)
+        sweep = _Sweep(
+            hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding, constraint
+        )
         maximum_NK, reference_NK, mass_NK, moment_NK = sweep.of_all_ranks()
         top_N1 = maximum_NK.amax(1, keepdim=True)
         scale_NK = torch.exp(reference_NK - top_N1)
@@ -97,7 +104,8 @@ def statistics(
         entropy_N = (log_sum_exp_N - moment_NK.sum(1) / total_N).clamp_min(0.0)
         ids = sweep.search(maximum_NK, mass_NK, top_N1, uniforms_N)
         soft_NH = sweep.soft_embedding(top_N1, total_N[:, None]) if soft_embedding else None
-    return Statistics(log_sum_exp_N, entropy_N, ids[0], None if uniforms_N is None else ids[1], soft_NH)
+        allowed_nC = None if sweep.class_maxima is None else sweep.class_maxima.tokens()
+    return Statistics(log_sum_exp_N, entropy_N, ids[0], None if uniforms_N is None else ids[1], soft_NH, allowed_nC)
 
 
 def _chunk_of(hidden_NH: Tensor) -> int:
@@ -124,6 +132,7 @@ class _Sweep:
         gain: float | Tensor,
         chunk: int,
         soft_embedding: bool,
+        constraint: StepConstraint | None,
     ) -> None:
         self.shard, self.chunk = shard, min(chunk, weight.shape[0])
         self.chunks = -(-weight.shape[0] // self.chunk)
@@ -134,6 +143,9 @@ class _Sweep:
         self._reference_N1 = self.numbers_4kN[1, 0].clone()[:, None]
         self._soft_NH = torch.zeros(hidden_NH.shape, dtype=torch.float32, device=device) if soft_embedding else None
         self._dtype = weight.dtype
+        self.class_maxima: ClassMaxima | None = None
+        if constraint is not None:
+            self.class_maxima = ClassMaxima(constraint, shard, self.logits_kNc)
         self._run(hidden_NH, weight[: shard.size], softcap, gain)
 
     def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float | Tensor) -> None:
@@ -147,6 +159,8 @@ class _Sweep:
             capped_logits(hidden_NH, rows, softcap, gain, out=z_Nc)
             maximum_N, reference_N, mass_N, moment_N = self.numbers_4kN[:, index]
             torch.amax(z_Nc, dim=1, out=maximum_N)
+            if self.class_maxima is not None:
+                self.class_maxima.add(index, z_Nc)
             torch.maximum(self._reference_N1[:, 0], maximum_N, out=reference_N)
             torch.sub(z_Nc, reference_N[:, None], out=e_Nc).exp_()
             torch.sum(e_Nc, dim=1, out=mass_N)

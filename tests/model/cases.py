@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.model import loss, table_gradient, vocabulary
+from nemo_diffgemma.model import loss, table_gradient, token_classes, vocabulary
 from nemo_diffgemma.model.vocabulary import VocabularyShard
 from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
 
@@ -46,7 +49,29 @@ def statistics(tensor: int, problems: list[dict[str, Any]]) -> list[dict[str, Te
 
 def _statistics(tensor: int, hidden_NH: Tensor, table_VH: Tensor, **arguments: Any) -> dict[str, Tensor]:
     found = vocabulary.statistics(hidden_NH, *cut(table_VH, tensor), **arguments)
-    return vars(found)
+    return {name: value for name, value in vars(found).items() if name != "allowed_nC" or value is not None}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A constraint that chooses the classes `chosen_nC`, whatever their logits are."""
+
+    rows_n: Tensor
+    class_of_id_nV: Tensor
+    classes: int
+    length: int
+    chosen_nC: Tensor
+
+    def choose(self, maxima_nCK: Tensor) -> Tensor:
+        assert maxima_nCK.shape == (*self.chosen_nC.shape, self.classes)
+        return self.chosen_nC
+
+
+def tokens_of_classes(tensor: int, interleaved: bool, problems: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """`statistics` with constraints, parts of the vocabulary laid out as on a GPU or as on a CPU."""
+    laid_out = functools.partial(token_classes.ClassMaxima, interleaved=interleaved)
+    with mock.patch.object(vocabulary, "ClassMaxima", laid_out):
+        return statistics(tensor, problems)
 
 
 def logits(tensor: int, hidden_NH: Tensor, table_VH: Tensor, softcap: float) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,36 @@ def test_statistics_of_a_cut_vocabulary(pool, tensor, ids):
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_token_of_a_class_is_its_most_probable(single, pool, tensor, interleaved):
+    """Of two of three sequences of four positions. With 61 ids, two of four ranks hold padding alone."""
+    asked = []
+    for seed, (ids, chunk) in enumerate([(61, 2048), (61, 7), (257, 32), (1000, 1), (1000, 100)]):
+        generator = torch.Generator().manual_seed(seed)
+        classes_nV = torch.randint(5, (2, ids), generator=generator, dtype=torch.int32)
+        chosen_nC = torch.randint(5, (2, 4), generator=generator)
+        constraint = cases.Chosen(torch.tensor([2, 0]), classes_nV, 5, 4, chosen_nC)
+        asked.append(problem(seed, 12, ids, 24, 3.0, chunk=chunk, constraint=constraint))
+    asked[1]["table_VH"].zero_()  # equal logits
+    arguments = dict(tensor=tensor, interleaved=interleaved, problems=asked)
+    job = "tests.model.cases:tokens_of_classes"
+    ranks = [cases.tokens_of_classes(**arguments)] if tensor == 1 else pool(tensor).run(job, **arguments)
+    one_process = cases.tokens_of_classes(1, interleaved, asked)
+    for number, (its, expected) in enumerate(zip(asked, one_process, strict=True)):
+        z_BCV = dense(its["hidden_NH"], its["table_VH"], its["softcap"]).unflatten(0, (3, 4))[[2, 0]]
+        constraint, tokens_nC = its["constraint"], ranks[0][number]["allowed_nC"]
+        is_class_nCV = constraint.class_of_id_nV[:, None] == constraint.chosen_nC[..., None]
+        assert is_class_nCV.gather(2, tokens_nC[..., None]).all()
+        best_nC = z_BCV.masked_fill(~is_class_nCV, -torch.inf).amax(-1)
+        assert (best_nC - z_BCV.gather(2, tokens_nC[..., None])[..., 0]).max() < 1e-4
+        if not interleaved:  # the smallest id of equal ones
+            first_nC = ((z_BCV == best_nC[..., None]) & is_class_nCV).int().argmax(-1)
+            assert torch.equal(tokens_nC, first_nC)
+        assert torch.equal(tokens_nC, expected["allowed_nC"])  # no layout changes it
+        assert all(torch.equal(rank[number]["allowed_nC"], tokens_nC) for rank in ranks)
+
+
 def extremes(ids: int) -> dict[str, dict[str, Any]]:
     hidden = torch.zeros(5, 8)
     hidden[:, 0] = 1e4

@@ -1,0 +1,105 @@
+"""Constraints of some sequences of a batch on one canvas, as a denoising step takes them (`StepConstraint`).
+
+Shapes: B sequences, n of them constrained, C canvas positions, K classes, S states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_diffgemma.diffusion.constraint import Allowed
+from nemo_diffgemma.serving.constraints.paths import Automata, best_classes, states_after
+
+
+@dataclass(frozen=True)
+class CanvasConstraint:
+    """`start_n` are the states in which the canvas begins, `viable_nS` those in which it may end.
+
+    `locked_nC` holds tokens that stand already, -1 elsewhere. Positions that are not `active_nC` lie behind the last
+    token that may be generated: they get `eos_id`.
+    """
+
+    rows_n: Tensor
+    automata: Automata
+    start_n: Tensor
+    viable_nS: Tensor
+    active_nC: Tensor
+    locked_nC: Tensor
+    eos_id: int
+
+    @property
+    def class_of_id_nV(self) -> Tensor:
+        return self.automata.class_of_id
+
+    @property
+    def classes(self) -> int:
+        return self.automata.following.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.active_nC.shape[1]
+
+    def choose(self, maxima_nCK: Tensor) -> Tensor:
+        """The class of each position on the most probable path."""
+        is_free_nC1 = (self.locked_nC < 0)[..., None]
+        locked_nC = self.class_of_id_nV.gather(1, self.locked_nC.clamp_min(0)).long()
+        is_class_nCK = torch.arange(self.classes, device=maxima_nCK.device) == locked_nC[..., None]
+        maxima_nCK = torch.where(is_free_nC1, maxima_nCK, torch.where(is_class_nCK, 0.0, -torch.inf))
+        return best_classes(self.automata, maxima_nCK, self.start_n, self.viable_nS, self.active_nC)
+
+    def allowed(self, argmax_BC: Tensor, tokens_nC: Tensor) -> Allowed:
+        """The arg-max canvas where it is allowed, else the tokens of the most probable path."""
+        argmax_nC = self._locked(self._filled(self._locked(argmax_BC.index_select(0, self.rows_n))))
+        tokens_nC = self._locked(tokens_nC)
+        ends_n = self.states_after(argmax_nC)
+        is_argmax_n = self.viable_nS.gather(1, ends_n[:, None])[:, 0]
+        tokens_nC = torch.where(is_argmax_n[:, None], argmax_nC, tokens_nC)
+        tokens_nC = torch.where(self.active_nC, tokens_nC, self.eos_id)
+        is_argmax_B = torch.ones_like(argmax_BC[:, 0], dtype=torch.bool)
+        return Allowed(
+            argmax_BC.index_copy(0, self.rows_n, tokens_nC), is_argmax_B.index_copy(0, self.rows_n, is_argmax_n)
+        )
+
+    def _locked(self, tokens_nC: Tensor) -> Tensor:
+        return torch.where(self.locked_nC < 0, tokens_nC, self.locked_nC)
+
+    def _filled(self, tokens_nC: Tensor) -> Tensor:
+        """What stands behind the end of a text is no part of it: end-of-sequence tokens fill the canvas."""
+        is_end_nC = self.class_of_id_nV.gather(1, tokens_nC) == self.automata.end_class[:, None]
+        was_ended_n = self.start_n == self.automata.ended
+        is_behind_nC = (is_end_nC.cumsum(1) - is_end_nC.long() > 0) | was_ended_n[:, None]
+        return torch.where(is_behind_nC, self.eos_id, tokens_nC)
+
+    def states_after(self, tokens_nC: Tensor) -> Tensor:
+        """The states in which canvases of the constrained sequences end, [n]."""
+        return states_after(self.automata, tokens_nC, self.start_n, self.active_nC)
+
+    # -- memory of its own, for steps that are recorded --------------------------------------------------------------
+
+    @property
+    def geometry(self) -> Hashable:
+        """All shapes, and the numbers that are no tensors."""
+        numbers = (self.automata.labels, self.automata.incoming, self.eos_id)
+        return (*(tuple(tensor.shape) for tensor in self._tensors()), numbers)
+
+    def buffer(self) -> CanvasConstraint:
+        """A copy in memory of its own."""
+
+        def cloned(tensors: Any) -> dict[str, Any]:
+            return {name: value.clone() for name, value in vars(tensors).items() if isinstance(value, Tensor)}
+
+        return replace(self, automata=replace(self.automata, **cloned(self.automata)), **cloned(self))
+
+    def copy_(self, other: CanvasConstraint) -> None:
+        """Take over what `other` says, which has the same geometry."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
+
+    def _tensors(self) -> list[Tensor]:
+        own = (getattr(self, field.name) for field in fields(self))
+        return [*self.automata.tensors(), *(value for value in own if isinstance(value, Tensor))]

@@ -1,0 +1,68 @@
+"""Compiling in a child: what is too large is refused in time, and the next one is compiled all the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from nemo_diffgemma.serving.constraints import (
+    Compiler,
+    ConstraintError,
+    ConstraintViolation,
+    Limits,
+    Vocabulary,
+    choice,
+    json_object,
+    regex,
+)
+from tests.serving import examples
+
+VOCABULARY = Vocabulary(examples.tokens(), examples.vocab_size(), (examples.EOS,))
+EXPONENTIAL = "(?:a|b)*a(?:a|b){40}"
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    with Compiler(VOCABULARY, Limits(seconds=20.0, states=2000)) as made:
+        yield made
+
+
+def test_automata_are_kept_and_shared_by_threads(compiler):
+    language, found = json_object(), []
+    threads = [threading.Thread(target=lambda: found.append(compiler.compile(language))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(automaton is found[0] for automaton in found)
+    assert found[0].distance[found[0].start] > 0
+
+
+def test_states_are_limited_and_texts_are_checked(compiler):
+    with pytest.raises(ConstraintError, match="at most 2000"):
+        compiler.compile(regex(".{0,700}"))
+    assert compiler.compile(choice(["ab"])).distance.max() > 0
+    with pytest.raises(ConstraintViolation, match="does not match"):
+        compiler.check(regex("a"), "b")
+    compiler.check(regex("a"), "a")
+
+
+def test_time_and_memory_are_limited_and_the_next_job_is_done():
+    slow = regex("(?:a+)+b")
+    with Compiler(VOCABULARY, Limits(seconds=1.0)) as compiler:
+        with pytest.raises(ConstraintError, match="too large"):
+            compiler.compile(regex(EXPONENTIAL))
+        with pytest.raises(ConstraintError, match="within 1 s"):
+            compiler.check(slow, "a" * 40)
+    with Compiler(VOCABULARY, Limits(seconds=60.0, memory=700 << 20)) as compiler:
+        with pytest.raises(ConstraintError, match="too large"):
+            compiler.compile(regex(EXPONENTIAL))
+        assert compiler.compile(slow).start >= 0
+
+
+def test_a_front_end_needs_no_torch():
+    code = "import nemo_diffgemma.serving.constraints, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
