@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,7 +110,7 @@ def trajectory(network: DiffusionGemma, input_ids: Tensor, sampler: SamplerConfi
         with chosen_experts(network) as chosen:
             exact = network.sampling_step(_step(sampler, noise, remaining, canvas, soft), cache)
         if dist.get_world_size() > 1:  # a last bit that differs would send the others elsewhere
-            decided = tensors_of_rank_zero({name: getattr(exact, name) for name in _COMPARED})
+            decided: dict[str, Any] = tensors_of_rank_zero({name: getattr(exact, name) for name in _COMPARED})
             exact = exact._replace(cache=None, **decided)
         canvas, soft = exact.canvas, exact.soft
         settled.append(exact._replace(cache=None, **{name: getattr(exact, name).cpu() for name in _COMPARED}))

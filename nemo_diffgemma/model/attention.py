@@ -20,6 +20,7 @@ from nemo_diffgemma.model.adapters import AdapterPass, add_to_products, row_prod
 from nemo_diffgemma.model.cache import KeyValue
 from nemo_diffgemma.model.gathered import products_of_all
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm
+from nemo_diffgemma.model.paged import PagedLayer
 from nemo_diffgemma.model.rotary import rotate
 from nemo_diffgemma.model.segment_attention import attend
 from nemo_diffgemma.model.segments import Stream
@@ -136,9 +137,9 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         stream: Stream,
-        past: KeyValue | None,
+        past: KeyValue | PagedLayer | None,
         adapters: AdapterPass | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+    ) -> tuple[Tensor, KeyValue | PagedLayer]:
         """This rank's tokens [T/tp, H] -> the same of the output, and keys and values of the context."""
         q, k, v = self.project(x, rotary, adapters)
         out, context = attend(q, k, v, stream, self.window, past)

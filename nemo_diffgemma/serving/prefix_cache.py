@@ -76,7 +76,7 @@ class PrefixCache:
         tile = self._tiles.get(keys[index])
         if tile is None:
             tile = self._tiles[keys[index]] = _Tile(parent)
-            if parent in self._tiles:
+            if parent is not None and parent in self._tiles:
                 self._tiles[parent].children += 1
         if kind not in tile.blocks:
             tile.blocks[kind] = blocks
@@ -98,5 +98,5 @@ class PrefixCache:
         if tile.blocks or tile.children:
             return
         del self._tiles[key]
-        if tile.parent in self._tiles:
+        if tile.parent is not None and tile.parent in self._tiles:
             self._tiles[tile.parent].children -= 1

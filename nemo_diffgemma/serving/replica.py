@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 import msgspec
@@ -97,10 +98,10 @@ class Replica:
         if engine.has_work:
             self._tell(engine.step())
 
-    def _tell(self, events: list[Event]) -> None:
+    def _tell(self, events: Sequence[Event]) -> None:
         if self._mailbox is not None:
             if events:
-                self._mailbox.send(Events(events))
+                self._mailbox.send(Events(list(events)))
             engine = self.engine
             self._mailbox.passed(len(engine.running), len(engine.waiting) + len(engine.moved_out), engine.passes)
 

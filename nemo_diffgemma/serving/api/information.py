@@ -69,6 +69,7 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
             messages = [message.for_template() for message in body.messages]
             ids = await asyncio.to_thread(desk.text.encode_chat, messages)
         else:
+            assert body.prompt is not None
             ids = await asyncio.to_thread(desk.text.encode, body.prompt, body.add_special_tokens)
         return {"tokens": ids, "count": len(ids), "context_tokens": desk.facts.context_tokens}
 

@@ -139,5 +139,7 @@ def responses(reply: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Of an endpoint that answers with `reply`, or with a stream of it."""
     stream = {"text/event-stream": {"schema": StreamReply.model_json_schema()}}
     answer = {"model": reply, "content": stream, "description": "The answer; as a stream where `stream` is true."}
-    failures = {status: {"model": ErrorReply, "description": what} for status, what in _FAILURES.items()}
+    failures: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorReply, "description": what} for status, what in _FAILURES.items()
+    }
     return {200: answer, **failures}
