@@ -26,6 +26,7 @@ class Facts(Struct, frozen=True):
     text: str  # a fingerprint of its tokenizer and template; empty without a tokenizer
     layout: str
     device: str
+    adapters: list[str] = []  # that requests may name
 
 
 class TextFiles(Struct, frozen=True, tag=True):

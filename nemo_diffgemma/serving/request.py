@@ -14,6 +14,7 @@ from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.serving.constraints.languages import Language
 
 
 class Request(Struct, frozen=True, tag=True):
@@ -21,6 +22,10 @@ class Request(Struct, frozen=True, tag=True):
 
     The answer has whole canvases of `canvas_length` until one has a token that ends it, a string of `stop` appears in
     its text, or `max_tokens` are reached, at which it is cut. `drafts` asks for a report of every denoising step.
+
+    `locked` maps positions of the answer, from 0, to ids that stand there from the first step on. The answer is a text
+    of `language`. `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
+    of a settled canvas, and of so many of the most probable ids at its place.
     """
 
     id: str
@@ -31,6 +36,10 @@ class Request(Struct, frozen=True, tag=True):
     seed: int = 0
     stop: tuple[str, ...] = ()
     drafts: bool = False
+    locked: dict[int, int] = msgspec.field(default_factory=dict)
+    language: Language | None = None
+    adapter: str | None = None
+    logprobs: int | None = None
 
     def check(self, model: ModelConfig) -> None:
         """Raise `UserError` for what this network can never answer."""
@@ -77,13 +86,24 @@ class Draft(Struct, frozen=True, tag=True):
     entropy: list[float]
 
 
+class Scores(Struct, frozen=True):
+    """A settled token's log-probability in the last step of its canvas, untempered, and the largest at its place."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 class Settled(Struct, frozen=True, tag=True):
-    """New tokens of an answer: a canvas that will not change, up to what ends the answer; `steps` it took."""
+    """New tokens of an answer: a canvas that will not change, up to what ends the answer; `steps` it took.
+
+    `scores` has an entry a token where the request asks for them.
+    """
 
     id: str
     canvas: int
     steps: int
     tokens: list[int]
+    scores: list[Scores] | None = None
 
 
 class Finished(Struct, frozen=True, tag=True):
