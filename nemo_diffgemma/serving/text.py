@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.constraints.token_bytes import marked, special_tokens
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import TextFiles
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class ServedText:
         self._tokenizer.no_truncation()
         self._special_tokens = files.special_tokens
         self.markers = special_tokens(self._tokenizer)  # ids that are no text, with their names
+        self.part_markers = Markers.of(self._tokenizer.token_to_id)
         self._template = None if files.template is None else _environment().from_string(files.template)
         self.piece = functools.lru_cache(65536)(lambda id: self.decode([id]))  # what a token alone says
 
