@@ -76,9 +76,9 @@ class Tools:
 def problem_of_calls(text: str, given: Mapping[str, Any]) -> str:
     """What is wrong with a text that should be calls of the tools that `Tools.as_json` has written, or nothing."""
     tools = Tools(**given)
-    bodies = _CALL.findall(text)
-    said, begin, _ = text.partition(_BEGIN)
-    if MARK in said or (begin + _CALL.sub("", text)[len(said) :]) not in ("", _BEGIN):
+    said, begin, rest = text.partition(_BEGIN)
+    bodies = _CALL.findall(begin + rest)
+    if MARK in said or "".join(f"{_BEGIN}{body}{_END}" for body in bodies) != begin + rest:
         return "there is something between calls of tools, or a call that does not end"
     if tools.required and (said or not bodies):
         return "there is no call of a tool, or text before it"
