@@ -122,7 +122,7 @@ class Replica:
         engine = self.engine
         if isinstance(errand, Request):
             if self.draining:
-                return [Refused(errand.id, "this replica is about to end")]
+                return [Refused(errand.id, "this replica is about to end", elsewhere=True)]
             try:
                 engine.add(errand)
             except UserError as error:

@@ -178,6 +178,26 @@ def test_cancelled_and_forgotten_requests_leave_at_once(play):
     play(scene)
 
 
+def test_a_connection_that_ends_is_another_beginning(play):
+    """Messages on their way are lost with it: all requests are forgotten, and the replica says Hello by a new one."""
+
+    def scene(front):
+        front.say(request(1, max_tokens=3000), request(2, max_tokens=3000))
+        assert isinstance(next(front.events()), Accepted)
+        address, identity = front.socket.last_endpoint, front.identity
+        front.socket.close()
+        front.socket = front.socket.context.socket(zmq.ROUTER)
+        front.socket.linger, front.socket.rcvtimeo = 0, 20_000
+        front.socket.bind(address)
+        assert front.hear(Hello).name == "a" and front.identity != identity
+        front.say(messages.Welcome(False), request(3))
+        ended = next(event for event in front.events() if isinstance(event, Finished))
+        assert (ended.id, ended.reason) == ("r3", Reason.LENGTH)
+        front.say(Drain())
+
+    play(scene)
+
+
 def test_a_replica_that_nobody_speaks_with_ends(play):
     assert play(None).draining
 
