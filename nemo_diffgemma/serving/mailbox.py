@@ -87,8 +87,11 @@ class Mailbox:
         self._push.send(encode(message))
 
     def passed(self, running: int, waiting: int, passes: int) -> None:
-        """A pass is over, or is about to begin."""
-        self._beat, self._since = Beat(running, waiting, passes, 0.0), time.monotonic()
+        """A pass is over, or is about to begin. Who comes and goes is told at once."""
+        before, self._beat = self._beat, Beat(running, waiting, passes, 0.0)
+        self._since = time.monotonic()
+        if (running, waiting) != (before.running, before.waiting):
+            self.send(self._beat)
 
     def close(self) -> None:
         """Send what is left, and end the thread."""

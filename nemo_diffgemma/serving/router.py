@@ -94,16 +94,20 @@ class Router:
 
     async def close(self) -> None:
         """Tell the replicas to end, and end."""
-        self._closing = True
+        self.abandon()
         for replica in self.replicas.values():
             self._send(replica.identity, Drain())
-        for job in list(self.jobs.values()):
-            self._end(job, Unavailable("the server ends"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close()
         self._context.term()
+
+    def abandon(self) -> None:
+        """Take nothing more; what is not answered never will be."""
+        self._closing = True
+        for job in list(self.jobs.values()):
+            self._end(job, Unavailable("the server ends"))
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -262,7 +266,7 @@ class Router:
     def ended(self, name: str, why: str) -> None:
         """The process of a replica has ended; ranks that it may have left are not to come back."""
         self._ended.add(name)
-        for replica in [one for one in self.replicas.values() if one.name == name]:
+        for replica in [] if self._closing else [one for one in self.replicas.values() if one.name == name]:
             self._lost(replica, why)
 
     def _heard(self, replica: Replica) -> None:

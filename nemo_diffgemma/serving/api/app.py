@@ -8,6 +8,7 @@ from nemo_diffgemma.serving.api import chat, completions, information
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
 from nemo_diffgemma.serving.api.limits import Limits
+from nemo_diffgemma.serving.api.replies import failures
 from nemo_diffgemma.serving.metrics import Metrics
 from nemo_diffgemma.serving.router import Router
 from nemo_diffgemma.serving.settings import FrontSettings
@@ -17,7 +18,7 @@ def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> Fas
     """CORS is off: pages of other hosts may not ask. FastAPI's own pages are off: they load scripts from elsewhere."""
     app, desk = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None), Desk(router, settings)
     add_handlers(app)
-    app.add_middleware(Limits, most_bytes=int(settings.max_body_mb * 1e6), keys=settings.api_keys)
+    app.add_middleware(Limits, settings=settings)
     for routes in (chat.routes(desk), completions.routes(desk), information.routes(desk, metrics)):
-        app.include_router(routes)
+        app.include_router(routes, responses=failures())
     return app
