@@ -171,7 +171,8 @@ class Router:
     # -- replicas --------------------------------------------------------------------------------------------------
 
     def _send(self, identity: bytes, message: ToReplica) -> None:
-        sent = self._socket.send_multipart([identity, encode(message)])  # done at once: there is no limit to wait for
+        # done at once: there is no limit to wait for
+        sent = asyncio.ensure_future(self._socket.send_multipart([identity, encode(message)]))
         if sent.done() and sent.exception() is not None and identity in self.replicas:
             self.replicas[identity].is_cut = True
 
@@ -218,8 +219,6 @@ class Router:
         if hello.name in self._ended:
             self._send(identity, Drain())
             return
-        for former in [one for one in self.replicas.values() if one.name == hello.name]:
-            self._lost(former, "it has another connection")
         self.facts = self.facts or hello.facts
         ours, theirs = (
             msgspec.structs.replace(facts, context_tokens=0, cached_tiles=0, max_running=0, layout="", device="")

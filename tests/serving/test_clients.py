@@ -67,11 +67,11 @@ def environment(requirement: str) -> Path:
     return folder / "bin"
 
 
-def run(command: list[Any], folder: Path, timeout: float = 900) -> str:
-    """Standard output of a client, which sees nothing of this repository and no host but this one."""
+def run(command: list[Any], folder: Path, timeout: float = 900, **variables: str) -> str:
+    """Standard output of a client, which sees nothing of this repository."""
     hidden = {"PYTHONPATH", "CUDA_VISIBLE_DEVICES"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_COLOR": "1", "HOME": str(folder)}
+    environment |= {"NO_COLOR": "1", "HOME": str(folder), **variables}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
     print(done.stdout[-6000:])
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
@@ -102,7 +102,12 @@ def test_lm_eval(server, tmp_path):
     arguments = f"model=model,base_url={server.url}/v1/chat/completions,num_concurrent=3,max_retries=1"
     command = [environment("lm_eval[api]==0.4.13") / "lm_eval", "run", "--model", "local-chat-completions"]
     command += ["--model_args", arguments, "--tasks", "capitals", "--include_path", tmp_path, "--apply_chat_template"]
-    said = run([*command, "--output_path", tmp_path / "out", "--log_samples"], tmp_path)
+    said = run(
+        [*command, "--output_path", tmp_path / "out", "--log_samples"],
+        tmp_path,
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_OFFLINE="1",
+    )
     assert "exact_match" in said
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     found = [json.loads(line) for line in samples.read_text().splitlines()]
@@ -138,11 +143,28 @@ def test_aiperf(server, tmp_path, kind):
     assert 0 < counted <= server.metric("generated_tokens_total") - tokens
 
 
+HOOKS = """\
+import schemathesis
+
+
+@schemathesis.hook
+def map_body(context, body):
+    if isinstance(body, dict) and isinstance(body.get("model"), str):
+        body["model"] = "model"  # or nearly all would get 404
+    return body
+"""
+
+
 def test_schemathesis(server, tmp_path):
-    """Requests made of the OpenAPI schema, right and wrong ones: no 500, and every answer is as the schema has it."""
+    """Requests made of the OpenAPI schema, right and wrong ones: no 500, and every answer is as the schema has it.
+
+    Not every body that is right by the schema can be answered: prompts have a limit, and settings depend on another.
+    """
+    (tmp_path / "hooks.py").write_text(HOOKS)
     command = [environment("schemathesis==4.32.5") / "st", "run", f"{server.url}/openapi.json", "--seed", "1"]
     command += ["--max-examples", "50", "--request-timeout", "120", "--checks", "all"]
-    said = run(command, tmp_path, timeout=2500)
+    command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure"]
+    said = run(command, tmp_path, timeout=2500, SCHEMATHESIS_HOOKS="hooks")
     assert "No issues found" in said
     log = server.log.read_text()
     assert "a defect" not in log and "Traceback" not in log

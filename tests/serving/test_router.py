@@ -281,24 +281,6 @@ def test_where_all_are_slow_a_request_stays_somewhere(play):
     play(scene, silent_seconds=0.7, lost_seconds=1000.0)
 
 
-def test_a_replica_with_another_connection_begins_anew_and_lives(play):
-    """What was on its way when the first one was cut is lost."""
-
-    async def scene(world):
-        a = await world.join("a")
-        job = world.ask()
-        await a.hear(Request)
-        again = Fake(world.address, "a")
-        again.socket.disconnect(world.address)
-        again.socket.identity = b"another"
-        again.socket.connect(world.address)
-        await again.say(Hello("a", FACTS))
-        assert (await again.hear(Request)).id == job.request.id
-        assert list(world.router.replicas) == [b"another"] and not world.dead
-
-    play(scene, **NEVER)
-
-
 def test_a_request_that_replicas_die_of_is_given_up(play):
     async def scene(world):
         job = None

@@ -15,10 +15,18 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 IGNORED = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """Let the schema of a body say that null is as good as absent."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", []) and {"type": "null"} not in field.get("anyOf", []):
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **about}
+
+
 class Body(BaseModel):
     """Types are strict: "5" is no number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_nullable)
 
     @model_validator(mode="before")
     @classmethod
