@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.serving.constraints.errors import ConstraintError
+from nemo_diffgemma.serving.constraints.token_bytes import byte_reader
 from nemo_diffgemma.serving.messages import TextFiles
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class ServedText:
         self._special_tokens = files.special_tokens
         self._template = None if files.template is None else _environment().from_string(files.template)
         self.piece = functools.lru_cache(65536)(lambda id: self.decode([id]))  # what a token alone says
+        self._bytes = _byte_reader(files)
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Raises `UserError` for characters that the tokenizer does not know."""
@@ -66,6 +69,21 @@ class ServedText:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token(self, id: int) -> tuple[str, bytes | None]:
+        """A token's text and bytes, as OpenAI's log-probabilities show them: bytes joined are the answer's text.
+
+        Text of which some bytes belong to a neighbour is `bytes:\\xe2\\x82`. What adds nothing to a text, as special
+        tokens do, has a name and no bytes.
+        """
+        name = self._tokenizer.id_to_token(id)
+        content = self._bytes(name) if name is not None else b""
+        if not content:
+            return name if name is not None else f"token_id:{id}", None
+        try:
+            return content.decode(), content
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content), content
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Ids of a conversation with the answer's beginning behind it.
@@ -82,6 +100,14 @@ class ServedText:
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise UserError("this model has no chat template; send one message of the user's, or use /v1/completions")
         return self.encode(messages[0]["content"])
+
+
+def _byte_reader(files: TextFiles) -> Callable[[str], bytes]:
+    """Bytes of a token by its name; none of any where the tokenizer adds or drops spaces between them."""
+    try:
+        return byte_reader(json.loads(files.tokenizer))
+    except ConstraintError:
+        return lambda name: b""
 
 
 class _Generation(jinja2.ext.Extension):
