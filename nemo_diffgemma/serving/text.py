@@ -103,11 +103,14 @@ class ServedText:
 
 
 def _byte_reader(files: TextFiles) -> Callable[[str], bytes]:
-    """Bytes of a token by its name; none of any where the tokenizer adds or drops spaces between them."""
+    """Bytes of a token by its name: none for special tokens, nor where a tokenizer adds or drops spaces between any."""
+    described = json.loads(files.tokenizer)
+    special = {token["content"] for token in described["added_tokens"] if token["special"]}
     try:
-        return byte_reader(json.loads(files.tokenizer))
+        read = byte_reader(described["decoder"])
     except ConstraintError:
         return lambda name: b""
+    return lambda name: b"" if name in special else read(name)
 
 
 class _Generation(jinja2.ext.Extension):

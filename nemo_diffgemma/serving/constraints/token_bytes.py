@@ -26,22 +26,18 @@ def bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
     another kind.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    read = byte_reader(json.loads(backend.to_str()))
-    found = {id: read(text) for text, id in backend.get_vocab(with_added_tokens=True).items()}
-    return {id: content for id, content in sorted(found.items()) if content}
+    described = json.loads(backend.to_str())
+    special = {token["id"] for token in described["added_tokens"] if token["special"]}
+    read = byte_reader(described["decoder"])
+    found = {}
+    for text, id in backend.get_vocab(with_added_tokens=True).items():
+        content = b"" if id in special or _UNUSED.fullmatch(text) else read(text)
+        if content:
+            found[id] = content
+    return dict(sorted(found.items()))
 
 
-def byte_reader(described: Mapping[str, Any]) -> Callable[[str], bytes]:
-    """From a token as the vocabulary writes it to its bytes, of a tokenizer as its JSON describes it; b"" without any.
-
-    Raises `ConstraintError` for a decoder of another kind.
-    """
-    special = {token["content"] for token in described["added_tokens"] if token["special"]}
-    read = _reader(described["decoder"])
-    return lambda text: b"" if text in special or _UNUSED.fullmatch(text) else read(text)
-
-
-def _reader(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
+def byte_reader(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
     """What `decoder` makes of one token."""
     parts = [] if decoder is None else decoder.get("decoders", [decoder])
     kinds = [part["type"] for part in parts]
