@@ -7,7 +7,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -20,7 +20,7 @@ from nemo_diffgemma.serving.api.errors import body_of_failure, failure_of
 from nemo_diffgemma.serving.api.fields import Common
 from nemo_diffgemma.serving.job import Job
 from nemo_diffgemma.serving.messages import Event
-from nemo_diffgemma.serving.request import Draft, Finished, Settled
+from nemo_diffgemma.serving.request import Draft, Finished, Scores, Settled
 from nemo_diffgemma.serving.text import ServedText
 
 
@@ -33,12 +33,14 @@ class Answer:
     text: str = ""
     steps: int = 0
     canvases: int = 0
+    scores: list[Scores] = field(default_factory=list)
     end: Finished | None = None
 
     def take(self, event: Event) -> str:
         """What an event adds to the text. The last canvas is told from others by what ends the answer, behind it."""
         if isinstance(event, Settled):
             self.steps, self.canvases = self.steps + event.steps, self.canvases + 1
+            self.scores += event.scores or []
             new = self.words.push(event.tokens, is_last=False)
         elif isinstance(event, Finished):
             self.end = event
@@ -58,8 +60,9 @@ class Format(ABC):
 
     prefix, object, chunk_object = "", "", ""
 
-    def __init__(self, model: str, body: Common) -> None:
-        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    def __init__(self, desk: Desk, body: Common) -> None:
+        self.text = desk.router.text
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         self.body = body
 
     @abstractmethod
@@ -70,12 +73,17 @@ class Format(ABC):
     def delta(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> dict[str, Any]:
         """What a chunk adds to an answer."""
 
+    @abstractmethod
+    def logprobs(self, answer: Answer, since: int) -> dict[str, Any]:
+        """Log-probabilities of an answer's tokens, the first `since` of them left out."""
+
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = []
         for index, answer in enumerate(answers):
             diffusion = {"token_ids": answer.words.tokens, "steps": answer.steps, "canvases": answer.canvases}
             diffusion["seed"] = answer.job.request.seed
-            choices.append({**self.choice(index, answer), "diffusion": diffusion})
+            logprobs = None if self.body.scores is None else self.logprobs(answer, 0)
+            choices.append({**self.choice(index, answer), "logprobs": logprobs, "diffusion": diffusion})
         result = {**self.head, "object": self.object, "choices": choices, "usage": usage(answers, self.body.n)}
         if self.body.ignored:
             result["diffusion"] = {"ignored": self.body.ignored}
@@ -144,8 +152,11 @@ async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncItera
                     format.chunk([], diffusion={"draft": _draft(index, event, desk.router.text)}), "diffusion.draft"
                 )
                 continue
+            since = len(answer.words.tokens)
             choice = format.delta(index, answer.take(event), False, answer.finish_reason)
             if isinstance(event, Settled):
+                if format.body.scores is not None:
+                    choice["logprobs"] = format.logprobs(answer, since)
                 choice["diffusion"] = {"token_ids": event.tokens, "steps": event.steps, "canvas": event.canvas}
             else:
                 choice["diffusion"] = {"seed": answer.job.request.seed}

@@ -82,6 +82,7 @@ class Desk:
                         seed=seed + index,
                         stop=stop,
                         drafts=body.stream and body.stream_options.drafts,
+                        logprobs=body.scores,
                     )
                 )
         return made

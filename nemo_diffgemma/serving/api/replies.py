@@ -57,7 +57,6 @@ class Choice(BaseModel):
 
     index: int
     finish_reason: Literal["stop", "length"]
-    logprobs: None
     diffusion: AnswerDiffusion
 
 
@@ -67,12 +66,42 @@ class ChatMessage(BaseModel):
     refusal: None
 
 
+class TokenLogprob(BaseModel):
+    """A token, or one that might stand in its place: `bytes` of all, joined, are the text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of the tokens of settled canvases, in the last step, untempered."""
+
+    content: list[ChosenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    """The same, a list for each thing that is told."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatChoice(Choice):
     message: ChatMessage
+    logprobs: ChatLogprobs | None
 
 
 class CompletionChoice(Choice):
     text: str
+    logprobs: CompletionLogprobs | None
 
 
 class _Reply(BaseModel):
