@@ -23,7 +23,8 @@ class Request(Struct, frozen=True, tag=True):
     The answer has whole canvases of `canvas_length` until one has a token that ends it, a string of `stop` appears in
     its text, or `max_tokens` are reached, at which it is cut. `drafts` asks for a report of every denoising step.
 
-    `locked` maps positions of the answer, from 0, to ids that stand there from the first step on. The answer is a text
+    `locked` maps positions of the answer, from 0, to ids that stand there from the first step on; no token before the
+    last of them ends the answer. The answer is a text
     of `language`. `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
     of a settled canvas, and of so many of the most probable ids at its place.
     """
@@ -54,6 +55,11 @@ class Request(Struct, frozen=True, tag=True):
             raise UserError(f"canvas_length={self.canvas_length}; expected 1 to {model.canvas_length}")
         check_seed(self.seed)
         self.sampler.check_ids(model.vocab_size)
+
+    @property
+    def earliest_end(self) -> int:
+        """The first position of the answer at which an end-of-sequence id ends it: what is locked is reached."""
+        return max(self.locked, default=0)
 
     @property
     def canvases(self) -> int:
