@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -20,7 +21,8 @@ from tokenizers import Tokenizer
 
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.constraints.errors import ConstraintError
-from nemo_diffgemma.serving.constraints.token_bytes import byte_reader
+from nemo_diffgemma.serving.constraints.token_bytes import byte_reader, marked, special_tokens
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import TextFiles
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class ServedText:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._special_tokens = files.special_tokens
+        self.markers = special_tokens(self._tokenizer)  # ids that are no text, with their names
+        self.part_markers = Markers.of(self._tokenizer.token_to_id)
         self._template = None if files.template is None else _environment().from_string(files.template)
         self.piece = functools.lru_cache(65536)(lambda id: self.decode([id]))  # what a token alone says
         self._bytes = _byte_reader(files)
@@ -69,6 +73,11 @@ class ServedText:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def decode_marked(self, ids: Sequence[int]) -> str:
+        """Text in which a special token is its name between two U+0001, as `constraints.Language.check` reads it."""
+        runs = itertools.groupby(ids, key=self.markers.get)
+        return "".join(self.decode(list(run)) if name is None else marked(name) * len(list(run)) for name, run in runs)
 
     def token(self, id: int) -> tuple[str, bytes | None]:
         """A token's text and bytes, as OpenAI's log-probabilities show them: bytes joined are the answer's text.
