@@ -62,7 +62,7 @@ class Format(ABC):
 
     def __init__(self, desk: Desk, body: Common) -> None:
         self.text = desk.router.text
-        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+        self.head = head_of(self.prefix, body.model)
         self.body = body
 
     @abstractmethod
@@ -91,6 +91,11 @@ class Format(ABC):
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {**self.head, "object": self.chunk_object, "choices": choices, **more}
+
+
+def head_of(prefix: str, model: str) -> dict[str, Any]:
+    """What all parts of a reply begin with."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
 def usage(answers: Sequence[Answer], n: int) -> dict[str, Any]:
@@ -123,13 +128,11 @@ async def collect(desk: Desk, jobs: Sequence[Job]) -> list[Answer]:
         desk.leave(jobs)
 
 
-class Stream(StreamingResponse):
-    """Server-sent events of some jobs, which end when the client goes."""
+class JobStream(StreamingResponse):
+    """Server-sent events about some jobs, which end when the client goes."""
 
-    def __init__(self, desk: Desk, jobs: Sequence[Job], format: Format) -> None:
-        super().__init__(
-            _events(desk, jobs, format), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+    def __init__(self, desk: Desk, jobs: Sequence[Job], events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._desk, self._jobs = desk, jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,17 +142,24 @@ class Stream(StreamingResponse):
             self._desk.leave(self._jobs)
 
 
+class Stream(JobStream):
+    """The answers of some jobs in chunks."""
+
+    def __init__(self, desk: Desk, jobs: Sequence[Job], format: Format) -> None:
+        super().__init__(desk, jobs, _events(desk, jobs, format))
+
+
 async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncIterator[bytes]:
     answers, options = begin(desk, jobs), format.body.stream_options
     null_usage = {"usage": None} if options.include_usage else {}
     try:
         for index in range(len(answers)):
-            yield _event(format.chunk([format.delta(index, "", True, None)], **null_usage))
-        async for index, event in _merged(jobs):
+            yield sse(format.chunk([format.delta(index, "", True, None)], **null_usage))
+        async for index, event in merged(jobs):
             answer = answers[index]
             if isinstance(event, Draft):
-                yield _event(
-                    format.chunk([], diffusion={"draft": _draft(index, event, desk.router.text)}), "diffusion.draft"
+                yield sse(
+                    format.chunk([], diffusion={"draft": draft_of(index, event, desk.router.text)}), "diffusion.draft"
                 )
                 continue
             since = len(answer.words.tokens)
@@ -160,20 +170,21 @@ async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncItera
                 choice["diffusion"] = {"token_ids": event.tokens, "steps": event.steps, "canvas": event.canvas}
             else:
                 choice["diffusion"] = {"seed": answer.job.request.seed}
-            yield _event(format.chunk([choice], **null_usage))
+            yield sse(format.chunk([choice], **null_usage))
         if options.include_usage:
-            yield _event(format.chunk([], usage=usage(answers, format.body.n)))
+            yield sse(format.chunk([], usage=usage(answers, format.body.n)))
         yield b"data: [DONE]\n\n"
     except Exception as error:
-        yield _event(body_of_failure(failure_of(error)))
+        yield sse(body_of_failure(failure_of(error)))
 
 
-def _event(content: dict[str, Any], name: str | None = None) -> bytes:
+def sse(content: dict[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event."""
     line = b"event: %s\n" % name.encode() if name else b""
     return line + b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-def _draft(index: int, draft: Draft, text: ServedText | None) -> dict[str, Any]:
+def draft_of(index: int, draft: Draft, text: ServedText | None) -> dict[str, Any]:
     """A canvas between two steps: its cells side by side, entropies in nats."""
     result = {
         "index": index,
@@ -188,7 +199,7 @@ def _draft(index: int, draft: Draft, text: ServedText | None) -> dict[str, Any]:
     return result
 
 
-async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
+async def merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
     """Events of all jobs as they come, each with the number of its job. Raises the first `Failure`."""
     waiting = {asyncio.create_task(job.next()): index for index, job in enumerate(jobs)}
     try:

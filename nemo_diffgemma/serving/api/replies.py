@@ -126,6 +126,42 @@ class CompletionReply(_Reply):
     choices: list[CompletionChoice]
 
 
+class FilledHole(BaseModel):
+    """A hole, from position `start` of the answer's tokens on; its text is null without a tokenizer."""
+
+    text: str | None
+    start: int
+    token_ids: list[int]
+
+
+class TriedLengths(BaseModel):
+    """Lengths of the holes, and the mean log-probability (nats) of their tokens: the highest was chosen."""
+
+    lengths: list[int]
+    logprob: float
+
+
+class InfillDiffusion(AnswerDiffusion):
+    tried: list[TriedLengths] | None = None
+
+
+class InfillChoice(BaseModel):
+    """The whole text, what was locked as it was given, and the holes in their order."""
+
+    index: int
+    text: str | None
+    holes: list[FilledHole]
+    finish_reason: Literal["stop"]
+    diffusion: InfillDiffusion
+
+
+class InfillReply(_Reply):
+    """Filled holes; of a stream it is the last event before [DONE]."""
+
+    object: Literal["infill"]
+    choices: list[InfillChoice]
+
+
 class DraftReply(BaseModel):
     """`diffusion.draft` of an event of `stream_options.drafts`, whose `choices` are empty: a canvas after a step.
 
