@@ -34,6 +34,7 @@ from nemo_diffgemma.parallel.agreement import world_size
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.request import Draft, Event, Finished, Reason, Request, Settled
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
@@ -57,13 +58,21 @@ class _Results(NamedTuple):
 
 
 class Engine:
-    """Continuous batching by denoising step. `decode` makes text of the ids of an answer, for stop strings."""
+    """Continuous batching by denoising step.
+
+    For stop strings, `decode` makes text of the ids of an answer, and `markers` tell what is said in it from the rest.
+    """
 
     def __init__(
-        self, network: DiffusionGemma, config: EngineConfig, decode: Callable[[list[int]], str] | None = None
+        self,
+        network: DiffusionGemma,
+        config: EngineConfig,
+        decode: Callable[[list[int]], str] | None = None,
+        markers: Markers | None = None,
     ) -> None:
         model = network.model_config
-        self.network, self.config, self.decode = network, config, decode
+        self.network, self.config = network, config
+        self.decode, self._markers = decode, markers or Markers()
         longest_step = max(TILE * max(1, config.tokens_per_pass // TILE), model.canvas_length)
         self.memory = ContextMemory(network, config.context_gb, config.typical_tokens, longest_step)
         self.slots = Slots(config.max_running, model.canvas_length, model.hidden_size, network.dtype, device())
@@ -290,8 +299,8 @@ class Engine:
     def _stops(self, request: Request, answer: list[int]) -> bool:
         if not request.stop or self.decode is None:
             return False
-        text = self.decode(answer)
-        return any(string in text for string in request.stop)
+        texts = [self.decode(run) for run in (self._markers.said(answer) if request.chat else [answer])]
+        return any(string in text for text in texts for string in request.stop)
 
     def _finish(self, sequence: Sequence, reason: Reason, error: str | None = None) -> Finished:
         self.memory.close(sequence.held)

@@ -33,7 +33,8 @@ class Request(Struct, frozen=True, tag=True):
     and every language where it has no tokenizer. `serving.answer_check` reads a finished answer once more.
 
     `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
-    of a settled canvas, and of so many of the most probable ids at its place.
+    of a settled canvas, and of so many of the most probable ids at its place. With `chat` the answer may have thoughts
+    and calls of tools, in which `stop` is not looked for.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Request(Struct, frozen=True, tag=True):
     language: Language | None = None
     adapter: str | None = None
     logprobs: int | None = None
+    chat: bool = False
 
     def check(self, model: ModelConfig) -> None:
         """Raise `UserError` for what this network can never answer."""
