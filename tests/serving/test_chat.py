@@ -174,7 +174,7 @@ def test_no_marker_of_a_free_answer_is_shown(client, text):
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"response_format": {"type": "json_object"}, "stop": ["a"]}, "stop", "invalid_value"),
         ({"response_format": {"type": "json_object"}, "max_tokens": 1}, None, None),
-        ({"tools": [{}]}, "tools.0.function", "missing_parameter"),
+        ({"tools": [{}]}, "tools.0.type", "missing_parameter"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "invalid_value"),
         ({"tools": [WEATHER], "tool_choice": "any"}, "tool_choice", "invalid_value"),
         ({"functions": []}, "functions", "unknown_parameter"),
