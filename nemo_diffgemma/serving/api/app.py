@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from fastapi import FastAPI
 
-from nemo_diffgemma.serving.api import chat, completions, information
+from nemo_diffgemma.serving.answer_check import AnswerCheck
+from nemo_diffgemma.serving.api import chat, completions, infill, information
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
 from nemo_diffgemma.serving.api.limits import Limits
@@ -16,9 +20,18 @@ from nemo_diffgemma.serving.settings import FrontSettings
 
 def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> FastAPI:
     """CORS is off: pages of other hosts may not ask. FastAPI's own pages are off: they load scripts from elsewhere."""
-    app, desk = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None), Desk(router, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        check.close()
+
+    check = AnswerCheck(metrics)
+    app = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None, lifespan=lifespan)
+    desk = Desk(router, settings, check)
     add_handlers(app)
     app.add_middleware(Limits, settings=settings)
-    for routes in (chat.routes(desk), completions.routes(desk), information.routes(desk, metrics)):
-        app.include_router(routes, responses=failures())
+    for kind in (chat, completions, infill):
+        app.include_router(kind.routes(desk), responses=failures())
+    app.include_router(information.routes(desk, metrics), responses=failures())
     return app

@@ -43,6 +43,12 @@ class PromptTokens(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokens(BaseModel):
+    """Of the tokens of answers, those of thoughts."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens; of several answers to a prompt it is counted once."""
 
@@ -50,6 +56,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokens
+    completion_tokens_details: CompletionTokens
 
 
 class Choice(BaseModel):
@@ -57,22 +64,71 @@ class Choice(BaseModel):
 
     index: int
     finish_reason: Literal["stop", "length"]
-    logprobs: None
     diffusion: AnswerDiffusion
 
 
+class FunctionReply(BaseModel):
+    """`arguments` is the JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallReply(BaseModel):
+    """A whole call. What the model wrote as a call and is none, cut or malformed, stands in `content` instead."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionReply
+
+
 class ChatMessage(BaseModel):
+    """What the model says, thinks and calls. Without markers: those are in `diffusion.token_ids` alone."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallReply] | None = None
+
+
+class TokenLogprob(BaseModel):
+    """A token, or one that might stand in its place: `bytes` of all, joined, are the text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of the tokens of settled canvases, in the last step, untempered."""
+
+    content: list[ChosenLogprob]
     refusal: None
 
 
+class CompletionLogprobs(BaseModel):
+    """The same, a list for each thing that is told."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatChoice(Choice):
+    finish_reason: Literal["stop", "length", "tool_calls"]  # type: ignore[assignment]
     message: ChatMessage
+    logprobs: ChatLogprobs | None
 
 
 class CompletionChoice(Choice):
     text: str
+    logprobs: CompletionLogprobs | None
 
 
 class _Reply(BaseModel):
@@ -95,6 +151,42 @@ class CompletionReply(_Reply):
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
+
+
+class FilledHole(BaseModel):
+    """A hole, from position `start` of the answer's tokens on; its text is null without a tokenizer."""
+
+    text: str | None
+    start: int
+    token_ids: list[int]
+
+
+class TriedLengths(BaseModel):
+    """Lengths of the holes, and the mean log-probability (nats) of their tokens: the highest was chosen."""
+
+    lengths: list[int]
+    logprob: float
+
+
+class InfillDiffusion(AnswerDiffusion):
+    tried: list[TriedLengths] | None = None
+
+
+class InfillChoice(BaseModel):
+    """The whole text, what was locked as it was given, and the holes in their order."""
+
+    index: int
+    text: str | None
+    holes: list[FilledHole]
+    finish_reason: Literal["stop"]
+    diffusion: InfillDiffusion
+
+
+class InfillReply(_Reply):
+    """Filled holes; of a stream it is the last event before [DONE]."""
+
+    object: Literal["infill"]
+    choices: list[InfillChoice]
 
 
 class DraftReply(BaseModel):
