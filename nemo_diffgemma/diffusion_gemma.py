@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,11 @@ from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.serving.constraints.constraint import Constraint
 from nemo_diffgemma.serving.constraints.sequence import ConstrainedBatch
+from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 from nemo_diffgemma.transfer import to_device
+
+if TYPE_CHECKING:
+    from nemo_diffgemma.serving.conversation import ChatAnswer, ChatDraft
 
 
 class DiffusionGemma(Network):
@@ -150,6 +154,34 @@ class DiffusionGemma(Network):
                 observe=observe,
                 constraints=told,
             )
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        seed: int = 0,
+        canvas_length: int | None = None,
+        sampler: SamplerConfig | None = None,
+        on_draft: Callable[[ChatDraft], None] | None = None,
+    ) -> ChatAnswer:
+        """The next turn of a conversation: a text, or messages with `role` and `content`, in the chat template.
+
+        A server's answer (/v1/chat/completions) to the same messages, settings and seed has the same tokens. `on_draft`
+        sees the canvas after every denoising step, on every rank. Raises `UserError` without a tokenizer, and for what
+        the template or `generate` refuses.
+        """
+        from nemo_diffgemma.serving.conversation import chat
+
+        return chat(
+            self,
+            messages,
+            max_tokens=max_tokens,
+            seed=seed,
+            canvas_length=canvas_length,
+            sampler=sampler,
+            on_draft=on_draft,
+        )
 
     def start(self, first_positions: Sequence[int]) -> Cache:
         """A cache of sequences without context, whose first tokens will have these positions."""

@@ -52,7 +52,8 @@ Part = Said | Thought | ToolCall
 class AnswerParts:
     """Collects the tokens of one answer: what `push` returns is the same in the end, however tokens come.
 
-    Strings of `stop` end the answer where they stand in what the model says. `most_calls` may be made; None: any number.
+    Strings of `stop` end the answer where they stand in what the model says. `most_calls` may be made; None: any
+    number.
     """
 
     def __init__(
