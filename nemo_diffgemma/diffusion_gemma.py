@@ -32,7 +32,7 @@ from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 from nemo_diffgemma.transfer import to_device
 
 if TYPE_CHECKING:
-    from nemo_diffgemma.serving.conversation import ChatAnswer, ChatDraft
+    from nemo_diffgemma.serving.local_chat import ChatAnswer, ChatDraft
 
 
 class DiffusionGemma(Network):
@@ -171,7 +171,7 @@ class DiffusionGemma(Network):
         sees the canvas after every denoising step, on every rank. Raises `UserError` without a tokenizer, and for what
         the template or `generate` refuses.
         """
-        from nemo_diffgemma.serving.conversation import chat
+        from nemo_diffgemma.serving.local_chat import chat
 
         return chat(
             self,
