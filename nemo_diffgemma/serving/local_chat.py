@@ -116,6 +116,17 @@ def chat(
     )
 
 
+def _turns(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Raises `UserError`."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            expected = "expected a text, or messages like {'role': 'user', 'content': 'Hello'}"
+            raise UserError(f"messages[{index}] is {message!r}; {expected}")
+    return [dict(message) for message in messages]
+
+
 def text_of(model: Model) -> ServedText:
     """The tokenizer beside a model's weights, as a server reads it; read once. Raises `UserError` without one."""
     if (found := getattr(model, "_served_text", None)) is None:

@@ -148,7 +148,12 @@ def test_a_stream_has_the_steps_and_then_the_reply(server, ask, hole):
         ({"text": ["a"]}, "text", "no hole"),
         ({"text": ["a", {"hole": 0}]}, "text.1.hole", "greater than or equal to 1"),
         ({"text": ["a", {"hole": {"min": 5, "max": 2}}]}, "text", "5 to 2 tokens"),
-        ({"text": [{"hole": {"min": 1, "max": 2}}, "a"] * 6}, "text", "6 holes of free length; expected at most 5"),
+        (
+            {"text": [{"hole": {"min": 1, "max": 2}}, "a"] * 6},
+            "text",
+            "6 holes of free length in a text of up to 18 tokens; expected at most 5 of them",
+        ),
+        ({"text": ["a", {"hole": {"min": 1, "max": 40_000}}]}, "text", "expected at most 0 of them"),
         ({"text": ["a", {"hole": 10**6}]}, "text", "this server has room for"),
         ({"token_ids": [3, None], "text": ["a"]}, "text", "one of text and token_ids"),
         ({"token_ids": [3, None, 10**6]}, None, "id 1000000"),

@@ -92,7 +92,9 @@ class _Response:
             yield line({"type": f"response.{self.status}", "response": self.now()})
         except Exception as error:
             body = body_of_failure(failure_of(error))
-            yield line({"type": "error", **{name: body["error"][name] for name in ("code", "message", "param")}, **body})
+            yield line(
+                {"type": "error", **{name: body["error"][name] for name in ("code", "message", "param")}, **body}
+            )
 
     async def _told(self) -> AsyncIterator[dict[str, Any]]:
         """Events of the answer's items, and drafts. Raises `Failure`."""

@@ -156,7 +156,9 @@ class ResponsesBody(Body):
             model=self.model,
             messages=_messages(self.instructions, self.input),
             max_tokens=self.max_output_tokens,
-            tools=[Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in self.tools],
+            tools=[
+                Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in self.tools
+            ],
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
             response_format=_format(self.text.format),
