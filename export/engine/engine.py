@@ -227,6 +227,8 @@ class Engine:
         """One denoising step of [B, C] canvases; new context is encoded first."""
         if inputs.constraint is not None:
             raise EngineError("engines keep no logits, so they cannot be constrained; generate from the checkpoint")
+        if inputs.locked is not None:
+            raise EngineError("engines cannot hold tokens in their places (locked); generate from the checkpoint")
         cache = self._extended(cache, inputs.context)
         outputs = self.step(
             cache,

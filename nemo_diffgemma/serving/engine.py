@@ -32,6 +32,8 @@ from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.parallel.agreement import world_size
 from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, ConstrainedSequence
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
 from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Scores, Settled
@@ -46,6 +48,14 @@ class Work(NamedTuple):
     sequence: Sequence
     context: int
     denoises: bool
+
+
+class Waiting(NamedTuple):
+    """A request that has not begun."""
+
+    arrival: int
+    request: Request
+    constraint: ConstrainedSequence | None
 
 
 class _Results(NamedTuple):
@@ -72,7 +82,8 @@ class Engine:
         self.memory = ContextMemory(network, config.context_gb, config.typical_tokens, longest_step)
         self.slots = Slots(config.max_running, model.canvas_length, model.hidden_size, network.dtype, device())
         self._free_slots = list(reversed(range(config.max_running)))
-        self.waiting: deque[tuple[int, Request]] = deque()
+        self._constraints = CanvasConstraints(device())
+        self.waiting: deque[Waiting] = deque()
         self.running: list[Sequence] = []
         self.moved_out: list[Sequence] = []  # by arrival
         self._arrivals = itertools.count()
@@ -82,22 +93,35 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `UserError` for one that can never be answered here."""
+    def check(self, request: Request) -> None:
+        """Raise `UserError` for a request that can never be answered here, whatever its language."""
         request.check(self.network.model_config)
         if not self.memory.fits(request.most_context):
             raise UserError(
                 f"{len(request.prompt)} tokens of prompt and {request.max_tokens} of answer need more context memory "
                 "than this server has; ask for less, or start it with more context_gb"
             )
-        self.waiting.append((next(self._arrivals), request))
+
+    def add(self, request: Request, automaton: TokenAutomaton | None = None) -> None:
+        """Queue a request; `automaton` is that of its language. Raises `UserError` for one that can never be answered.
+
+        A `ConstraintError` is one: no text of the language fits.
+        """
+        self.check(request)
+        constraint = None
+        if request.language is not None:
+            if automaton is None:
+                raise UserError("the request has a language, and add() no automaton of it; compile it first")
+            given = (request.canvas_length, request.max_tokens, request.sampler.eos_ids, request.locked)
+            constraint = ConstrainedSequence(automaton, *given, device())
+        self.waiting.append(Waiting(next(self._arrivals), request, constraint))
 
     def cancel(self, id: str) -> list[Event]:
         """End a request at once, wherever it is; unknown ones are over already."""
-        for index, (_, request) in enumerate(self.waiting):
-            if request.id == id:
+        for index, one in enumerate(self.waiting):
+            if one.request.id == id:
                 del self.waiting[index]
-                return [Finished(id, Reason.CANCELLED, len(request.prompt), 0)]
+                return [Finished(id, Reason.CANCELLED, len(one.request.prompt), 0)]
         for sequence in [*self.running, *self.moved_out]:
             if sequence.request.id == id:
                 return [self._finish(sequence, Reason.CANCELLED)]
@@ -163,13 +187,15 @@ class Engine:
                 return
             self.running.append(self.moved_out.pop(0))
         while self.waiting and self._free_slots:
-            arrival, request = self.waiting[0]
+            arrival, request, constraint = self.waiting[0]
             held = self.memory.open(request.prompt)
             if not self.memory.has_room(held, len(request.prompt)):
                 self.memory.close(held)
                 return
             self.waiting.popleft()
-            self.running.append(Sequence(request, held, self._free_slots.pop(), held.end, arrival))
+            self.running.append(
+                Sequence(request, held, self._free_slots.pop(), held.end, arrival, constraint=constraint)
+            )
 
     def _reserve(self, sequence: Sequence, context: int) -> None:
         """Blocks for new context; where there are none the youngest sequence gives its own, perhaps this one."""
@@ -183,7 +209,8 @@ class Engine:
         """Enqueue a pass."""
         model = self.network.model_config
         cache = self.memory.cache([one.sequence.held for one in work], [one.context for one in work])
-        turns = [one.sequence.turn() for one in work if one.denoises]
+        denoising = [one.sequence for one in work if one.denoises]
+        turns = [sequence.turn() for sequence in denoising]
         places = [
             (index, sequence.held.end + context) for index, (sequence, context, denoises) in enumerate(work) if denoises
         ]
@@ -201,12 +228,21 @@ class Engine:
             sequence.step += denoises
         if hidden is None:
             return None
-        found = self.network.statistics(hidden, cells.temperature_N1, cells.uniforms(), soft_embedding=True)
-        assert found.sample_N is not None and found.soft_embedding_NH is not None
-        outcomes = self.slots.advance(
-            cells, found.argmax_N, found.sample_N, found.entropy_N, found.soft_embedding_NH, model.vocab_size
+        constraint = self._constraints.of([one.constraint for one in denoising], [turn.length for turn in turns])
+        found = self.network.statistics(
+            hidden,
+            cells.temperature_N1,
+            cells.uniforms(),
+            soft_embedding=True,
+            constraint=constraint,
+            locked_N=cells.locked_N,
         )
-        return self._results([one.sequence for one in work if one.denoises], outcomes, hidden)
+        allowed = None
+        if constraint is not None:
+            assert found.allowed_nC is not None
+            allowed = constraint.allowed(found.argmax_N, found.allowed_nC)
+        outcomes = self.slots.advance(cells, found, allowed, model.vocab_size)
+        return self._results(denoising, outcomes, hidden)
 
     def _context_tokens(self, work: list[Work]) -> Tensor:
         """Ids of the new context of a pass: parts of prompts, and canvases that have settled."""
@@ -296,17 +332,18 @@ class Engine:
         sequence.answer += new
         if reason is not None:
             return [settled, self._finish(sequence, reason)]
-        sequence.canvas, sequence.step = sequence.canvas + 1, 0
+        sequence.settle(tokens)
         return [settled]
 
     def _cut(self, request: Request, answer: list[int], tokens: list[int]) -> tuple[list[int], Reason | None]:
         """Tokens of a canvas up to what ends the answer, that included, and why it ends if it does."""
-        first = request.earliest_end - len(answer)
+        first = max(request.locked, default=0) - len(answer)  # that may end it
         ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids and index >= first]
         new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
         if len(answer) + len(new) >= request.max_tokens:
             new = new[: request.max_tokens - len(answer)]
-            reason = Reason.STOP if new[-1] in request.sampler.eos_ids else Reason.LENGTH
+            is_whole = new[-1] in request.sampler.eos_ids or request.language is not None
+            reason = Reason.STOP if is_whole else Reason.LENGTH
         if self._stops(request, answer + new):
             fewest = next(n for n in range(1, len(new) + 1) if self._stops(request, answer + new[:n]))
             return new[:fewest], Reason.STOP

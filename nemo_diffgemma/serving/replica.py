@@ -3,6 +3,7 @@
 Rank 0 speaks with the front end (mailbox.py). Before each pass it tells the others what has come, so that the engines
 of all ranks are given the same calls in the same order. SIGTERM drains: what is being answered is answered, nothing
 new is taken. An error of one request ends that request; any other ends the replica, which tells the front end why.
+A request with a language is accepted when that is compiled (compiling.py); passes go on meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 import msgspec
@@ -22,6 +24,9 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero, world_size
 from nemo_diffgemma.parallel.groups import current_layout, device
+from nemo_diffgemma.serving.compiling import Compilation, Compiled, LanguageCompiler
+from nemo_diffgemma.serving.constraints import ConstraintError, Vocabulary, bytes_of_tokens
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
 from nemo_diffgemma.serving.mailbox import Errand, Mailbox
 from nemo_diffgemma.serving.messages import (
@@ -37,7 +42,7 @@ from nemo_diffgemma.serving.messages import (
     Unknown,
     encode,
 )
-from nemo_diffgemma.serving.request import Request
+from nemo_diffgemma.serving.request import Finished, Reason, Request
 from nemo_diffgemma.serving.text import ServedText, files_of, fingerprint
 from nemo_diffgemma.tokenizer import Text
 
@@ -54,23 +59,27 @@ class Replica:
     def __init__(
         self, network: DiffusionGemma, config: EngineConfig, address: str, name: str, lonely_seconds: float
     ) -> None:
-        files = files_of(Text(network.assets))
+        read = Text(network.assets)
+        files = files_of(read)
         text = ServedText(files) if files else None
         self.engine = Engine(network, config, decode=text.decode if text else None)
         self.draining = False
         self._signalled = False
         self._errands_of_ranks = _Errands()
+        self._compilation = Compilation()
+        self._compiler: LanguageCompiler | None = None
         self._mailbox: Mailbox | None = None
         hello = Hello(name, _facts(self.engine, fingerprint(files)))
         with all_or_none():
             if is_rank_zero():
                 self._mailbox = Mailbox(address, hello, files, lonely_seconds)
+                self._compiler = LanguageCompiler(partial(_vocabulary, network, read), self._mailbox.post)
 
     def serve(self) -> None:
         """Until it is drained. Raises what ends it before."""
         before = {number: signal.signal(number, self._drain_at_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            while not (self.draining and not self.engine.has_work):
+            while not (self.draining and not self.engine.has_work and not self._compilation):
                 self._turn()
             self._close(Farewell(False, "drained"))
         except Exception as error:
@@ -87,6 +96,8 @@ class Replica:
         if self._mailbox is not None:
             self._mailbox.send(farewell)
             self._mailbox.close()
+        if self._compiler is not None:
+            self._compiler.close()
 
     def _turn(self) -> None:
         """What has come, then a pass."""
@@ -103,7 +114,8 @@ class Replica:
             if events:
                 self._mailbox.send(Events(list(events)))
             engine = self.engine
-            self._mailbox.passed(len(engine.running), len(engine.waiting) + len(engine.moved_out), engine.passes)
+            waiting = len(engine.waiting) + len(engine.moved_out) + len(self._compilation)
+            self._mailbox.passed(len(engine.running), waiting, engine.passes)
 
     def _taken(self) -> list[Errand]:
         """What rank 0 has heard; others hear it from there."""
@@ -121,24 +133,50 @@ class Replica:
         """The same on every rank."""
         engine = self.engine
         if isinstance(errand, Request):
-            if self.draining:
-                return [Refused(errand.id, "this replica is about to end")]
-            try:
-                engine.add(errand)
-            except UserError as error:
-                return [Refused(errand.id, str(error))]
-            return [Accepted(errand.id)]
+            return self._begin(errand)
+        if isinstance(errand, Compiled):
+            requests, automaton = self._compilation.take(errand)
+            if automaton is None:
+                return [Refused(request.id, errand.why) for request in requests]
+            return [self._added(request, automaton) for request in requests]
         if isinstance(errand, Cancel):
+            if (request := self._compilation.cancel(errand.id)) is not None:
+                return [Finished(request.id, Reason.CANCELLED, len(request.prompt), 0)]
             return [*engine.cancel(errand.id)]
         if isinstance(errand, Unknown):
+            self._compilation.forget()
             everyone = [one.request for one in [*engine.running, *engine.moved_out]]
-            for request in [*everyone, *(request for _, request in engine.waiting)]:
+            for request in [*everyone, *(one.request for one in engine.waiting)]:
                 engine.cancel(request.id)
             return []
         if not self.draining and self._mailbox is not None:
             self._mailbox.send(Farewell(True, "draining"))
         self.draining = True
         return []
+
+    def _begin(self, request: Request) -> list[Event]:
+        """A request has come."""
+        if self.draining:
+            return [Refused(request.id, "this replica is about to end")]
+        if request.language is None:
+            return [self._added(request, None)]
+        automaton = self._compilation.automaton(request.language)
+        if automaton is not None:
+            return [self._added(request, automaton)]
+        try:
+            self.engine.check(request)
+        except UserError as error:
+            return [Refused(request.id, str(error))]
+        if self._compilation.wait(request, request.language) and self._compiler is not None:
+            self._compiler.submit(request.language)
+        return []
+
+    def _added(self, request: Request, automaton: TokenAutomaton | None) -> Event:
+        try:
+            self.engine.add(request, automaton)
+        except UserError as error:
+            return Refused(request.id, str(error))
+        return Accepted(request.id)
 
 
 class _Errands:
@@ -161,6 +199,14 @@ class _Errands:
             content = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         dist.broadcast(content, 0, group=self._group)
         return errands if is_rank_zero() else _errands.decode(content.numpy().tobytes())
+
+
+def _vocabulary(network: DiffusionGemma, text: Text) -> Vocabulary:
+    """What languages are spelled with. Raises `ConstraintError`."""
+    if text.tokenizer is None:
+        raise ConstraintError("this model has no tokenizer, so its answers cannot be held to a language")
+    tokens = bytes_of_tokens(text.tokenizer)
+    return Vocabulary(tokens, network.model_config.vocab_size, network.sampler_defaults.eos_ids)
 
 
 def _facts(engine: Engine, text: str) -> Facts:

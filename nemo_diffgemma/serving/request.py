@@ -74,11 +74,6 @@ class Request(Struct, frozen=True, tag=True):
             )
 
     @property
-    def earliest_end(self) -> int:
-        """The first position of the answer at which an end-of-sequence id ends it: what is locked is reached."""
-        return max(self.locked, default=0)
-
-    @property
     def canvases(self) -> int:
         """The most canvases that the answer can have."""
         return -(-self.max_tokens // self.canvas_length)
