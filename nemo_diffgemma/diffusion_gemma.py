@@ -146,7 +146,7 @@ class DiffusionGemma(Network):
         sampler.check_ids(self.model_config.vocab_size)
         if noise is None:
             noise = KeyedNoise.for_rows(seed, input_ids.shape[0], length, self.model_config.vocab_size, device())
-        held = self._checked_locks(locked, input_ids.shape[0], max_new_tokens, sampler)
+        held = self._checked_locks(locked, input_ids.shape[0], max_new_tokens)
         told = None
         if constraints is not None:
             canvases = -(-max_new_tokens // length)
@@ -194,13 +194,13 @@ class DiffusionGemma(Network):
         )
 
     def _checked_locks(
-        self, locked: Sequence[Mapping[int, int] | None] | None, rows: int, tokens: int, sampler: SamplerConfig
+        self, locked: Sequence[Mapping[int, int] | None] | None, rows: int, tokens: int
     ) -> list[Mapping[int, int]]:
         if locked is not None and len(locked) != rows:
             raise UserError(f"locked has {len(locked)} entries for {rows} rows; give one, or None, for each row")
         held = [row or {} for row in locked or ()]
         for row in held:
-            check_locked(row, tokens, self.model_config.vocab_size, sampler.eos_ids)
+            check_locked(row, tokens, self.model_config.vocab_size)
         return held
 
     def start(self, first_positions: Sequence[int]) -> Cache:

@@ -36,6 +36,7 @@ from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, Const
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Scores, Settled
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
@@ -71,13 +72,21 @@ class _Results(NamedTuple):
 
 
 class Engine:
-    """Continuous batching by denoising step. `decode` makes text of the ids of an answer, for stop strings."""
+    """Continuous batching by denoising step.
+
+    For stop strings, `decode` makes text of the ids of an answer, and `markers` tell what is said in it from the rest.
+    """
 
     def __init__(
-        self, network: DiffusionGemma, config: EngineConfig, decode: Callable[[list[int]], str] | None = None
+        self,
+        network: DiffusionGemma,
+        config: EngineConfig,
+        decode: Callable[[list[int]], str] | None = None,
+        markers: Markers | None = None,
     ) -> None:
         model = network.model_config
-        self.network, self.config, self.decode = network, config, decode
+        self.network, self.config = network, config
+        self.decode, self._markers = decode, markers or Markers()
         longest_step = max(TILE * max(1, config.tokens_per_pass // TILE), model.canvas_length)
         self.memory = ContextMemory(network, config.context_gb, config.typical_tokens, longest_step)
         self.slots = Slots(config.max_running, model.canvas_length, model.hidden_size, network.dtype, device())
@@ -337,7 +346,7 @@ class Engine:
 
     def _cut(self, request: Request, answer: list[int], tokens: list[int]) -> tuple[list[int], Reason | None]:
         """Tokens of a canvas up to what ends the answer, that included, and why it ends if it does."""
-        first = max(request.locked, default=0) - len(answer)  # that may end it
+        first = request.earliest_end - len(answer)
         ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids and index >= first]
         new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
         if len(answer) + len(new) >= request.max_tokens:
@@ -352,8 +361,8 @@ class Engine:
     def _stops(self, request: Request, answer: list[int]) -> bool:
         if not request.stop or self.decode is None:
             return False
-        text = self.decode(answer)
-        return any(string in text for string in request.stop)
+        texts = [self.decode(run) for run in (self._markers.said(answer) if request.chat else [answer])]
+        return any(string in text for text in texts for string in request.stop)
 
     def _finish(self, sequence: Sequence, reason: Reason, error: str | None = None) -> Finished:
         self.memory.close(sequence.held)

@@ -62,7 +62,7 @@ class Replica:
         read = Text(network.assets)
         files = files_of(read)
         text = ServedText(files) if files else None
-        self.engine = Engine(network, config, decode=text.decode if text else None)
+        self.engine = Engine(network, config, text.decode if text else None, text.part_markers if text else None)
         self.draining = False
         self._signalled = False
         self._errands_of_ranks = _Errands()

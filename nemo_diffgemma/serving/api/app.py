@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from fastapi import FastAPI
 
+from nemo_diffgemma.serving.answer_check import AnswerCheck
 from nemo_diffgemma.serving.api import chat, completions, infill, information, responses
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
@@ -15,7 +19,15 @@ from nemo_diffgemma.serving.settings import FrontSettings
 
 def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> FastAPI:
     """CORS is off: pages of other hosts may not ask. FastAPI's own pages are off: they load scripts from elsewhere."""
-    app, desk = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None), Desk(router, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        check.close()
+
+    check = AnswerCheck(metrics)
+    app = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None, lifespan=lifespan)
+    desk = Desk(router, settings, check)
     add_handlers(app)
     app.add_middleware(Limits, most_bytes=int(settings.max_body_mb * 1e6), keys=settings.api_keys)
     for kind in (chat, completions, infill, responses):

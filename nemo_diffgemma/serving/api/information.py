@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from nemo_diffgemma.serving.api.asking import Desk
+from nemo_diffgemma.serving.api.conversation import for_template
 from nemo_diffgemma.serving.api.fields import TokenizeBody
 from nemo_diffgemma.serving.failures import InvalidRequest
 from nemo_diffgemma.serving.metrics import Metrics
@@ -66,8 +67,8 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give one of prompt and messages", "invalid_value", "prompt")
         if body.messages is not None:
-            messages = [message.for_template() for message in body.messages]
-            ids = await asyncio.to_thread(desk.text.encode_chat, messages)
+            variables = body.template_variables
+            ids = await asyncio.to_thread(desk.text.encode_chat, for_template(body.messages), **variables)
         else:
             assert body.prompt is not None
             ids = await asyncio.to_thread(desk.text.encode, body.prompt, body.add_special_tokens)

@@ -43,6 +43,12 @@ class PromptTokens(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokens(BaseModel):
+    """Of the tokens of answers, those of thoughts."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens; of several answers to a prompt it is counted once."""
 
@@ -50,6 +56,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokens
+    completion_tokens_details: CompletionTokens
 
 
 class Choice(BaseModel):
@@ -60,10 +67,29 @@ class Choice(BaseModel):
     diffusion: AnswerDiffusion
 
 
+class FunctionReply(BaseModel):
+    """`arguments` is the JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallReply(BaseModel):
+    """A whole call. What the model wrote as a call and is none, cut or malformed, stands in `content` instead."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionReply
+
+
 class ChatMessage(BaseModel):
+    """What the model says, thinks and calls. Without markers: those are in `diffusion.token_ids` alone."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallReply] | None = None
 
 
 class TokenLogprob(BaseModel):
@@ -95,6 +121,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class ChatChoice(Choice):
+    finish_reason: Literal["stop", "length", "tool_calls"]  # type: ignore[assignment]
     message: ChatMessage
     logprobs: ChatLogprobs | None
 

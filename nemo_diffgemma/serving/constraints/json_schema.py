@@ -41,6 +41,7 @@ _OF_TYPE = {
 }
 _OF_TYPE["integer"] = _OF_TYPE["number"]
 _COMBINING = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
+_BESIDE_VALUES = {"enum", "const", "type", "minLength", "maxLength"} | _OF_TYPE["number"]
 _KNOWN = _ANNOTATIONS | {"type", *_COMBINING}.union(*_OF_TYPE.values())
 
 
@@ -157,14 +158,19 @@ class _Translator:
     def _listed(self, schema: Mapping[str, Any], at: Place) -> str | None:
         """`enum` and `const`: the listed values that the rest of the schema accepts, asked of jsonschema."""
         from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import UnknownType
 
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise self._refusal((*at, "enum"), f"is {values!r}; expected a list of values")
-        if "$ref" in schema:
-            raise self._refusal(at, "has '$ref' beside 'enum' or 'const'; a constraint can express one of them alone")
+        beside = [name for name in schema if name in _KNOWN - _ANNOTATIONS - _BESIDE_VALUES]
+        if beside:  # a pattern among them would be matched here, and may take for ever
+            raise self._refusal(at, f"has {beside[0]!r} beside 'enum' or 'const'; a constraint can express one alone")
         accepted = Draft202012Validator(schema).is_valid
-        return _either([self._values.exactly(value) for value in values if accepted(value)])
+        try:
+            return _either([self._values.exactly(value) for value in values if accepted(value)])
+        except (TypeError, UnknownType):
+            raise self._refusal(at, "has a bound or a type that is none of JSON schema's") from None
 
     def _combined(self, keyword: str, given: Any, at: Place) -> str | None:
         if keyword == "$ref":
