@@ -33,6 +33,7 @@ from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 from nemo_diffgemma.transfer import to_device
 
 if TYPE_CHECKING:
+    from nemo_diffgemma.serving.constraints.languages import Language
     from nemo_diffgemma.serving.local_chat import ChatAnswer, ChatDraft
 
 
@@ -174,12 +175,16 @@ class DiffusionGemma(Network):
         canvas_length: int | None = None,
         sampler: SamplerConfig | None = None,
         on_draft: Callable[[ChatDraft], None] | None = None,
+        language: Language | None = None,
+        **template: Any,
     ) -> ChatAnswer:
         """The next turn of a conversation: a text, or messages with `role` and `content`, in the chat template.
 
         A server's answer (/v1/chat/completions) to the same messages, settings and seed has the same tokens. `on_draft`
-        sees the canvas after every denoising step, on every rank. Raises `UserError` without a tokenizer, and for what
-        the template or `generate` refuses.
+        sees the canvas after every denoising step, on every rank. The answer is of a `language` of
+        `serving.constraints`, where one is given; `template` are variables of the chat template: `tools`,
+        `enable_thinking` and others. Collective. Raises `UserError` without a tokenizer, and for what the template, the
+        language or `generate` refuses.
         """
         from nemo_diffgemma.serving.local_chat import chat
 
@@ -191,6 +196,8 @@ class DiffusionGemma(Network):
             canvas_length=canvas_length,
             sampler=sampler,
             on_draft=on_draft,
+            language=language,
+            **template,
         )
 
     def _checked_locks(
