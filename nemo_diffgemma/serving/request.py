@@ -17,6 +17,8 @@ from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.constraints.languages import Language
 
+MOST_SCORES = 20  # of the most probable ids at a place, as OpenAI's API has it
+
 
 class Request(Struct, frozen=True, tag=True):
     """A prompt and everything that its answer depends on; nothing else does.
@@ -63,6 +65,8 @@ class Request(Struct, frozen=True, tag=True):
         if not 1 <= self.canvas_length <= model.canvas_length:
             raise UserError(f"canvas_length={self.canvas_length}; expected 1 to {model.canvas_length}")
         check_seed(self.seed)
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_SCORES:
+            raise UserError(f"logprobs={self.logprobs}; expected 0 to {MOST_SCORES}, or none")
         self.sampler.check_ids(model.vocab_size)
         check_locked(self.locked, self.max_tokens, model.vocab_size)
         if self.stop and (self.language is not None or self.locked):

@@ -163,3 +163,20 @@ def serve_in_layout(layout: dict[str, int], checkpoint: str, address: str, engin
     replica = Replica(network, EngineConfig(**engine), address, "ranks", lonely_seconds=60.0)
     replica.serve()
     return len(replica.engine.running)
+
+
+def chat_in_layout(layout: dict[str, int], checkpoint: str) -> tuple[list[int], list[int], int]:
+    """What a chat in ranks of a pool gives, what `generate` gives there, and the drafts that this rank saw."""
+    import torch
+
+    from nemo_diffgemma import DiffusionGemma, ParallelLayout
+    from nemo_diffgemma.parallel import initialize
+    from nemo_diffgemma.serving.local_chat import text_of
+
+    initialize(ParallelLayout(**layout))
+    network, drafts = DiffusionGemma.from_checkpoint(checkpoint), []
+    sampler = network.sampler_defaults.with_overrides({"max_denoising_steps": 3, "entropy_bound": 20.0})
+    answer = network.chat("Hi", seed=3, max_tokens=60, canvas_length=16, sampler=sampler, on_draft=drafts.append)
+    prompt = text_of(network).encode_chat([{"role": "user", "content": "Hi"}])
+    result = network.generate(torch.tensor([prompt]), 60, sampler=sampler, seed=[3], canvas_length=16)
+    return answer.token_ids, result.sequences[0, len(prompt) :].tolist(), len(drafts) - answer.steps

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from nemo_diffgemma.serving.answer_check import AnswerCheck
-from nemo_diffgemma.serving.api import chat, completions, infill, information
+from nemo_diffgemma.serving.api import chat, completions, infill, information, responses
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
 from nemo_diffgemma.serving.api.limits import Limits
@@ -31,7 +31,7 @@ def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> Fas
     desk = Desk(router, settings, check)
     add_handlers(app)
     app.add_middleware(Limits, settings=settings)
-    for kind in (chat, completions, infill):
+    for kind in (chat, completions, infill, responses):
         app.include_router(kind.routes(desk), responses=failures())
     app.include_router(information.routes(desk, metrics), responses=failures())
     return app

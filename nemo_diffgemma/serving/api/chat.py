@@ -75,7 +75,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _prompt(desk: Desk, body: ChatBody) -> list[int]:
+def prompt_of(desk: Desk, body: ChatBody) -> list[int]:
     """Ids of the conversation; `body.language` is known then, too. It may take a while."""
     body.language  # noqa: B018
     if body.offer.tools and desk.text.part_markers.call is None:
@@ -87,7 +87,7 @@ def routes(desk: Desk) -> APIRouter:
     router = APIRouter()
 
     async def answer(body: ChatBody) -> Response:
-        prompt = await asyncio.to_thread(_prompt, desk, body)
+        prompt = await asyncio.to_thread(prompt_of, desk, body)
         jobs = await desk.submit(desk.requests([prompt], body, body.max_completion_tokens or body.max_tokens))
         format = _Chat(desk, body)
         if body.stream:

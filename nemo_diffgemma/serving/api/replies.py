@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Error(BaseModel):
@@ -151,6 +151,54 @@ class CompletionReply(_Reply):
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
+
+
+class InputDetails(BaseModel):
+    """Of the tokens of the prompt, those that the prefix cache had."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(BaseModel):
+    """Of the tokens of the answer, those of thoughts."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class IncompleteDetails(BaseModel):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseDiffusion(AnswerDiffusion, ReplyDiffusion):
+    """How the answer came about."""
+
+
+class ResponseReply(BaseModel):
+    """A response; other fields say again what was asked. `output` has items of type message, reasoning, function_call.
+
+    A stream has OpenAI's typed events, numbered, and those of type `diffusion.draft` where they are asked for.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[dict[str, Any]]
+    incomplete_details: IncompleteDetails | None
+    usage: ResponseUsage
+    diffusion: ResponseDiffusion
 
 
 class FilledHole(BaseModel):
