@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from nemo_diffgemma.serving.api.app import create_app
 from nemo_diffgemma.serving.api.fields import ChatBody, CompletionBody, TokenizeBody
+from nemo_diffgemma.serving.api.infill_body import InfillBody
 from nemo_diffgemma.serving.api.replies import ErrorReply
+from nemo_diffgemma.serving.api.responses_body import ResponsesBody
 from nemo_diffgemma.serving.metrics import Metrics
 from nemo_diffgemma.serving.router import Router
 from nemo_diffgemma.serving.settings import FrontSettings
@@ -105,9 +107,12 @@ VALUES = st.recursive(
 BODIES = {
     "/v1/completions": {"model": "m", "prompt": "a"},
     "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"model": "m", "input": "a"},
+    "/v1/infill": {"model": "m", "text": ["a", {"hole": 3}]},
     "/tokenize": {"prompt": "a"},
 }
-FIELDS = sorted({name for body in (CompletionBody, ChatBody, TokenizeBody) for name in body.model_fields})
+KINDS = (CompletionBody, ChatBody, TokenizeBody, ResponsesBody, InfillBody)
+FIELDS = sorted({name for body in KINDS for name in body.model_fields})
 
 
 @pytest.mark.parametrize("path", BODIES)
