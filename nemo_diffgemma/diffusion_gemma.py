@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +29,12 @@ from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.serving.constraints.constraint import Constraint
 from nemo_diffgemma.serving.constraints.sequence import ConstrainedBatch
+from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 from nemo_diffgemma.transfer import to_device
+
+if TYPE_CHECKING:
+    from nemo_diffgemma.serving.constraints.languages import Language
+    from nemo_diffgemma.serving.local_chat import ChatAnswer, ChatDraft
 
 
 class DiffusionGemma(Network):
@@ -160,6 +165,40 @@ class DiffusionGemma(Network):
                 constraints=told,
                 locked=held,
             )
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        seed: int = 0,
+        canvas_length: int | None = None,
+        sampler: SamplerConfig | None = None,
+        on_draft: Callable[[ChatDraft], None] | None = None,
+        language: Language | None = None,
+        **template: Any,
+    ) -> ChatAnswer:
+        """The next turn of a conversation: a text, or messages with `role` and `content`, in the chat template.
+
+        A server's answer (/v1/chat/completions) to the same messages, settings and seed has the same tokens. `on_draft`
+        sees the canvas after every denoising step, on every rank. The answer is of a `language` of
+        `serving.constraints`, where one is given; `template` are variables of the chat template: `tools`,
+        `enable_thinking` and others. Collective. Raises `UserError` without a tokenizer, and for what the template, the
+        language or `generate` refuses.
+        """
+        from nemo_diffgemma.serving.local_chat import chat
+
+        return chat(
+            self,
+            messages,
+            max_tokens=max_tokens,
+            seed=seed,
+            canvas_length=canvas_length,
+            sampler=sampler,
+            on_draft=on_draft,
+            language=language,
+            **template,
+        )
 
     def _checked_locks(
         self, locked: Sequence[Mapping[int, int] | None] | None, rows: int, tokens: int

@@ -96,7 +96,7 @@ def statistics(
         gain = softcap / temperature
         gain = gain.float() if isinstance(gain, Tensor) else gain
         sweep = _Sweep(
-            hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding, constraint
+            hidden_NH, weight, shard, softcap, gain, chunk or chunk_of(hidden_NH), soft_embedding, constraint
         )
         maximum_NK, reference_NK, mass_NK, moment_NK = sweep.of_all_ranks()
         top_N1 = maximum_NK.amax(1, keepdim=True)
@@ -114,7 +114,7 @@ def statistics(
     return Statistics(log_sum_exp_N, entropy_N, ids[0], None if uniforms_N is None else ids[1], soft_NH, allowed_nC)
 
 
-def _chunk_of(hidden_NH: Tensor) -> int:
+def chunk_of(hidden_NH: Tensor) -> int:
     """Ids at a time, where the caller does not say."""
     if hidden_NH.device.type == "cpu":
         return CHUNK

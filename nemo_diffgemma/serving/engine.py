@@ -36,7 +36,8 @@ from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, Const
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
-from nemo_diffgemma.serving.request import Draft, Event, Finished, Reason, Request, Settled
+from nemo_diffgemma.serving.markers import Markers
+from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Scores, Settled
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
 from nemo_diffgemma.transfer import HostCopy, to_device
@@ -59,21 +60,33 @@ class Waiting(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """Numbers of a pass on their way to the host: of each turn done, finite, steps and tokens; drafts where wanted."""
+    """Numbers of a pass on their way to the host: of each turn done, finite, steps and tokens.
+
+    Drafts and scores (of one canvas [L, 1 + 2 T]) are those of the turns that want them.
+    """
 
     turns: list[tuple[Sequence, int, int]]  # with its canvas and the steps that were enqueued of it
     numbers: HostCopy
     drafts: HostCopy | None
+    scores: list[HostCopy]
 
 
 class Engine:
-    """Continuous batching by denoising step. `decode` makes text of the ids of an answer, for stop strings."""
+    """Continuous batching by denoising step.
+
+    For stop strings, `decode` makes text of the ids of an answer, and `markers` tell what is said in it from the rest.
+    """
 
     def __init__(
-        self, network: DiffusionGemma, config: EngineConfig, decode: Callable[[list[int]], str] | None = None
+        self,
+        network: DiffusionGemma,
+        config: EngineConfig,
+        decode: Callable[[list[int]], str] | None = None,
+        markers: Markers | None = None,
     ) -> None:
         model = network.model_config
-        self.network, self.config, self.decode = network, config, decode
+        self.network, self.config = network, config
+        self.decode, self._markers = decode, markers or Markers()
         longest_step = max(TILE * max(1, config.tokens_per_pass // TILE), model.canvas_length)
         self.memory = ContextMemory(network, config.context_gb, config.typical_tokens, longest_step)
         self.slots = Slots(config.max_running, model.canvas_length, model.hidden_size, network.dtype, device())
@@ -238,7 +251,7 @@ class Engine:
             assert found.allowed_nC is not None
             allowed = constraint.allowed(found.argmax_N, found.allowed_nC)
         outcomes = self.slots.advance(cells, found, allowed, model.vocab_size)
-        return self._results(denoising, outcomes)
+        return self._results(denoising, outcomes, hidden)
 
     def _context_tokens(self, work: list[Work]) -> Tensor:
         """Ids of the new context of a pass: parts of prompts, and canvases that have settled."""
@@ -259,7 +272,7 @@ class Engine:
             [next(from_host) if isinstance(part, list) else part for part in parts] or [self.slots.best[:0]]
         )
 
-    def _results(self, sequences: list[Sequence], outcomes: list[Outcome]) -> _Results:
+    def _results(self, sequences: list[Sequence], outcomes: list[Outcome], hidden_NH: Tensor) -> _Results:
         """Send what the host must know of a pass on its way."""
         numbers = torch.cat(
             [
@@ -273,7 +286,23 @@ class Engine:
         if any(sequence.request.drafts for sequence in sequences):
             drafts = HostCopy(torch.cat([torch.cat([o.accepted, o.entropy], dim=1).flatten() for o in outcomes]))
         order = [sequences[turn] for outcome in outcomes for turn in outcome.turns]
-        return _Results([(sequence, sequence.canvas, sequence.step) for sequence in order], HostCopy(numbers), drafts)
+        turns = [(sequence, sequence.canvas, sequence.step) for sequence in order]
+        return _Results(turns, HostCopy(numbers), drafts, self._scores(sequences, outcomes, hidden_NH))
+
+    def _scores(self, sequences: list[Sequence], outcomes: list[Outcome], hidden_NH: Tensor) -> list[HostCopy]:
+        """Log-probabilities of the canvases of those that ask, should this step be their last."""
+        cells = hidden_NH.split([sequence.request.canvas_length for sequence in sequences])
+        asked = [
+            (cells[turn], outcome.best[row])
+            for outcome in outcomes
+            for row, turn in enumerate(outcome.turns)
+            if sequences[turn].request.logprobs is not None
+        ]
+        if not asked:
+            return []
+        hidden, ids = (torch.cat(parts) for parts in zip(*asked, strict=True))
+        scores = self.network.scores(hidden, ids, MOST_SCORES)
+        return [HostCopy(part) for part in scores.split([len(best) for _, best in asked])]
 
     # -- results ---------------------------------------------------------------------------------------------------
 
@@ -282,12 +311,14 @@ class Engine:
         events: list[Event] = []
         numbers = iter(results.numbers.numbers())
         drafts = iter(results.drafts.numbers()) if results.drafts else None
+        scores = iter(results.scores)
         for sequence, canvas, step in results.turns:
             request = sequence.request
             length = request.canvas_length
             done, finite, live = (int(number) for number in itertools.islice(numbers, 3))
             tokens = [int(number) for number in itertools.islice(numbers, length)]
             accepted, entropy = (list(itertools.islice(drafts or (), length)) for _ in range(2))
+            scored = None if request.logprobs is None else next(scores)
             if sequence not in self.running + self.moved_out or canvas != sequence.canvas:
                 continue
             if request.drafts:
@@ -296,14 +327,17 @@ class Engine:
             if not finite:
                 events.append(self._finish(sequence, Reason.ERROR, "the network gave NaN or infinity"))
             elif done or step == request.sampler.max_denoising_steps:
-                events += self._settle(sequence, tokens, live)
+                events += self._settle(sequence, tokens, live, scored)
         return events
 
-    def _settle(self, sequence: Sequence, tokens: list[int], live: int) -> list[Event]:
+    def _settle(self, sequence: Sequence, tokens: list[int], live: int, scored: HostCopy | None) -> list[Event]:
         """The canvas of a sequence is final: it ends the answer, or becomes context of the next one."""
         request = sequence.request
         new, reason = self._cut(request, sequence.answer, tokens)
-        settled = Settled(request.id, sequence.canvas, live, new)
+        scores = None
+        if scored is not None and request.logprobs is not None:
+            scores = _scores_of(scored, request.logprobs, len(new), request.canvas_length)
+        settled = Settled(request.id, sequence.canvas, live, new, scores)
         sequence.answer += new
         if reason is not None:
             return [settled, self._finish(sequence, reason)]
@@ -312,7 +346,7 @@ class Engine:
 
     def _cut(self, request: Request, answer: list[int], tokens: list[int]) -> tuple[list[int], Reason | None]:
         """Tokens of a canvas up to what ends the answer, that included, and why it ends if it does."""
-        first = max(request.locked, default=0) - len(answer)  # that may end it
+        first = request.earliest_end - len(answer)
         ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids and index >= first]
         new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
         if len(answer) + len(new) >= request.max_tokens:
@@ -327,11 +361,21 @@ class Engine:
     def _stops(self, request: Request, answer: list[int]) -> bool:
         if not request.stop or self.decode is None:
             return False
-        text = self.decode(answer)
-        return any(string in text for string in request.stop)
+        texts = [self.decode(run) for run in (self._markers.said(answer) if request.chat else [answer])]
+        return any(string in text for text in texts for string in request.stop)
 
     def _finish(self, sequence: Sequence, reason: Reason, error: str | None = None) -> Finished:
         self.memory.close(sequence.held)
         self._free_slots.append(sequence.slot)
         (self.running if sequence in self.running else self.moved_out).remove(sequence)
         return Finished(sequence.request.id, reason, len(sequence.request.prompt), sequence.cached, error)
+
+
+def _scores_of(scored: HostCopy, top: int, tokens: int, length: int) -> list[Scores]:
+    """Scores of the first `tokens` of a canvas of `length`."""
+    rows = scored.values().view(length, -1)[:tokens].tolist()
+    kept = len(rows[0]) // 2
+    return [
+        Scores(own, [(int(id), logprob) for logprob, id in zip(best[:top], best[kept : kept + top], strict=True)])
+        for own, *best in rows
+    ]

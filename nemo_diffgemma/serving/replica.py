@@ -62,7 +62,7 @@ class Replica:
         read = Text(network.assets)
         files = files_of(read)
         text = ServedText(files) if files else None
-        self.engine = Engine(network, config, decode=text.decode if text else None)
+        self.engine = Engine(network, config, text.decode if text else None, text.part_markers if text else None)
         self.draining = False
         self._signalled = False
         self._errands_of_ranks = _Errands()
@@ -157,7 +157,7 @@ class Replica:
     def _begin(self, request: Request) -> list[Event]:
         """A request has come."""
         if self.draining:
-            return [Refused(request.id, "this replica is about to end")]
+            return [Refused(request.id, "this replica is about to end", elsewhere=True)]
         if request.language is None:
             return [self._added(request, None)]
         automaton = self._compilation.automaton(request.language)

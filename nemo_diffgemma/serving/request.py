@@ -17,6 +17,8 @@ from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.constraints.languages import Language
 
+MOST_SCORES = 20  # of the most probable ids at a place, as OpenAI's API has it
+
 
 class Request(Struct, frozen=True, tag=True):
     """A prompt and everything that its answer depends on; nothing else does.
@@ -33,7 +35,8 @@ class Request(Struct, frozen=True, tag=True):
     places, and every language where it has no tokenizer. `serving.answer_check` reads a finished answer once more.
 
     `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
-    of a settled canvas, and of so many of the most probable ids at its place.
+    of a settled canvas, and of so many of the most probable ids at its place. With `chat` the answer may have thoughts
+    and calls of tools, in which `stop` is not looked for.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Request(Struct, frozen=True, tag=True):
     language: Language | None = None
     adapter: str | None = None
     logprobs: int | None = None
+    chat: bool = False
 
     def check(self, model: ModelConfig) -> None:
         """Raise `UserError` for what this network can never answer."""
@@ -61,11 +65,18 @@ class Request(Struct, frozen=True, tag=True):
         if not 1 <= self.canvas_length <= model.canvas_length:
             raise UserError(f"canvas_length={self.canvas_length}; expected 1 to {model.canvas_length}")
         check_seed(self.seed)
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_SCORES:
+            raise UserError(f"logprobs={self.logprobs}; expected 0 to {MOST_SCORES}, or none")
         self.sampler.check_ids(model.vocab_size)
         check_locked(self.locked, self.max_tokens, model.vocab_size)
         if self.stop and (self.language is not None or self.locked):
             what = "locked places" if self.language is None else f"a language ({self.language.kind})"
             raise UserError(f"stop={self.stop[0]!r} would cut an answer with {what}; leave one of them out")
+
+    @property
+    def earliest_end(self) -> int:
+        """The first position of the answer at which an end-of-sequence id ends it: what is locked is reached."""
+        return max(self.locked, default=0)
 
     @property
     def canvases(self) -> int:

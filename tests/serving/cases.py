@@ -13,7 +13,7 @@ from nemo_diffgemma.parallel import initialize
 from nemo_diffgemma.serving.constraints import Constraint
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
-from nemo_diffgemma.serving.request import Draft, Finished, Request, Settled
+from nemo_diffgemma.serving.request import Draft, Finished, Request, Scores, Settled
 
 EOS = (1, 7, 9)
 IDS, CANVAS = 500, 32
@@ -93,6 +93,7 @@ class Heard:
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.steps: dict[str, list[int]] = {}
+        self.scores: dict[str, list[Scores]] = {}
         self.drafts: dict[str, list[Draft]] = {}
         self.finished: dict[str, Finished] = {}
 
@@ -102,6 +103,8 @@ class Heard:
             if isinstance(event, Settled):
                 self.tokens.setdefault(event.id, []).extend(event.tokens)
                 self.steps.setdefault(event.id, []).append(event.steps)
+                if event.scores is not None:
+                    self.scores.setdefault(event.id, []).extend(event.scores)
             elif isinstance(event, Draft):
                 self.drafts.setdefault(event.id, []).append(event)
             else:
@@ -138,3 +141,9 @@ def differences(layout: dict[str, int], dtype: torch.dtype, count: int, seed: in
         if heard.tokens[request.id] != tokens or sum(heard.steps[request.id]) != steps:
             wrong.append(f"{request}: {heard.tokens[request.id]} in {heard.steps[request.id]} steps, not {tokens}")
     return wrong
+
+
+def scores_in_layout(layout: dict[str, int], asked: list[Request], config: dict[str, Any]) -> dict[str, list[Scores]]:
+    """Scores that requests get in an engine of a layout."""
+    model = network(layout=ParallelLayout(**layout))
+    return serve(Engine(model, EngineConfig(**config)), asked, 1).scores

@@ -162,6 +162,7 @@ class _Translator:
         The rest is of those keywords that are quick to check, whatever a stranger writes: no patterns.
         """
         from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import UnknownType
 
         beside = [name for name in schema if name not in _BESIDE_LISTED and not name.startswith("x-")]
         if beside:
@@ -170,7 +171,10 @@ class _Translator:
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise self._refusal((*at, "enum"), f"is {values!r}; expected a list of values")
         accepted = Draft202012Validator(schema).is_valid
-        return _either([self._values.exactly(value) for value in values if accepted(value)])
+        try:
+            return _either([self._values.exactly(value) for value in values if accepted(value)])
+        except (TypeError, UnknownType):
+            raise self._refusal(at, "has a bound or a type that is none of JSON schema's") from None
 
     def _combined(self, keyword: str, given: Any, at: Place) -> str | None:
         if keyword == "$ref":

@@ -43,7 +43,7 @@ def bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     described = json.loads(backend.to_str())
-    read, special = _reader(described["decoder"]), special_tokens(backend)
+    read, special = byte_reader(described["decoder"]), special_tokens(backend)
     found = {id: marked(name).encode() for id, name in special.items() if not _UNUSED.fullmatch(name)}
     for text, id in backend.get_vocab(with_added_tokens=True).items():
         content = b"" if id in special or _UNUSED.fullmatch(text) else read(text)
@@ -52,7 +52,7 @@ def bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
     return dict(sorted(found.items()))
 
 
-def _reader(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
+def byte_reader(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
     """What `decoder` makes of one token."""
     parts = [] if decoder is None else decoder.get("decoders", [decoder])
     kinds = [part["type"] for part in parts]
