@@ -1,8 +1,9 @@
-"""Serve a checkpoint to many users, behind OpenAI's API.
+"""Serve a checkpoint, or a bundle of export/, to many users, behind OpenAI's API.
 
     python launch/serve.py checkpoint=google/... port=8000
     python launch/serve.py checkpoint=google/... parallel=tp2_ep2 replicas=2 dtype=bfloat16 engine.context_gb=20
     python launch/serve.py checkpoint=google/... host=0.0.0.0 api_keys_file=keys.txt
+    python launch/serve.py bundle=bundles/mine provider=tensorrt
     python launch/serve.py replicas=0 address=tcp://0.0.0.0:5570 name=gemma       # replicas join: launch/replica.py
 
 The first line of standard output, when the server is ready, is JSON: url, model, replicas. SIGTERM and Ctrl-C drain:
@@ -31,6 +32,8 @@ class ServeConfig:
     """Configuration of `launch/serve.py`."""
 
     checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo; of the replicas started here
+    bundle: str | None = None  # instead of checkpoint=: a directory that export/build.py has written
+    provider: str = "onnxruntime"  # of a bundle: or tensorrt_rtx, tensorrt, tensorrt_llm
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     name: str | None = None  # of the model in requests; null: the checkpoint's. `default` is one too
@@ -56,8 +59,12 @@ class ServeConfig:
                 f"request_seconds={self.request_seconds} drain_seconds={self.drain_seconds} "
                 f"max_body_mb={self.max_body_mb} default_max_tokens={self.default_max_tokens}; expected above 0"
             )
-        if self.replicas and self.checkpoint is None:
-            raise ConfigurationError("give checkpoint=..., or replicas=0 address=tcp://0.0.0.0:5570 for others to join")
+        given = [name for name in (self.checkpoint, self.bundle) if name is not None]
+        if self.replicas and len(given) != 1:
+            raise ConfigurationError(
+                "give checkpoint=... or bundle=..., one of them, or replicas=0 address=tcp://0.0.0.0:5570 for others "
+                "to join"
+            )
         if not self.replicas and (self.address is None or self.name is None):
             raise ConfigurationError("replicas=0: give address=tcp://0.0.0.0:5570, where replicas join, and name=...")
         if self.parallel.replicas != 1:
@@ -74,7 +81,7 @@ def serve(config: ServeConfig, results: Results) -> dict[str, Any]:
     settings = FrontSettings(
         host=config.host,
         port=config.port,
-        names=list(dict.fromkeys([config.name or user_path(config.checkpoint or "").resolve().name, "default"])),
+        names=list(dict.fromkeys([_name(config), "default"])),
         replicas=[_command(config)] * config.replicas,
         environments=_environments(config),
         address=config.address,
@@ -94,14 +101,21 @@ def serve(config: ServeConfig, results: Results) -> dict[str, Any]:
     os.execv(sys.executable, [sys.executable, "-P", "-m", "nemo_diffgemma.serving.front", str(reader)])
 
 
+def _name(config: ServeConfig) -> str:
+    """Of the model in requests."""
+    return config.name or user_path(config.checkpoint or config.bundle or "").resolve().name
+
+
 def _command(config: ServeConfig) -> list[str]:
     """What starts a replica here."""
     axes = ("tensor", "expert", "expert_tensor", "pipeline", "context")
+    what = [f"checkpoint={config.checkpoint}", f"dtype={config.dtype}"]
+    if config.bundle is not None:
+        what = [f"bundle={config.bundle}", f"provider={config.provider}"]
     return [
         sys.executable,
         str(ROOT / "launch" / "replica.py"),
-        f"checkpoint={config.checkpoint}",
-        f"dtype={config.dtype}",
+        *what,
         *(f"parallel.{axis}={getattr(config.parallel, axis)}" for axis in axes),
         *(f"engine.{name}={value}" for name, value in vars(config.engine).items()),
     ]

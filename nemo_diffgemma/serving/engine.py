@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,9 +30,11 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.parallel.agreement import world_size
-from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.parallel.groups import current_layout, device
 from nemo_diffgemma.serving.context_memory import ContextMemory
+from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
+from nemo_diffgemma.serving.messages import Facts
 from nemo_diffgemma.serving.request import Draft, Event, Finished, Reason, Request, Settled
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
@@ -59,9 +60,7 @@ class _Results(NamedTuple):
 class Engine:
     """Continuous batching by denoising step. `decode` makes text of the ids of an answer, for stop strings."""
 
-    def __init__(
-        self, network: DiffusionGemma, config: EngineConfig, decode: Callable[[list[int]], str] | None = None
-    ) -> None:
+    def __init__(self, network: DiffusionGemma, config: EngineConfig, decode: Decode | None = None) -> None:
         model = network.model_config
         self.network, self.config, self.decode = network, config, decode
         longest_step = max(TILE * max(1, config.tokens_per_pass // TILE), model.canvas_length)
@@ -102,6 +101,43 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self.moved_out)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not answered."""
+        begun = [sequence.request for sequence in [*self.running, *self.moved_out]]
+        return [*begun, *(request for _, request in self.waiting)]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many of them run, and how many wait."""
+        return len(self.running), len(self.waiting) + len(self.moved_out)
+
+    def facts(self, text: str) -> Facts:
+        """What the front end must know; `text` is the tokenizer's fingerprint."""
+        model = self.network.model_config
+        layout = ", ".join(f"{axis}={size}" for axis, size in vars(current_layout()).items() if size > 1)
+        return Facts(
+            vocab_size=model.vocab_size,
+            canvas_length=model.canvas_length,
+            context_tokens=self._most_context(),
+            tile=TILE,
+            cached_tiles=max(1, min(blocks.count for blocks in self.memory.blocks.values())),
+            max_running=self.config.max_running,
+            sampler=self.network.sampler_defaults,
+            text=text,
+            layout=layout or "one process",
+            device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+        )
+
+    def _most_context(self) -> int:
+        """The most tokens of context that one request can have: the memory's limit, or the model's, less a canvas."""
+        model = self.network.model_config
+        low, high = 1, max(1, model.max_position_embeddings - model.canvas_length)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.memory.fits(middle) else (low, middle - 1)
+        return low
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -266,31 +302,13 @@ class Engine:
     def _settle(self, sequence: Sequence, tokens: list[int], live: int) -> list[Event]:
         """The canvas of a sequence is final: it ends the answer, or becomes context of the next one."""
         request = sequence.request
-        new, reason = self._cut(request, sequence.answer, tokens)
+        new, reason = cut(request, sequence.answer, tokens, self.decode)
         settled = Settled(request.id, sequence.canvas, live, new)
         sequence.answer += new
         if reason is not None:
             return [settled, self._finish(sequence, reason)]
         sequence.canvas, sequence.step = sequence.canvas + 1, 0
         return [settled]
-
-    def _cut(self, request: Request, answer: list[int], tokens: list[int]) -> tuple[list[int], Reason | None]:
-        """Tokens of a canvas up to what ends the answer, that included, and why it ends if it does."""
-        ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids]
-        new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
-        if len(answer) + len(new) >= request.max_tokens:
-            new = new[: request.max_tokens - len(answer)]
-            reason = Reason.STOP if new[-1] in request.sampler.eos_ids else Reason.LENGTH
-        if self._stops(request, answer + new):
-            fewest = next(n for n in range(1, len(new) + 1) if self._stops(request, answer + new[:n]))
-            return new[:fewest], Reason.STOP
-        return new, reason
-
-    def _stops(self, request: Request, answer: list[int]) -> bool:
-        if not request.stop or self.decode is None:
-            return False
-        text = self.decode(answer)
-        return any(string in text for string in request.stop)
 
     def _finish(self, sequence: Sequence, reason: Reason, error: str | None = None) -> Finished:
         self.memory.close(sequence.held)

@@ -1,0 +1,34 @@
+"""Where an answer ends: one rule for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nemo_diffgemma.serving.request import Reason, Request
+
+Decode = Callable[[list[int]], str]
+
+
+def cut(
+    request: Request, answer: list[int], tokens: list[int], decode: Decode | None
+) -> tuple[list[int], Reason | None]:
+    """Of a canvas behind `answer`: its tokens up to what ends the answer, that included, and why it ends if it does.
+
+    Strings of `request.stop` are looked for in the text that `decode` makes of ids.
+    """
+
+    def stops(ids: list[int]) -> bool:
+        if not request.stop or decode is None:
+            return False
+        text = decode(ids)
+        return any(string in text for string in request.stop)
+
+    ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids]
+    new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
+    if len(answer) + len(new) >= request.max_tokens:
+        new = new[: request.max_tokens - len(answer)]
+        reason = Reason.STOP if new[-1] in request.sampler.eos_ids else Reason.LENGTH
+    if stops(answer + new):
+        fewest = next(n for n in range(1, len(new) + 1) if stops(answer + new[:n]))
+        return new[:fewest], Reason.STOP
+    return new, reason
