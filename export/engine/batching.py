@@ -117,8 +117,8 @@ class BundleEngine:
         """How many of them run, and how many wait."""
         return len(self.running), len(self.waiting)
 
-    def facts(self, text: str) -> Facts:
-        """What the front end must know; `text` is the tokenizer's fingerprint. No prefix is remembered."""
+    def facts(self) -> Facts:
+        """What the front end must know of the bundle. No prefix is remembered."""
         engine = self.engine
         layout = ", ".join(f"{axis}={size}" for axis, size in vars(engine.layout).items() if size > 1)
         gpu = engine.device.type == "cuda"
@@ -130,7 +130,7 @@ class BundleEngine:
             cached_tiles=0,
             max_running=self.max_running,
             sampler=engine.sampler_defaults,
-            text=text,
+            text="",
             layout=f"bundle, {layout or 'one rank'}",
             device=torch.cuda.get_device_name(engine.device) if gpu else "cpu",
         )

@@ -34,5 +34,5 @@ class Backend(Protocol):
     def counts(self) -> tuple[int, int]:
         """How many of them run, and how many wait."""
 
-    def facts(self, text: str) -> Facts:
-        """What the front end must know; `text` is the tokenizer's fingerprint."""
+    def facts(self) -> Facts:
+        """What the front end must know of it; what is known of the text is the replica's to add."""

@@ -113,8 +113,8 @@ class Engine:
         """How many of them run, and how many wait."""
         return len(self.running), len(self.waiting) + len(self.moved_out)
 
-    def facts(self, text: str) -> Facts:
-        """What the front end must know; `text` is the tokenizer's fingerprint."""
+    def facts(self) -> Facts:
+        """What the front end must know of the network."""
         model = self.network.model_config
         layout = ", ".join(f"{axis}={size}" for axis, size in vars(current_layout()).items() if size > 1)
         return Facts(
@@ -125,7 +125,7 @@ class Engine:
             cached_tiles=max(1, min(blocks.count for blocks in self.memory.blocks.values())),
             max_running=self.config.max_running,
             sampler=self.network.sampler_defaults,
-            text=text,
+            text="",
             layout=layout or "one process",
             device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
         )

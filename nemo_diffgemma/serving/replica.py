@@ -74,7 +74,7 @@ class Replica:
         self._signalled = False
         self._errands_of_ranks = _Errands()
         self._mailbox: Mailbox | None = None
-        hello = Hello(name, self.engine.facts(fingerprint(files)))
+        hello = Hello(name, msgspec.structs.replace(self.engine.facts(), text=fingerprint(files)))
         with all_or_none():
             if is_rank_zero():
                 self._mailbox = Mailbox(address, hello, files, lonely_seconds)

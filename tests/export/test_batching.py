@@ -91,8 +91,8 @@ def test_thirty_requests_get_what_they_get_alone(engine, path, seed):
     assert ours.passes < sum(map(sum, heard.steps.values()))  # steps of several share a call
 
 
-def test_the_rows_of_two_ranks_get_what_they_get_alone(checkpoint):
-    engine = kit.engine(kit.calm(checkpoint, "one_global_kv"), "one_global_kv", ParallelLayout(tensor=2, expert=2))
+def test_the_rows_of_two_ranks_get_what_they_get_alone(path):
+    engine = kit.engine(path, layout=ParallelLayout(tensor=2, expert=2))
     asked = requests(8, 4)
     heard = cases.serve(serving(engine), asked, 4)
     for request in asked:
@@ -211,6 +211,6 @@ def test_what_a_bundle_cannot_do_is_refused_by_name(engine, change, what):
 
 
 def test_the_front_end_hears_what_the_bundle_takes(engine):
-    facts = serving(engine, max_running=32).facts("text")
+    facts = serving(engine, max_running=32).facts()
     assert (facts.max_running, facts.context_tokens, facts.canvas_length) == (8, 64, CANVAS)
     assert (facts.cached_tiles, facts.layout, facts.sampler) == (0, "bundle, one rank", engine.sampler_defaults)
