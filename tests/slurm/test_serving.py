@@ -94,7 +94,7 @@ def test_two_replicas_on_two_nodes_answer_one_is_killed_and_scancel_drains(clust
     http = httpx.Client(base_url=server.url(), timeout=SECONDS)
 
     def ask(seed: int) -> list[int]:
-        given = dict(model="tiny", prompt=[9, 9], seed=seed, max_tokens=320, diffusion=SLOW)
+        given = dict(model="tiny", prompt=[9, 9], seed=seed, max_tokens=480, diffusion=SLOW)
         answer = http.post("/v1/completions", json=given)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["diffusion"]["token_ids"]
@@ -104,7 +104,7 @@ def test_two_replicas_on_two_nodes_answer_one_is_killed_and_scancel_drains(clust
         return next((float(line.split()[-1]) for line in lines if line.startswith(f"diffgemma_{name} ")), 0.0)
 
     sampler = network.sampler_defaults.with_overrides({**SLOW, "canvas_length": None})
-    expected = [cases.alone(network, Request("", (9, 9), 320, 16, sampler, seed))[0] for seed in range(4)]
+    expected = [cases.alone(network, Request("", (9, 9), 480, 16, sampler, seed))[0] for seed in range(4)]
     server.wait_for(lambda: figure("replicas") == 2, "both replicas")
     front, replicas = server.processes(b"serving.front"), server.replicas()
     assert len({*front.values(), *replicas.values()}) == 3, (front, replicas)
@@ -122,7 +122,7 @@ def test_two_replicas_on_two_nodes_answer_one_is_killed_and_scancel_drains(clust
         assert killed not in server.replicas() and sorted(server.replicas().values()) == sorted(replicas.values())
 
         answers = [threads.submit(ask, seed) for seed in range(2)]
-        server.wait_for(lambda: figure("engine_slots_taken") > 1, "work")
+        server.wait_for(lambda: figure("requests_running") > 1, "work")
         cluster.call("scancel", server.number)
         assert [answer.result() for answer in answers] == expected[:2]
     server.wait_for(lambda: server.state() in ENDED, "the end")
