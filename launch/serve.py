@@ -25,6 +25,7 @@ from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.repository import ROOT, user_path
 from nemo_diffgemma.schema import ConfigurationError, ParallelGroup
 from nemo_diffgemma.serving.engine_config import EngineConfig
+from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ServeConfig:
     request_seconds: float = 600.0  # time limit of a request, waiting included
     drain_seconds: float = 60.0  # after SIGTERM, for what is being answered
     max_body_mb: float = 8.0
-    default_max_tokens: int = 2048  # of answers to requests that name no limit
+    default_max_tokens: int = DEFAULT_MAX_TOKENS  # of answers to requests that name no limit
     api_keys_file: str | None = None  # one key a line; whoever has one may ask
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
     engine: EngineConfig = field(default_factory=EngineConfig)

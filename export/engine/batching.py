@@ -29,6 +29,7 @@ from nemo_diffgemma.config import SLIDING
 from nemo_diffgemma.diffusion.generate import StepInputs
 from nemo_diffgemma.diffusion.progress import Lookout
 from nemo_diffgemma.model.visibility import TILE
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.messages import Facts
@@ -73,8 +74,8 @@ class BundleEngine:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `UserError` for one that can never be answered here, or has what is not done here."""
+    def check(self, request: Request) -> None:
+        """Raise `UserError` for a request that can never be answered here, or asks for what is not done here."""
         request.check(self.engine.model_config)
         for field in msgspec.structs.fields(request):
             if field.name not in _DONE and getattr(request, field.name) != _default(field):
@@ -93,6 +94,10 @@ class BundleEngine:
                 f"{request.most_context} tokens, and this bundle has {self._most_context()} for a request; ask for "
                 f"less, build it with max_context={request.most_context}, or serve it with more engine.context_gb"
             )
+
+    def add(self, request: Request, automaton: TokenAutomaton | None = None) -> None:
+        """Queue a request; what has an `automaton` is refused, as `check` does it."""
+        self.check(request)
         self.waiting.append(request)
 
     def cancel(self, id: str) -> list[Event]:

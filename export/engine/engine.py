@@ -258,6 +258,8 @@ class Engine:
         """
         if inputs.constraint is not None:
             raise EngineError("engines keep no logits, so they cannot be constrained; generate from the checkpoint")
+        if inputs.locked is not None:
+            raise EngineError("engines cannot hold tokens in their places (locked); generate from the checkpoint")
         cache, rows = self._extended(cache, inputs.context), inputs.canvas.shape[0]
         outputs = self.step(
             cache,

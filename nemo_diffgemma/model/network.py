@@ -36,6 +36,7 @@ from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
 from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
+from nemo_diffgemma.model.token_scores import token_scores
 from nemo_diffgemma.parallel.agreement import agreed
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
@@ -253,6 +254,7 @@ class Network(MegatronModule):
         uniforms_N: Tensor,
         soft_embedding: bool,
         constraint: StepConstraint | None = None,
+        locked_N: Tensor | None = None,
     ) -> vocabulary.Statistics:
         """What a denoising step needs of the tempered distribution of some positions."""
         return vocabulary.statistics(
@@ -264,7 +266,14 @@ class Network(MegatronModule):
             uniforms_N=uniforms_N,
             soft_embedding=soft_embedding,
             constraint=constraint,
+            locked_N=locked_N,
         )
+
+    @torch.no_grad()
+    def scores(self, hidden_NH: Tensor, ids_N: Tensor, top: int) -> Tensor:
+        """Untempered log-probabilities of ids at some positions and the `top` largest there (`model.token_scores`)."""
+        table = self.embed_tokens
+        return token_scores(hidden_NH, ids_N, table.weight, table.shard, self.model_config.final_logit_softcapping, top)
 
     def agreed(self, flags: Tensor) -> Tensor:
         """Which of the flags hold on every rank: ranks of an expert group must leave a loop together."""

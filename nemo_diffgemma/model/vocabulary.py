@@ -82,18 +82,21 @@ def statistics(
     uniforms_N: Tensor | None = None,
     soft_embedding: bool = True,
     constraint: StepConstraint | None = None,
+    locked_N: Tensor | None = None,
     chunk: int | None = None,
 ) -> Statistics:
     """Statistics of softmax(softcap * tanh(hidden @ weight.T / softcap) / temperature).
 
     `temperature` is a number, or a float64 tensor: [] or, one a position, [N, 1]. `sample_N` is the inverse CDF at
     `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform. Gradient-free.
+
+    Where `locked_N` [N] int64 has an id and not -1, all mass is on that id, whatever the logits (`diffusion.locked`).
     """
     with torch.no_grad():
         gain = softcap / temperature
         gain = gain.float() if isinstance(gain, Tensor) else gain
         sweep = _Sweep(
-            hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding, constraint
+            hidden_NH, weight, shard, softcap, gain, chunk or chunk_of(hidden_NH), soft_embedding, constraint
         )
         maximum_NK, reference_NK, mass_NK, moment_NK = sweep.of_all_ranks()
         top_N1 = maximum_NK.amax(1, keepdim=True)
@@ -103,12 +106,15 @@ def statistics(
         log_sum_exp_N = top_N1[:, 0] + total_N.log()
         entropy_N = (log_sum_exp_N - moment_NK.sum(1) / total_N).clamp_min(0.0)
         ids = sweep.search(maximum_NK, mass_NK, top_N1, uniforms_N)
-        soft_NH = sweep.soft_embedding(top_N1, total_N[:, None]) if soft_embedding else None
+        if locked_N is not None:
+            ids = torch.where(locked_N < 0, ids, locked_N)
+            entropy_N = torch.where(locked_N < 0, entropy_N, 0.0)
+        soft_NH = sweep.soft_embedding(top_N1, total_N[:, None], weight, locked_N) if soft_embedding else None
         allowed_nC = None if sweep.class_maxima is None else sweep.class_maxima.tokens()
     return Statistics(log_sum_exp_N, entropy_N, ids[0], None if uniforms_N is None else ids[1], soft_NH, allowed_nC)
 
 
-def _chunk_of(hidden_NH: Tensor) -> int:
+def chunk_of(hidden_NH: Tensor) -> int:
     """Ids at a time, where the caller does not say."""
     if hidden_NH.device.type == "cpu":
         return CHUNK
@@ -177,10 +183,15 @@ class _Sweep:
         else:  # transformers casts the probabilities to the dtype of the table as well
             soft_NH.add_(torch.mm(e_Nc.to(rows.dtype), rows))
 
-    def soft_embedding(self, top_N1: Tensor, total_N1: Tensor) -> Tensor:
-        """Expected table row over all ranks, [N, H] in the table's dtype."""
+    def soft_embedding(self, top_N1: Tensor, total_N1: Tensor, weight: Tensor, locked_N: Tensor | None) -> Tensor:
+        """Expected table row over all ranks, [N, H] in the table's dtype; that of a locked id where there is one."""
         assert self._soft_NH is not None
         soft_NH = self._soft_NH.mul_(torch.exp(self._reference_N1 - top_N1) / total_N1)
+        if locked_N is not None:
+            own_N = locked_N - self.shard.first_id
+            is_own_N1 = ((own_N >= 0) & (own_N < self.shard.size))[:, None]
+            rows_NH = weight.index_select(0, own_N.clamp(0, weight.shape[0] - 1)).float()
+            soft_NH = torch.where((locked_N < 0)[:, None], soft_NH, torch.where(is_own_N1, rows_NH, 0.0))
         if self.shard.parallel:
             dist.all_reduce(soft_NH, group=self.shard.group)
         return soft_NH.to(self._dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.messages import Facts
 from nemo_diffgemma.serving.request import Event, Request
 
@@ -13,8 +14,14 @@ class Backend(Protocol):
 
     passes: int  # so far
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `UserError` for one that can never be answered here, or has what is not done here."""
+    def check(self, request: Request) -> None:
+        """Raise `UserError` for a request that can never be answered here, or asks for what is not done here."""
+
+    def add(self, request: Request, automaton: TokenAutomaton | None = None) -> None:
+        """Queue a request; `automaton` is that of its language. Raises `UserError` for one that can never be answered.
+
+        That no text of the language fits is such an error too.
+        """
 
     def cancel(self, id: str) -> list[Event]:
         """End a request at once, wherever it is; unknown ones are over already."""

@@ -23,11 +23,13 @@ def cut(
         text = decode(ids)
         return any(string in text for string in request.stop)
 
-    ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids]
+    first = max(request.locked, default=0) - len(answer)  # that may end it
+    ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids and index >= first]
     new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
     if len(answer) + len(new) >= request.max_tokens:
         new = new[: request.max_tokens - len(answer)]
-        reason = Reason.STOP if new[-1] in request.sampler.eos_ids else Reason.LENGTH
+        is_whole = new[-1] in request.sampler.eos_ids or request.language is not None
+        reason = Reason.STOP if is_whole else Reason.LENGTH
     if stops(answer + new):
         fewest = next(n for n in range(1, len(new) + 1) if stops(answer + new[:n]))
         return new[:fewest], Reason.STOP

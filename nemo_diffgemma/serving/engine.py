@@ -31,11 +31,13 @@ from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.parallel.agreement import world_size
 from nemo_diffgemma.parallel.groups import current_layout, device
+from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, ConstrainedSequence
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
 from nemo_diffgemma.serving.messages import Facts
-from nemo_diffgemma.serving.request import Draft, Event, Finished, Reason, Request, Settled
+from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Scores, Settled
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
 from nemo_diffgemma.transfer import HostCopy, to_device
@@ -49,12 +51,24 @@ class Work(NamedTuple):
     denoises: bool
 
 
+class Waiting(NamedTuple):
+    """A request that has not begun."""
+
+    arrival: int
+    request: Request
+    constraint: ConstrainedSequence | None
+
+
 class _Results(NamedTuple):
-    """Numbers of a pass on their way to the host: of each turn done, finite, steps and tokens; drafts where wanted."""
+    """Numbers of a pass on their way to the host: of each turn done, finite, steps and tokens.
+
+    Drafts and scores (of one canvas [L, 1 + 2 T]) are those of the turns that want them.
+    """
 
     turns: list[tuple[Sequence, int, int]]  # with its canvas and the steps that were enqueued of it
     numbers: HostCopy
     drafts: HostCopy | None
+    scores: list[HostCopy]
 
 
 class Engine:
@@ -67,7 +81,8 @@ class Engine:
         self.memory = ContextMemory(network, config.context_gb, config.typical_tokens, longest_step)
         self.slots = Slots(config.max_running, model.canvas_length, model.hidden_size, network.dtype, device())
         self._free_slots = list(reversed(range(config.max_running)))
-        self.waiting: deque[tuple[int, Request]] = deque()
+        self._constraints = CanvasConstraints(device())
+        self.waiting: deque[Waiting] = deque()
         self.running: list[Sequence] = []
         self.moved_out: list[Sequence] = []  # by arrival
         self._arrivals = itertools.count()
@@ -77,22 +92,35 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `UserError` for one that can never be answered here."""
+    def check(self, request: Request) -> None:
+        """Raise `UserError` for a request that can never be answered here, whatever its language."""
         request.check(self.network.model_config)
         if not self.memory.fits(request.most_context):
             raise UserError(
                 f"{len(request.prompt)} tokens of prompt and {request.max_tokens} of answer need more context memory "
                 "than this server has; ask for less, or start it with more context_gb"
             )
-        self.waiting.append((next(self._arrivals), request))
+
+    def add(self, request: Request, automaton: TokenAutomaton | None = None) -> None:
+        """Queue a request; `automaton` is that of its language. Raises `UserError` for one that can never be answered.
+
+        A `ConstraintError` is one: no text of the language fits.
+        """
+        self.check(request)
+        constraint = None
+        if request.language is not None:
+            if automaton is None:
+                raise UserError("the request has a language, and add() no automaton of it; compile it first")
+            given = (request.canvas_length, request.max_tokens, request.sampler.eos_ids, request.locked)
+            constraint = ConstrainedSequence(automaton, *given, device())
+        self.waiting.append(Waiting(next(self._arrivals), request, constraint))
 
     def cancel(self, id: str) -> list[Event]:
         """End a request at once, wherever it is; unknown ones are over already."""
-        for index, (_, request) in enumerate(self.waiting):
-            if request.id == id:
+        for index, one in enumerate(self.waiting):
+            if one.request.id == id:
                 del self.waiting[index]
-                return [Finished(id, Reason.CANCELLED, len(request.prompt), 0)]
+                return [Finished(id, Reason.CANCELLED, len(one.request.prompt), 0)]
         for sequence in [*self.running, *self.moved_out]:
             if sequence.request.id == id:
                 return [self._finish(sequence, Reason.CANCELLED)]
@@ -106,7 +134,7 @@ class Engine:
     def requests(self) -> list[Request]:
         """Those that are not answered."""
         begun = [sequence.request for sequence in [*self.running, *self.moved_out]]
-        return [*begun, *(request for _, request in self.waiting)]
+        return [*begun, *(one.request for one in self.waiting)]
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -195,13 +223,15 @@ class Engine:
                 return
             self.running.append(self.moved_out.pop(0))
         while self.waiting and self._free_slots:
-            arrival, request = self.waiting[0]
+            arrival, request, constraint = self.waiting[0]
             held = self.memory.open(request.prompt)
             if not self.memory.has_room(held, len(request.prompt)):
                 self.memory.close(held)
                 return
             self.waiting.popleft()
-            self.running.append(Sequence(request, held, self._free_slots.pop(), held.end, arrival))
+            self.running.append(
+                Sequence(request, held, self._free_slots.pop(), held.end, arrival, constraint=constraint)
+            )
 
     def _reserve(self, sequence: Sequence, context: int) -> None:
         """Blocks for new context; where there are none the youngest sequence gives its own, perhaps this one."""
@@ -215,7 +245,8 @@ class Engine:
         """Enqueue a pass."""
         model = self.network.model_config
         cache = self.memory.cache([one.sequence.held for one in work], [one.context for one in work])
-        turns = [one.sequence.turn() for one in work if one.denoises]
+        denoising = [one.sequence for one in work if one.denoises]
+        turns = [sequence.turn() for sequence in denoising]
         places = [
             (index, sequence.held.end + context) for index, (sequence, context, denoises) in enumerate(work) if denoises
         ]
@@ -233,12 +264,21 @@ class Engine:
             sequence.step += denoises
         if hidden is None:
             return None
-        found = self.network.statistics(hidden, cells.temperature_N1, cells.uniforms(), soft_embedding=True)
-        assert found.sample_N is not None and found.soft_embedding_NH is not None
-        outcomes = self.slots.advance(
-            cells, found.argmax_N, found.sample_N, found.entropy_N, found.soft_embedding_NH, model.vocab_size
+        constraint = self._constraints.of([one.constraint for one in denoising], [turn.length for turn in turns])
+        found = self.network.statistics(
+            hidden,
+            cells.temperature_N1,
+            cells.uniforms(),
+            soft_embedding=True,
+            constraint=constraint,
+            locked_N=cells.locked_N,
         )
-        return self._results([one.sequence for one in work if one.denoises], outcomes)
+        allowed = None
+        if constraint is not None:
+            assert found.allowed_nC is not None
+            allowed = constraint.allowed(found.argmax_N, found.allowed_nC)
+        outcomes = self.slots.advance(cells, found, allowed, model.vocab_size)
+        return self._results(denoising, outcomes, hidden)
 
     def _context_tokens(self, work: list[Work]) -> Tensor:
         """Ids of the new context of a pass: parts of prompts, and canvases that have settled."""
@@ -259,7 +299,7 @@ class Engine:
             [next(from_host) if isinstance(part, list) else part for part in parts] or [self.slots.best[:0]]
         )
 
-    def _results(self, sequences: list[Sequence], outcomes: list[Outcome]) -> _Results:
+    def _results(self, sequences: list[Sequence], outcomes: list[Outcome], hidden_NH: Tensor) -> _Results:
         """Send what the host must know of a pass on its way."""
         numbers = torch.cat(
             [
@@ -273,7 +313,23 @@ class Engine:
         if any(sequence.request.drafts for sequence in sequences):
             drafts = HostCopy(torch.cat([torch.cat([o.accepted, o.entropy], dim=1).flatten() for o in outcomes]))
         order = [sequences[turn] for outcome in outcomes for turn in outcome.turns]
-        return _Results([(sequence, sequence.canvas, sequence.step) for sequence in order], HostCopy(numbers), drafts)
+        turns = [(sequence, sequence.canvas, sequence.step) for sequence in order]
+        return _Results(turns, HostCopy(numbers), drafts, self._scores(sequences, outcomes, hidden_NH))
+
+    def _scores(self, sequences: list[Sequence], outcomes: list[Outcome], hidden_NH: Tensor) -> list[HostCopy]:
+        """Log-probabilities of the canvases of those that ask, should this step be their last."""
+        cells = hidden_NH.split([sequence.request.canvas_length for sequence in sequences])
+        asked = [
+            (cells[turn], outcome.best[row])
+            for outcome in outcomes
+            for row, turn in enumerate(outcome.turns)
+            if sequences[turn].request.logprobs is not None
+        ]
+        if not asked:
+            return []
+        hidden, ids = (torch.cat(parts) for parts in zip(*asked, strict=True))
+        scores = self.network.scores(hidden, ids, MOST_SCORES)
+        return [HostCopy(part) for part in scores.split([len(best) for _, best in asked])]
 
     # -- results ---------------------------------------------------------------------------------------------------
 
@@ -282,12 +338,14 @@ class Engine:
         events: list[Event] = []
         numbers = iter(results.numbers.numbers())
         drafts = iter(results.drafts.numbers()) if results.drafts else None
+        scores = iter(results.scores)
         for sequence, canvas, step in results.turns:
             request = sequence.request
             length = request.canvas_length
             done, finite, live = (int(number) for number in itertools.islice(numbers, 3))
             tokens = [int(number) for number in itertools.islice(numbers, length)]
             accepted, entropy = (list(itertools.islice(drafts or (), length)) for _ in range(2))
+            scored = None if request.logprobs is None else next(scores)
             if sequence not in self.running + self.moved_out or canvas != sequence.canvas:
                 continue
             if request.drafts:
@@ -296,18 +354,21 @@ class Engine:
             if not finite:
                 events.append(self._finish(sequence, Reason.ERROR, "the network gave NaN or infinity"))
             elif done or step == request.sampler.max_denoising_steps:
-                events += self._settle(sequence, tokens, live)
+                events += self._settle(sequence, tokens, live, scored)
         return events
 
-    def _settle(self, sequence: Sequence, tokens: list[int], live: int) -> list[Event]:
+    def _settle(self, sequence: Sequence, tokens: list[int], live: int, scored: HostCopy | None) -> list[Event]:
         """The canvas of a sequence is final: it ends the answer, or becomes context of the next one."""
         request = sequence.request
         new, reason = cut(request, sequence.answer, tokens, self.decode)
-        settled = Settled(request.id, sequence.canvas, live, new)
+        scores = None
+        if scored is not None and request.logprobs is not None:
+            scores = _scores_of(scored, request.logprobs, len(new), request.canvas_length)
+        settled = Settled(request.id, sequence.canvas, live, new, scores)
         sequence.answer += new
         if reason is not None:
             return [settled, self._finish(sequence, reason)]
-        sequence.canvas, sequence.step = sequence.canvas + 1, 0
+        sequence.settle(tokens)
         return [settled]
 
     def _finish(self, sequence: Sequence, reason: Reason, error: str | None = None) -> Finished:
@@ -315,3 +376,13 @@ class Engine:
         self._free_slots.append(sequence.slot)
         (self.running if sequence in self.running else self.moved_out).remove(sequence)
         return Finished(sequence.request.id, reason, len(sequence.request.prompt), sequence.cached, error)
+
+
+def _scores_of(scored: HostCopy, top: int, tokens: int, length: int) -> list[Scores]:
+    """Scores of the first `tokens` of a canvas of `length`."""
+    rows = scored.values().view(length, -1)[:tokens].tolist()
+    kept = len(rows[0]) // 2
+    return [
+        Scores(own, [(int(id), logprob) for logprob, id in zip(best[:top], best[kept : kept + top], strict=True)])
+        for own, *best in rows
+    ]

@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.serving.compiling import Compiled
 from nemo_diffgemma.serving.messages import (
     Beat,
     Cancel,
@@ -31,7 +32,7 @@ from nemo_diffgemma.serving.messages import (
 )
 from nemo_diffgemma.serving.request import Request
 
-Errand = Request | Cancel | Drain | Unknown  # what the engines of all ranks are told
+Errand = Request | Cancel | Drain | Unknown | Compiled  # what the engines of all ranks are told
 _BEAT = 1.0  # seconds
 _LINGER = 2.0  # seconds in which the last messages may leave
 
@@ -75,6 +76,10 @@ class Mailbox:
                 errands.append(self._inbox.get_nowait())
         except queue.Empty:
             return errands
+
+    def post(self, errand: Errand) -> None:
+        """An errand of this process, from any thread: `take` gives it with what has come."""
+        self._inbox.put(errand)
 
     def send(self, message: ToFront) -> None:
         self._push.send(encode(message))

@@ -3,6 +3,7 @@
 Rank 0 speaks with the front end (mailbox.py). Before each pass it tells the others what has come, so that the engines
 of all ranks are given the same calls in the same order. SIGTERM drains: what is being answered is answered, nothing
 new is taken. An error of one request ends that request; any other ends the replica, which tells the front end why.
+A request with a language is accepted when that is compiled (compiling.py); passes go on meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -19,9 +21,14 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero, world_size
 from nemo_diffgemma.serving.backend import Backend
+from nemo_diffgemma.serving.compiling import Compilation, Compiled, LanguageCompiler
+from nemo_diffgemma.serving.constraints import ConstraintError, Vocabulary, bytes_of_tokens
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.ending import Decode
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
 from nemo_diffgemma.serving.mailbox import Errand, Mailbox
@@ -37,7 +44,7 @@ from nemo_diffgemma.serving.messages import (
     Unknown,
     encode,
 )
-from nemo_diffgemma.serving.request import Request
+from nemo_diffgemma.serving.request import Finished, Reason, Request
 from nemo_diffgemma.serving.text import ServedText, files_of, fingerprint
 from nemo_diffgemma.tokenizer import Text
 
@@ -48,8 +55,13 @@ _errands = msgspec.msgpack.Decoder(list[Errand])
 class Network(Protocol):
     """What a `backend` runs; `assets` is the folder with its tokenizer."""
 
+    model_config: ModelConfig
+
     @property
     def assets(self) -> Path | None: ...
+
+    @property
+    def sampler_defaults(self) -> SamplerConfig: ...
 
 
 class Replica:
@@ -67,23 +79,27 @@ class Replica:
         lonely_seconds: float,
         backend: Callable[[Any, EngineConfig, Decode | None], Backend] = Engine,
     ) -> None:
-        files = files_of(Text(network.assets))
+        read = Text(network.assets)
+        files = files_of(read)
         text = ServedText(files) if files else None
         self.engine = backend(network, config, text.decode if text else None)
         self.draining = False
         self._signalled = False
         self._errands_of_ranks = _Errands()
+        self._compilation = Compilation()
+        self._compiler: LanguageCompiler | None = None
         self._mailbox: Mailbox | None = None
         hello = Hello(name, msgspec.structs.replace(self.engine.facts(), text=fingerprint(files)))
         with all_or_none():
             if is_rank_zero():
                 self._mailbox = Mailbox(address, hello, files, lonely_seconds)
+                self._compiler = LanguageCompiler(partial(_vocabulary, network, read), self._mailbox.post)
 
     def serve(self) -> None:
         """Until it is drained. Raises what ends it before."""
         before = {number: signal.signal(number, self._drain_at_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            while not (self.draining and not self.engine.has_work):
+            while not (self.draining and not self.engine.has_work and not self._compilation):
                 self._turn()
             self._close(Farewell(False, "drained"))
         except Exception as error:
@@ -100,6 +116,8 @@ class Replica:
         if self._mailbox is not None:
             self._mailbox.send(farewell)
             self._mailbox.close()
+        if self._compiler is not None:
+            self._compiler.close()
 
     def _turn(self) -> None:
         """What has come, then a pass."""
@@ -116,7 +134,8 @@ class Replica:
             if events:
                 self._mailbox.send(Events(list(events)))
             engine = self.engine
-            self._mailbox.passed(*engine.counts, engine.passes)
+            running, waiting = engine.counts
+            self._mailbox.passed(running, waiting + len(self._compilation), engine.passes)
 
     def _taken(self) -> list[Errand]:
         """What rank 0 has heard; others hear it from there."""
@@ -134,16 +153,18 @@ class Replica:
         """The same on every rank."""
         engine = self.engine
         if isinstance(errand, Request):
-            if self.draining:
-                return [Refused(errand.id, "this replica is about to end")]
-            try:
-                engine.add(errand)
-            except UserError as error:
-                return [Refused(errand.id, str(error))]
-            return [Accepted(errand.id)]
+            return self._begin(errand)
+        if isinstance(errand, Compiled):
+            requests, automaton = self._compilation.take(errand)
+            if automaton is None:
+                return [Refused(request.id, errand.why) for request in requests]
+            return [self._added(request, automaton) for request in requests]
         if isinstance(errand, Cancel):
+            if (request := self._compilation.cancel(errand.id)) is not None:
+                return [Finished(request.id, Reason.CANCELLED, len(request.prompt), 0)]
             return [*engine.cancel(errand.id)]
         if isinstance(errand, Unknown):
+            self._compilation.forget()
             for request in engine.requests:
                 engine.cancel(request.id)
             return []
@@ -151,6 +172,30 @@ class Replica:
             self._mailbox.send(Farewell(True, "draining"))
         self.draining = True
         return []
+
+    def _begin(self, request: Request) -> list[Event]:
+        """A request has come."""
+        if self.draining:
+            return [Refused(request.id, "this replica is about to end")]
+        if request.language is None:
+            return [self._added(request, None)]
+        automaton = self._compilation.automaton(request.language)
+        if automaton is not None:
+            return [self._added(request, automaton)]
+        try:
+            self.engine.check(request)
+        except UserError as error:
+            return [Refused(request.id, str(error))]
+        if self._compilation.wait(request, request.language) and self._compiler is not None:
+            self._compiler.submit(request.language)
+        return []
+
+    def _added(self, request: Request, automaton: TokenAutomaton | None) -> Event:
+        try:
+            self.engine.add(request, automaton)
+        except UserError as error:
+            return Refused(request.id, str(error))
+        return Accepted(request.id)
 
 
 class _Errands:
@@ -173,6 +218,14 @@ class _Errands:
             content = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         dist.broadcast(content, 0, group=self._group)
         return errands if is_rank_zero() else _errands.decode(content.numpy().tobytes())
+
+
+def _vocabulary(network: Network, text: Text) -> Vocabulary:
+    """What languages are spelled with. Raises `ConstraintError`."""
+    if text.tokenizer is None:
+        raise ConstraintError("this model has no tokenizer, so its answers cannot be held to a language")
+    tokens = bytes_of_tokens(text.tokenizer)
+    return Vocabulary(tokens, network.model_config.vocab_size, network.sampler_defaults.eos_ids)
 
 
 def run(

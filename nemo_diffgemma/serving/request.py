@@ -11,10 +11,13 @@ import msgspec
 from msgspec import Struct
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.locked import check_locked
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.constraints.languages import Language
+
+MOST_SCORES = 20  # of the most probable ids at a place, as OpenAI's API has it
 
 
 class Request(Struct, frozen=True, tag=True):
@@ -23,8 +26,15 @@ class Request(Struct, frozen=True, tag=True):
     The answer has whole canvases of `canvas_length` until one has a token that ends it, a string of `stop` appears in
     its text, or `max_tokens` are reached, at which it is cut. `drafts` asks for a report of every denoising step.
 
-    `locked` maps positions of the answer, from 0, to ids that stand there from the first step on. The answer is a text
-    of `language`. `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
+    `locked` maps positions of the answer, from 0, to ids that stand there from the first step on. An end-of-sequence
+    token before the last of them does not end the answer.
+
+    The answer is a text of `language`, whole: it ends within `max_tokens`, and then the reason is STOP in every case.
+    `stop` would cut it, so there is either. A replica compiles the language before it accepts the request; it refuses
+    what cannot be compiled in time, what has no text of `max_tokens` or fewer with the `locked` tokens in their places,
+    and every language where it has no tokenizer. `serving.answer_check` reads a finished answer once more.
+
+    `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
     of a settled canvas, and of so many of the most probable ids at its place.
     """
 
@@ -53,7 +63,15 @@ class Request(Struct, frozen=True, tag=True):
         if not 1 <= self.canvas_length <= model.canvas_length:
             raise UserError(f"canvas_length={self.canvas_length}; expected 1 to {model.canvas_length}")
         check_seed(self.seed)
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_SCORES:
+            raise UserError(f"logprobs={self.logprobs}; expected 0 to {MOST_SCORES}, or none")
         self.sampler.check_ids(model.vocab_size)
+        check_locked(self.locked, self.max_tokens, model.vocab_size, self.sampler.eos_ids)
+        if self.language is not None and self.stop:
+            raise UserError(
+                f"stop={self.stop[0]!r} would cut an answer that must be whole ({self.language.kind}); leave one of "
+                "them out"
+            )
 
     @property
     def canvases(self) -> int:

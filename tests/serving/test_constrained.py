@@ -98,9 +98,9 @@ def test_choices_and_locked_tokens(model):
     automaton = worker().compile(language)
     ids = examples.tokenizer().encode("the year was").ids
     sampler = SamplerConfig(2, **ENDS)
-    locked = Constraint(automaton, len(ids), {0: ids[0]})
+    constraints = [Constraint(automaton), Constraint(automaton, len(ids))]
     answers = model.generate(
-        prompts(2), max_new_tokens=40, sampler=sampler, constraints=[Constraint(automaton), locked]
+        prompts(2), max_new_tokens=40, sampler=sampler, constraints=constraints, locked=[None, {0: ids[0]}]
     )
     for answer in answers.sequences[:, 5:].tolist():
         language.check(examples.text_of(answer).decode())

@@ -177,7 +177,8 @@ def test_tokens_are_the_bytes_that_the_tokenizer_decodes():
     text = '{"name": "Ann", "é": "你好 \U0001f600"}, the year 1999'
     ids = tokenizer.encode(text).ids
     assert b"".join(tokens[id] for id in ids).decode() == text == tokenizer.decode(ids)
-    assert examples.EOS not in tokens and tokenizer.token_to_id("<turn|>") not in tokens
+    assert tokens[tokenizer.token_to_id("<turn|>")] == b"\x01<turn|>\x01", "no text, but a token that can be asked for"
+    assert tokenizer.token_to_id("<0x01>") not in tokens
     assert tokens[tokenizer.token_to_id("<0x0A>")] == b"\n" and tokens[tokenizer.token_to_id("▁")] == b" "
 
 

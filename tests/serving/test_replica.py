@@ -56,7 +56,11 @@ class Front:
 def play(single, tmp_path) -> Callable[..., Replica]:
     """Serve in this thread, where signals arrive, while a scene plays in another."""
 
-    def run(scene: Callable[[Front], None] | None, spoil: Callable[[Replica], None] | None = None) -> Replica:
+    def run(
+        scene: Callable[[Front], None] | None,
+        spoil: Callable[[Replica], None] | None = None,
+        tokenizer: Any = None,
+    ) -> Replica:
         address, failed = f"ipc://{tmp_path}/{uuid.uuid4().hex[:8]}", []
         front = Front(address)
 
@@ -70,7 +74,11 @@ def play(single, tmp_path) -> Callable[..., Replica]:
                 failed.append(error)
                 front.say(Unknown(), Drain())
 
-        replica = Replica(cases.network(), CONFIG, address, "a", lonely_seconds=1.5 if scene is None else 60.0)
+        network = cases.network()
+        if tokenizer is not None:
+            network.assets = tmp_path / "assets"
+            tokenizer.save_pretrained(network.assets)
+        replica = Replica(network, CONFIG, address, "a", lonely_seconds=1.5 if scene is None else 60.0)
         if spoil is not None:
             spoil(replica)
         thread = threading.Thread(target=whole)

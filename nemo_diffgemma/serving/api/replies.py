@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Error(BaseModel):
@@ -57,7 +57,6 @@ class Choice(BaseModel):
 
     index: int
     finish_reason: Literal["stop", "length"]
-    logprobs: None
     diffusion: AnswerDiffusion
 
 
@@ -67,12 +66,42 @@ class ChatMessage(BaseModel):
     refusal: None
 
 
+class TokenLogprob(BaseModel):
+    """A token, or one that might stand in its place: `bytes` of all, joined, are the text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of the tokens of settled canvases, in the last step, untempered."""
+
+    content: list[ChosenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    """The same, a list for each thing that is told."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatChoice(Choice):
     message: ChatMessage
+    logprobs: ChatLogprobs | None
 
 
 class CompletionChoice(Choice):
     text: str
+    logprobs: CompletionLogprobs | None
 
 
 class _Reply(BaseModel):
@@ -95,6 +124,90 @@ class CompletionReply(_Reply):
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
+
+
+class InputDetails(BaseModel):
+    """Of the tokens of the prompt, those that the prefix cache had."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(BaseModel):
+    """Of the tokens of the answer, those of thoughts."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class IncompleteDetails(BaseModel):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseDiffusion(AnswerDiffusion, ReplyDiffusion):
+    """How the answer came about."""
+
+
+class ResponseReply(BaseModel):
+    """A response; other fields say again what was asked. `output` has items of type message, reasoning, function_call.
+
+    A stream has OpenAI's typed events, numbered, and those of type `diffusion.draft` where they are asked for.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[dict[str, Any]]
+    incomplete_details: IncompleteDetails | None
+    usage: ResponseUsage
+    diffusion: ResponseDiffusion
+
+
+class FilledHole(BaseModel):
+    """A hole, from position `start` of the answer's tokens on; its text is null without a tokenizer."""
+
+    text: str | None
+    start: int
+    token_ids: list[int]
+
+
+class TriedLengths(BaseModel):
+    """Lengths of the holes, and the mean log-probability (nats) of their tokens: the highest was chosen."""
+
+    lengths: list[int]
+    logprob: float
+
+
+class InfillDiffusion(AnswerDiffusion):
+    tried: list[TriedLengths] | None = None
+
+
+class InfillChoice(BaseModel):
+    """The whole text, what was locked as it was given, and the holes in their order."""
+
+    index: int
+    text: str | None
+    holes: list[FilledHole]
+    finish_reason: Literal["stop"]
+    diffusion: InfillDiffusion
+
+
+class InfillReply(_Reply):
+    """Filled holes; of a stream it is the last event before [DONE]."""
+
+    object: Literal["infill"]
+    choices: list[InfillChoice]
 
 
 class DraftReply(BaseModel):

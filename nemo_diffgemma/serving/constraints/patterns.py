@@ -38,6 +38,11 @@ def translated(pattern: str) -> str:
     return _Writer(pattern, characters.as_regex, around="").written()
 
 
+def translated_in_text(pattern: str) -> str:
+    """The texts in which `re.search(pattern, text)` finds something, as they are."""
+    return _Writer(pattern, characters.as_regex, around=f"{characters.as_regex(characters.ALL)}*").written()
+
+
 def translated_in_json(pattern: str) -> str:
     """The strings in which `re.search(pattern, string)` finds something, as JSON without its quotes."""
     anything = characters.as_json_regex(characters.ALL)
