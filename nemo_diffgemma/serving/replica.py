@@ -17,6 +17,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from nemo_diffgemma.data.sudoku_tokenizer import is_sudoku
 from nemo_diffgemma.diffusion_gemma import DiffusionGemma
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.visibility import TILE
@@ -54,14 +55,16 @@ class Replica:
     def __init__(
         self, network: DiffusionGemma, config: EngineConfig, address: str, name: str, lonely_seconds: float
     ) -> None:
-        files = files_of(Text(network.assets))
+        own = Text(network.assets)
+        files = files_of(own)
         text = ServedText(files) if files else None
         self.engine = Engine(network, config, decode=text.decode if text else None)
         self.draining = False
         self._signalled = False
         self._errands_of_ranks = _Errands()
         self._mailbox: Mailbox | None = None
-        hello = Hello(name, _facts(self.engine, fingerprint(files)))
+        task = "sudoku" if own.tokenizer is not None and is_sudoku(own.tokenizer) else None
+        hello = Hello(name, _facts(self.engine, fingerprint(files), task))
         with all_or_none():
             if is_rank_zero():
                 self._mailbox = Mailbox(address, hello, files, lonely_seconds)
@@ -163,7 +166,7 @@ class _Errands:
         return errands if is_rank_zero() else _errands.decode(content.numpy().tobytes())
 
 
-def _facts(engine: Engine, text: str) -> Facts:
+def _facts(engine: Engine, text: str, task: str | None) -> Facts:
     model, network = engine.network.model_config, engine.network
     layout = ", ".join(f"{axis}={size}" for axis, size in vars(current_layout()).items() if size > 1)
     return Facts(
@@ -177,6 +180,7 @@ def _facts(engine: Engine, text: str) -> Facts:
         text=text,
         layout=layout or "one process",
         device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+        task=task,
     )
 
 

@@ -55,6 +55,11 @@ class ServedText:
         self._template = None if files.template is None else _environment().from_string(files.template)
         self.piece = functools.lru_cache(65536)(lambda id: self.decode([id]))  # what a token alone says
 
+    @property
+    def takes_conversations(self) -> bool:
+        """Whether there is a chat template; without, a prompt is one text."""
+        return self._template is not None
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Raises `UserError` for characters that the tokenizer does not know."""
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from nemo_diffgemma.serving.api import chat, completions, information
+from nemo_diffgemma.serving.api import chat, completions, information, page
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
 from nemo_diffgemma.serving.api.limits import Limits
@@ -18,6 +18,6 @@ def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> Fas
     app, desk = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None), Desk(router, settings)
     add_handlers(app)
     app.add_middleware(Limits, most_bytes=int(settings.max_body_mb * 1e6), keys=settings.api_keys)
-    for routes in (chat.routes(desk), completions.routes(desk), information.routes(desk, metrics)):
+    for routes in (chat.routes(desk), completions.routes(desk), information.routes(desk, metrics), page.routes()):
         app.include_router(routes)
     return app
