@@ -276,7 +276,8 @@ class Engine:
 
     def _cut(self, request: Request, answer: list[int], tokens: list[int]) -> tuple[list[int], Reason | None]:
         """Tokens of a canvas up to what ends the answer, that included, and why it ends if it does."""
-        ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids]
+        first = request.earliest_end - len(answer)
+        ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids and index >= first]
         new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
         if len(answer) + len(new) >= request.max_tokens:
             new = new[: request.max_tokens - len(answer)]

@@ -29,6 +29,7 @@ class Metrics:
         )
         self.requests = counter("requests", "Requests that are over", ("outcome",))
         self.refused = counter("requests_refused", "Requests that found the queue full")
+        self.violations = counter("constraint_violations", "Finished answers that their language did not have: defects")
         self.replays = counter("requests_replayed", "Requests that began again on another replica")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
         self.cached_tokens = counter("prompt_tokens_cached", "Tokens of prompts that the prefix cache had")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,30 @@ TEMPLATE = (
 
 def tokenizer() -> Any:
     """Bytes as tokens, behind ten special ones, and words that only answers have."""
+    return byte_tokenizer(("<pad>", "<eos>", "<bos>", *(f"<s{index}>" for index in range(3, 10))), TEMPLATE)
+
+
+def byte_tokenizer(special: Sequence[str], template: str) -> Any:
+    """Special tokens, the first three as usual, then bytes, then words, to as many ids as the network has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<eos>", "<bos>", *(f"<s{index}>" for index in range(3, 10))]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [f"Ġw{index}" for index in range(cases.IDS - len(special) - len(letters))]
     made = Tokenizer(models.BPE({word: id for id, word in enumerate([*special, *letters, *words])}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(special)
+    made.add_special_tokens(list(special))
     made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", chat_template=TEMPLATE
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", chat_template=template
     )
 
 
-def write_checkpoint(directory: Path) -> Path:
+def write_checkpoint(directory: Path, read: Any = None) -> Path:
     """The network of `cases` in the released layout."""
     cases.network().save_huggingface(directory)
-    tokenizer().save_pretrained(directory)
+    (read or tokenizer()).save_pretrained(directory)
     return directory
 
 

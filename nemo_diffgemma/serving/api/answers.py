@@ -7,7 +7,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -20,7 +20,7 @@ from nemo_diffgemma.serving.api.errors import body_of_failure, failure_of
 from nemo_diffgemma.serving.api.fields import Common
 from nemo_diffgemma.serving.job import Job
 from nemo_diffgemma.serving.messages import Event
-from nemo_diffgemma.serving.request import Draft, Finished, Settled
+from nemo_diffgemma.serving.request import Draft, Finished, Scores, Settled
 from nemo_diffgemma.serving.text import ServedText
 
 
@@ -33,12 +33,14 @@ class Answer:
     text: str = ""
     steps: int = 0
     canvases: int = 0
+    scores: list[Scores] = field(default_factory=list)
     end: Finished | None = None
 
     def take(self, event: Event) -> str:
         """What an event adds to the text. The last canvas is told from others by what ends the answer, behind it."""
         if isinstance(event, Settled):
             self.steps, self.canvases = self.steps + event.steps, self.canvases + 1
+            self.scores += event.scores or []
             new = self.words.push(event.tokens, is_last=False)
         elif isinstance(event, Finished):
             self.end = event
@@ -58,8 +60,9 @@ class Format(ABC):
 
     prefix, object, chunk_object = "", "", ""
 
-    def __init__(self, model: str, body: Common) -> None:
-        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    def __init__(self, desk: Desk, body: Common) -> None:
+        self.text = desk.router.text
+        self.head = head_of(self.prefix, body.model)
         self.body = body
 
     @abstractmethod
@@ -70,12 +73,17 @@ class Format(ABC):
     def delta(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> dict[str, Any]:
         """What a chunk adds to an answer."""
 
+    @abstractmethod
+    def logprobs(self, answer: Answer, since: int) -> dict[str, Any]:
+        """Log-probabilities of an answer's tokens, the first `since` of them left out."""
+
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = []
         for index, answer in enumerate(answers):
             diffusion = {"token_ids": answer.words.tokens, "steps": answer.steps, "canvases": answer.canvases}
             diffusion["seed"] = answer.job.request.seed
-            choices.append({**self.choice(index, answer), "diffusion": diffusion})
+            logprobs = None if self.body.scores is None else self.logprobs(answer, 0)
+            choices.append({**self.choice(index, answer), "logprobs": logprobs, "diffusion": diffusion})
         result = {**self.head, "object": self.object, "choices": choices, "usage": usage(answers, self.body.n)}
         if self.body.ignored:
             result["diffusion"] = {"ignored": self.body.ignored}
@@ -83,6 +91,11 @@ class Format(ABC):
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {**self.head, "object": self.chunk_object, "choices": choices, **more}
+
+
+def head_of(prefix: str, model: str) -> dict[str, Any]:
+    """What all parts of a reply begin with."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
 def usage(answers: Sequence[Answer], n: int) -> dict[str, Any]:
@@ -115,13 +128,11 @@ async def collect(desk: Desk, jobs: Sequence[Job]) -> list[Answer]:
         desk.leave(jobs)
 
 
-class Stream(StreamingResponse):
-    """Server-sent events of some jobs, which end when the client goes."""
+class JobStream(StreamingResponse):
+    """Server-sent events about some jobs, which end when the client goes."""
 
-    def __init__(self, desk: Desk, jobs: Sequence[Job], format: Format) -> None:
-        super().__init__(
-            _events(desk, jobs, format), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+    def __init__(self, desk: Desk, jobs: Sequence[Job], events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._desk, self._jobs = desk, jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,38 +142,49 @@ class Stream(StreamingResponse):
             self._desk.leave(self._jobs)
 
 
+class Stream(JobStream):
+    """The answers of some jobs in chunks."""
+
+    def __init__(self, desk: Desk, jobs: Sequence[Job], format: Format) -> None:
+        super().__init__(desk, jobs, _events(desk, jobs, format))
+
+
 async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncIterator[bytes]:
     answers, options = begin(desk, jobs), format.body.stream_options
     null_usage = {"usage": None} if options.include_usage else {}
     try:
         for index in range(len(answers)):
-            yield _event(format.chunk([format.delta(index, "", True, None)], **null_usage))
-        async for index, event in _merged(jobs):
+            yield sse(format.chunk([format.delta(index, "", True, None)], **null_usage))
+        async for index, event in merged(jobs):
             answer = answers[index]
             if isinstance(event, Draft):
-                yield _event(
-                    format.chunk([], diffusion={"draft": _draft(index, event, desk.router.text)}), "diffusion.draft"
+                yield sse(
+                    format.chunk([], diffusion={"draft": draft_of(index, event, desk.router.text)}), "diffusion.draft"
                 )
                 continue
+            since = len(answer.words.tokens)
             choice = format.delta(index, answer.take(event), False, answer.finish_reason)
             if isinstance(event, Settled):
+                if format.body.scores is not None:
+                    choice["logprobs"] = format.logprobs(answer, since)
                 choice["diffusion"] = {"token_ids": event.tokens, "steps": event.steps, "canvas": event.canvas}
             else:
                 choice["diffusion"] = {"seed": answer.job.request.seed}
-            yield _event(format.chunk([choice], **null_usage))
+            yield sse(format.chunk([choice], **null_usage))
         if options.include_usage:
-            yield _event(format.chunk([], usage=usage(answers, format.body.n)))
+            yield sse(format.chunk([], usage=usage(answers, format.body.n)))
         yield b"data: [DONE]\n\n"
     except Exception as error:
-        yield _event(body_of_failure(failure_of(error)))
+        yield sse(body_of_failure(failure_of(error)))
 
 
-def _event(content: dict[str, Any], name: str | None = None) -> bytes:
+def sse(content: dict[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event."""
     line = b"event: %s\n" % name.encode() if name else b""
     return line + b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-def _draft(index: int, draft: Draft, text: ServedText | None) -> dict[str, Any]:
+def draft_of(index: int, draft: Draft, text: ServedText | None) -> dict[str, Any]:
     """A canvas between two steps: its cells side by side, entropies in nats."""
     result = {
         "index": index,
@@ -177,7 +199,7 @@ def _draft(index: int, draft: Draft, text: ServedText | None) -> dict[str, Any]:
     return result
 
 
-async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
+async def merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
     """Events of all jobs as they come, each with the number of its job. Raises the first `Failure`."""
     waiting = {asyncio.create_task(job.next()): index for index, job in enumerate(jobs)}
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from nemo_diffgemma.serving.api import chat, completions, information, page
+from nemo_diffgemma.serving.api import chat, completions, infill, information
+    app.include_router(page.routes())
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
 from nemo_diffgemma.serving.api.limits import Limits
@@ -18,6 +19,8 @@ def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> Fas
     app, desk = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None), Desk(router, settings)
     add_handlers(app)
     app.add_middleware(Limits, most_bytes=int(settings.max_body_mb * 1e6), keys=settings.api_keys)
-    for routes in (chat.routes(desk), completions.routes(desk), information.routes(desk, metrics), page.routes()):
-        app.include_router(routes)
+    for kind in (chat, completions, infill):
+        app.include_router(kind.routes(desk))
+    app.include_router(information.routes(desk, metrics))
+    app.include_router(page.routes())
     return app

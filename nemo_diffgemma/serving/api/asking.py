@@ -43,7 +43,8 @@ class Desk:
         """Raises `InvalidRequest` for a model without a tokenizer."""
         self.facts  # noqa: B018  raises before there is any
         if self.router.text is None:
-            raise InvalidRequest("this model has no tokenizer; send token ids to /v1/completions", "no_tokenizer")
+            what = "this model has no tokenizer; send token ids: to /v1/completions, or to /v1/infill with a prompt"
+            raise InvalidRequest(what, "no_tokenizer")
         return self.router.text
 
     def check_model(self, name: str) -> None:
@@ -82,6 +83,7 @@ class Desk:
                         seed=seed + index,
                         stop=stop,
                         drafts=body.stream and body.stream_options.drafts,
+                        logprobs=body.scores,
                     )
                 )
         return made

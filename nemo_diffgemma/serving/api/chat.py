@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from nemo_diffgemma.serving.api.answers import Answer, Format, Stream, collect
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.fields import ChatBody
+from nemo_diffgemma.serving.api.logprobs import chat_form
 from nemo_diffgemma.serving.api.replies import ChatReply, responses
 
 
@@ -19,11 +20,14 @@ class _Chat(Format):
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+        return {"index": index, "message": message, "finish_reason": answer.finish_reason}
 
     def delta(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""} if is_first else {"content": text} if text else {}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+    def logprobs(self, answer: Answer, since: int) -> dict[str, Any]:
+        return chat_form(self.text, answer.words.tokens[since:], answer.scores[since:])
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -33,7 +37,7 @@ def routes(desk: Desk) -> APIRouter:
         messages = [message.for_template() for message in body.messages]
         prompt = await asyncio.to_thread(desk.text.encode_chat, messages)
         jobs = await desk.submit(desk.requests([prompt], body, body.max_completion_tokens or body.max_tokens))
-        format = _Chat(body.model, body)
+        format = _Chat(desk, body)
         if body.stream:
             return Stream(desk, jobs, format)
         return JSONResponse(format.whole(await collect(desk, jobs)))

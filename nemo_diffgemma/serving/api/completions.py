@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from nemo_diffgemma.serving.api.answers import Answer, Format, Stream, collect
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.fields import CompletionBody
+from nemo_diffgemma.serving.api.logprobs import completion_form
 from nemo_diffgemma.serving.api.replies import CompletionReply, responses
 from nemo_diffgemma.serving.failures import InvalidRequest
 
@@ -19,10 +20,14 @@ class _Completion(Format):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        return {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.finish_reason}
+        return {"index": index, "text": answer.text, "finish_reason": answer.finish_reason}
 
     def delta(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+    def logprobs(self, answer: Answer, since: int) -> dict[str, Any]:
+        tokens = answer.words.tokens
+        return completion_form(self.text, tokens[:since], tokens[since:], answer.scores[since:])
 
 
 async def _ids(desk: Desk, prompt: str | list[Any]) -> list[list[int]]:
@@ -40,7 +45,7 @@ def routes(desk: Desk) -> APIRouter:
 
     async def answer(body: CompletionBody) -> Response:
         jobs = await desk.submit(desk.requests(await _ids(desk, body.prompt), body, body.max_tokens))
-        format = _Completion(body.model, body)
+        format = _Completion(desk, body)
         if body.stream:
             return Stream(desk, jobs, format)
         return JSONResponse(format.whole(await collect(desk, jobs)))

@@ -6,8 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from nemo_diffgemma.serving.failures import InvalidRequest
+
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Scores = Annotated[int, Field(ge=0, le=20)] | None
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 # Settings of models that choose one token after another: taken, since clients send them unasked, and named in the
@@ -79,6 +82,11 @@ class Common(Body):
     prompt_cache_key: str | None = None
 
     @property
+    def scores(self) -> int | None:
+        """Of how many ids at each place the log-probability is told, beside the chosen one's; None: of none at all."""
+        return None
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
@@ -114,7 +122,15 @@ class ChatBody(Common):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: bool = Field(default=False, description="Tell each token's log-probability where its canvas settled.")
+    top_logprobs: Scores = Field(default=None, description="And those of so many ids at its place.")
+
+    @property
+    def scores(self) -> int | None:
+        """Raises `InvalidRequest`."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class CompletionBody(Common):
@@ -123,6 +139,11 @@ class CompletionBody(Common):
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+    logprobs: Scores = Field(default=None, description="Tell log-probabilities of tokens, and of so many at a place.")
+
+    @property
+    def scores(self) -> int | None:
+        return self.logprobs
 
 
 class TokenizeBody(Body):

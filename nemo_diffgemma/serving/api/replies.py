@@ -57,7 +57,6 @@ class Choice(BaseModel):
 
     index: int
     finish_reason: Literal["stop", "length"]
-    logprobs: None
     diffusion: AnswerDiffusion
 
 
@@ -67,12 +66,42 @@ class ChatMessage(BaseModel):
     refusal: None
 
 
+class TokenLogprob(BaseModel):
+    """A token, or one that might stand in its place: `bytes` of all, joined, are the text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of the tokens of settled canvases, in the last step, untempered."""
+
+    content: list[ChosenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    """The same, a list for each thing that is told."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatChoice(Choice):
     message: ChatMessage
+    logprobs: ChatLogprobs | None
 
 
 class CompletionChoice(Choice):
     text: str
+    logprobs: CompletionLogprobs | None
 
 
 class _Reply(BaseModel):
@@ -95,6 +124,42 @@ class CompletionReply(_Reply):
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
+
+
+class FilledHole(BaseModel):
+    """A hole, from position `start` of the answer's tokens on; its text is null without a tokenizer."""
+
+    text: str | None
+    start: int
+    token_ids: list[int]
+
+
+class TriedLengths(BaseModel):
+    """Lengths of the holes, and the mean log-probability (nats) of their tokens: the highest was chosen."""
+
+    lengths: list[int]
+    logprob: float
+
+
+class InfillDiffusion(AnswerDiffusion):
+    tried: list[TriedLengths] | None = None
+
+
+class InfillChoice(BaseModel):
+    """The whole text, what was locked as it was given, and the holes in their order."""
+
+    index: int
+    text: str | None
+    holes: list[FilledHole]
+    finish_reason: Literal["stop"]
+    diffusion: InfillDiffusion
+
+
+class InfillReply(_Reply):
+    """Filled holes; of a stream it is the last event before [DONE]."""
+
+    object: Literal["infill"]
+    choices: list[InfillChoice]
 
 
 class DraftReply(BaseModel):

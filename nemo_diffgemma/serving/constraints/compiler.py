@@ -53,9 +53,13 @@ class Compiler:
         """The automaton. Raises `ConstraintError`, for one that exceeds the limits too."""
         return self.submit(language).result()
 
+    def submit_check(self, language: Language, text: str) -> Future[None]:
+        """`language.check(text)` in the limit of time: None, `ConstraintViolation`, or `ConstraintError` if late."""
+        return self._threads.submit(self._ask, "check", language, text)
+
     def check(self, language: Language, text: str) -> None:
-        """`language.check(text)` in the limit of time. Raises `ConstraintViolation`."""
-        self._threads.submit(self._ask, "check", language, text).result()
+        """The same at once. Raises `ConstraintViolation`, or `ConstraintError`."""
+        self.submit_check(language, text).result()
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from nemo_diffgemma.serving.constraints import characters, json_schema, patterns
 from nemo_diffgemma.serving.constraints.errors import ConstraintError, ConstraintViolation
+from nemo_diffgemma.serving.constraints.token_bytes import MARK
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,13 @@ class Language:
     expression: str
 
     def check(self, text: str) -> None:
-        """Raise `ConstraintViolation` unless `text` is of the language. A regex may take long: see `Compiler.check`."""
-        if self.kind == "regex":
+        """Raise `ConstraintViolation` unless `text` is of the language. A regex may take long: see `Compiler.check`.
+
+        Special tokens stand in `text` as `token_bytes.marked` writes them.
+        """
+        if MARK in text:
+            problem = "it has special tokens"
+        elif self.kind == "regex":
             problem = "" if re.fullmatch(self.source, text) else "it does not match the regex"
         elif self.kind == "choice":
             problem = "" if text in json.loads(self.source) else "it is none of the choices"
@@ -49,7 +55,9 @@ def choice(texts: Sequence[str]) -> Language:
         raise ConstraintError(f"choice={texts!r}; expected a list of texts, at least one")
     unwritable = [text for text in texts if not _is_text(text)]
     if unwritable:
-        raise ConstraintError(f"choice {unwritable[0]!r} has NUL or half a surrogate pair; expected text without them")
+        raise ConstraintError(
+            f"choice {unwritable[0]!r} has NUL, U+0001 or half a surrogate pair; expected text without them"
+        )
     return Language("choice", json.dumps(list(texts)), "|".join(f"(?:{characters.literal(text)})" for text in texts))
 
 

@@ -119,10 +119,12 @@ export function startSudoku() {
     result.replaceChildren(own.element, legend());
     let last;
     const body = () => {
+      const { max_tokens: _, ...fields } = settings.fields(); // the grid says how long it is
       const prompt = grid.puzzle.map((digit) => digit || ".").join("");
-      return { ...settings.fields(), prompt, max_tokens: CELLS };
+      const text = grid.puzzle.map((digit) => (digit ? String(digit) : { hole: 1 }));
+      return { ...fields, prompt, text };
     };
-    const outcome = await asking.run("v1/completions", body, (answer, isFrame) => {
+    const outcome = await asking.run("v1/infill", body, (answer, isFrame) => {
       last = answer;
       if (isFrame) own.add(answer.frames.at(-1));
     });
