@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from nemo_diffgemma.serving.api import chat, completions, infill, information
-    app.include_router(page.routes())
+from nemo_diffgemma.serving.api import chat, completions, infill, information, page
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
 from nemo_diffgemma.serving.api.limits import Limits
