@@ -55,4 +55,6 @@ def is_sudoku(tokenizer: Any) -> bool:
 
     A chat template means that the characters were trained to say something else.
     """
-    return tokenizer.chat_template is None and tokenizer.get_vocab() == {token: id for id, token in enumerate(VOCABULARY)}
+    return tokenizer.chat_template is None and tokenizer.get_vocab() == {
+        token: id for id, token in enumerate(VOCABULARY)
+    }
