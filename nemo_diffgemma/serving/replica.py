@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.data.sudoku_tokenizer import is_sudoku
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero, world_size
@@ -89,7 +90,9 @@ class Replica:
         self._compilation = Compilation()
         self._compiler: LanguageCompiler | None = None
         self._mailbox: Mailbox | None = None
-        hello = Hello(name, msgspec.structs.replace(self.engine.facts(), text=fingerprint(files)))
+        task = "sudoku" if read.tokenizer is not None and is_sudoku(read.tokenizer) else None
+        facts = msgspec.structs.replace(self.engine.facts(), text=fingerprint(files), task=task)
+        hello = Hello(name, facts)
         with all_or_none():
             if is_rank_zero():
                 self._mailbox = Mailbox(address, hello, files, lonely_seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from nemo_diffgemma.serving.api import chat, completions, infill, information, responses
+from nemo_diffgemma.serving.api import chat, completions, infill, information, page, responses
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
 from nemo_diffgemma.serving.api.limits import Limits
@@ -21,4 +21,5 @@ def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> Fas
     for kind in (chat, completions, infill, responses):
         app.include_router(kind.routes(desk))
     app.include_router(information.routes(desk, metrics))
+    app.include_router(page.routes())
     return app
