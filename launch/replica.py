@@ -24,30 +24,23 @@ from omegaconf import MISSING
 from nemo_diffgemma.cli.child_process import end_with_parent
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.start import start
-from nemo_diffgemma.schema import ConfigurationError, ParallelGroup
-from nemo_diffgemma.serving.engine_config import EngineConfig
+from nemo_diffgemma.schema import ParallelGroup
+from nemo_diffgemma.serving.engine_config import EngineConfig, ServedModel
 from nemo_diffgemma.serving.supervisor import STARTED_BY
 
 
 @dataclass
-class ReplicaConfig:
+class ReplicaConfig(ServedModel):
     """Configuration of `launch/replica.py`."""
 
     front: str = MISSING  # the front end's address: tcp://host:port
-    checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo
-    bundle: str | None = None  # instead: a directory that export/build.py has written
-    provider: str = "onnxruntime"  # of a bundle: or tensorrt_rtx, tensorrt, tensorrt_llm
-    dtype: str = "float32"  # of a checkpoint: or bfloat16
     name: str = ""  # in messages; empty: of this machine and process
     lonely_seconds: float = 60.0  # without a word of the front end, after which it ends
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        if (self.checkpoint is None) == (self.bundle is None):
-            raise ConfigurationError(
-                f"checkpoint={self.checkpoint} bundle={self.bundle}; give one of them: what this replica serves"
-            )
+        self.check_model()
 
 
 def replica(config: ReplicaConfig, results: Results) -> dict[str, Any]:
@@ -66,6 +59,7 @@ def replica(config: ReplicaConfig, results: Results) -> dict[str, Any]:
     from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.checkpoint.open import dtype_of
 
+    assert config.checkpoint is not None
     network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
     return run(network, config.engine, *where)
 

@@ -24,23 +24,19 @@ from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.repository import ROOT, user_path
 from nemo_diffgemma.schema import ConfigurationError, ParallelGroup
-from nemo_diffgemma.serving.engine_config import EngineConfig
+from nemo_diffgemma.serving.engine_config import EngineConfig, ServedModel
 from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 
 
 @dataclass
-class ServeConfig:
-    """Configuration of `launch/serve.py`."""
+class ServeConfig(ServedModel):
+    """Configuration of `launch/serve.py`. What is served is said of the replicas that are started here."""
 
-    checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo; of the replicas started here
-    bundle: str | None = None  # instead of checkpoint=: a directory that export/build.py has written
-    provider: str = "onnxruntime"  # of a bundle: or tensorrt_rtx, tensorrt, tensorrt_llm
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     name: str | None = None  # of the model in requests; null: the checkpoint's. `default` is one too
     replicas: int = 1  # engines started on this node, each of parallel.* processes; 0: others join
     address: str | None = None  # tcp://0.0.0.0:port, where replicas of other nodes join
-    dtype: str = "float32"  # or bfloat16
     queue_limit: int = 256  # requests that wait before others are told to come again
     request_seconds: float = 600.0  # time limit of a request, waiting included
     drain_seconds: float = 60.0  # after SIGTERM, for what is being answered
@@ -60,12 +56,12 @@ class ServeConfig:
                 f"request_seconds={self.request_seconds} drain_seconds={self.drain_seconds} "
                 f"max_body_mb={self.max_body_mb} default_max_tokens={self.default_max_tokens}; expected above 0"
             )
-        given = [name for name in (self.checkpoint, self.bundle) if name is not None]
-        if self.replicas and len(given) != 1:
+        if self.replicas and self.checkpoint is None and self.bundle is None:
             raise ConfigurationError(
-                "give checkpoint=... or bundle=..., one of them, or replicas=0 address=tcp://0.0.0.0:5570 for others "
-                "to join"
+                "give checkpoint=... or bundle=..., or replicas=0 address=tcp://0.0.0.0:5570 for others to join"
             )
+        if self.replicas:
+            self.check_model()
         if not self.replicas and (self.address is None or self.name is None):
             raise ConfigurationError("replicas=0: give address=tcp://0.0.0.0:5570, where replicas join, and name=...")
         if self.parallel.replicas != 1:

@@ -11,6 +11,7 @@ import torch
 from export.engine.batching import BundleEngine
 from nemo_diffgemma import ParallelLayout, SamplerConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.serving.constraints import choice
 from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Reason, Request
 from tests.export import kit
@@ -199,6 +200,7 @@ def test_numbers_that_are_none_end_that_request_alone(engine):
         (dict(canvas_length=3), "canvas_length=3: the engines of this bundle have canvases of 4"),
         (dict(prompt=(1,) * 62, max_tokens=9), "context of 70 tokens, and this bundle has 64.*max_context=70"),
         (dict(locked={0: 3}), "locked: the engines of a bundle cannot"),
+        (dict(language=choice(["a"])), "language: the engines of a bundle cannot"),
         (dict(adapter="poet"), "adapter: the engines of a bundle cannot"),
         (dict(logprobs=0), "logprobs: the engines of a bundle cannot"),
     ],
