@@ -27,6 +27,7 @@ class Facts(Struct, frozen=True):
     layout: str
     device: str
     adapters: list[str] = []  # that requests may name
+    task: str | None = None  # "sudoku": what prompts and answers are, where they are no language
 
 
 class TextFiles(Struct, frozen=True, tag=True):

@@ -92,6 +92,9 @@ def test_replicas_end_with_a_front_end_that_is_killed(checkpoint):
     "arguments, what",
     [
         ([], "give checkpoint="),
+        (["checkpoint=a", "bundle=b"], "checkpoint=a bundle=b; give one of them"),
+        (["checkpoint=a", "provider=tensorrt"], "provider=tensorrt runs a bundle"),
+        (["bundle=b", "dtype=bfloat16"], "dtype=bfloat16: a bundle has the one"),
         (["replicas=0"], "replicas=0: give address="),
         (["checkpoint=a", "parallel.replicas=2"], "a server has replicas="),
         (["checkpoint=a", "port=70000"], "port=70000; expected"),

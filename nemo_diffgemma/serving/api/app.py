@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from nemo_diffgemma.serving.answer_check import AnswerCheck
-from nemo_diffgemma.serving.api import chat, completions, infill, information, responses
+from nemo_diffgemma.serving.api import chat, completions, infill, information, page, responses
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
 from nemo_diffgemma.serving.api.limits import Limits
@@ -42,4 +42,5 @@ def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> Fas
     for kind in (chat, completions, infill, responses):
         app.include_router(kind.routes(desk), responses=failures())
     app.include_router(information.routes(desk, metrics), responses=failures())
+    app.include_router(page.routes())
     return app

@@ -28,6 +28,9 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
             "canvas_length": facts.canvas_length,
             "vocab_size": facts.vocab_size,
             "sampler": facts.sampler.to_huggingface(),
+            "task": facts.task,
+            "takes_text": desk.router.text is not None,
+            "takes_conversations": desk.router.text is not None and desk.router.text.takes_conversations,
         }
         return {"id": name, "object": "model", "created": began, "owned_by": "nemo_diffgemma", "diffusion": about}
 

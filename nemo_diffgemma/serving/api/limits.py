@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nemo_diffgemma.serving.api.errors import answer_of_http, body_of
 from nemo_diffgemma.serving.settings import FrontSettings
 
-_OPEN = ("/health", "/metrics")  # for load balancers and Prometheus
+_OPEN = ("/health", "/metrics", "/")  # for load balancers, Prometheus, and the page, which asks its reader for a key
+_OPEN_FOLDER = "/page/"
 
 
 class _TooLarge(HTTPException):
@@ -35,7 +36,8 @@ class Limits:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if scope["path"] not in _OPEN and not self._may_ask(headers.get(b"authorization", b"")):
+        is_open = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDER)
+        if not is_open and not self._may_ask(headers.get(b"authorization", b"")):
             message = "this server wants an API key: Authorization: Bearer KEY"
             await JSONResponse(body_of(message, "authentication_error", "invalid_api_key"), 401)(scope, receive, send)
             return
