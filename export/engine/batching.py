@@ -38,7 +38,7 @@ from nemo_diffgemma.serving.request import Draft, Event, Finished, Reason, Reque
 from nemo_diffgemma.transfer import HostCopy, to_device
 
 # what a request may ask for and gets here; all else is refused by name
-_DONE = {"id", "prompt", "max_tokens", "canvas_length", "sampler", "seed", "stop", "drafts"}
+_DONE = {"id", "prompt", "max_tokens", "canvas_length", "sampler", "seed", "stop", "drafts", "chat"}
 
 
 class _Results(NamedTuple):
