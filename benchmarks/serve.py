@@ -116,7 +116,7 @@ def products(options: argparse.Namespace) -> None:
         print(f"pass {engine.passes}: {passed:.2f} s, products {of_linear:.2f} + {of_attention:.2f}", file=sys.stderr)
     tokens = sum(request.max_tokens for request in asked)
     print(
-        "| requests at a time | tokens/s | linear products alone | attention's beside them | share, linear | share, all |"
+        "| requests at a time | tokens/s | linear products alone | attention beside them | share, linear | share, all |"
     )
     print("|---|---|---|---|---|---|")
     print(
