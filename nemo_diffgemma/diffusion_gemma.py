@@ -33,6 +33,7 @@ from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 from nemo_diffgemma.transfer import to_device
 
 if TYPE_CHECKING:
+    from nemo_diffgemma.serving.constraints.languages import Language
     from nemo_diffgemma.serving.local_chat import ChatAnswer, ChatDraft
 
 
@@ -146,7 +147,7 @@ class DiffusionGemma(Network):
         sampler.check_ids(self.model_config.vocab_size)
         if noise is None:
             noise = KeyedNoise.for_rows(seed, input_ids.shape[0], length, self.model_config.vocab_size, device())
-        held = self._checked_locks(locked, input_ids.shape[0], max_new_tokens, sampler)
+        held = self._checked_locks(locked, input_ids.shape[0], max_new_tokens)
         told = None
         if constraints is not None:
             canvases = -(-max_new_tokens // length)
@@ -174,12 +175,16 @@ class DiffusionGemma(Network):
         canvas_length: int | None = None,
         sampler: SamplerConfig | None = None,
         on_draft: Callable[[ChatDraft], None] | None = None,
+        language: Language | None = None,
+        **template: Any,
     ) -> ChatAnswer:
         """The next turn of a conversation: a text, or messages with `role` and `content`, in the chat template.
 
         A server's answer (/v1/chat/completions) to the same messages, settings and seed has the same tokens. `on_draft`
-        sees the canvas after every denoising step, on every rank. Raises `UserError` without a tokenizer, and for what
-        the template or `generate` refuses.
+        sees the canvas after every denoising step, on every rank. The answer is of a `language` of
+        `serving.constraints`, where one is given; `template` are variables of the chat template: `tools`,
+        `enable_thinking` and others. Collective. Raises `UserError` without a tokenizer, and for what the template, the
+        language or `generate` refuses.
         """
         from nemo_diffgemma.serving.local_chat import chat
 
@@ -191,16 +196,18 @@ class DiffusionGemma(Network):
             canvas_length=canvas_length,
             sampler=sampler,
             on_draft=on_draft,
+            language=language,
+            **template,
         )
 
     def _checked_locks(
-        self, locked: Sequence[Mapping[int, int] | None] | None, rows: int, tokens: int, sampler: SamplerConfig
+        self, locked: Sequence[Mapping[int, int] | None] | None, rows: int, tokens: int
     ) -> list[Mapping[int, int]]:
         if locked is not None and len(locked) != rows:
             raise UserError(f"locked has {len(locked)} entries for {rows} rows; give one, or None, for each row")
         held = [row or {} for row in locked or ()]
         for row in held:
-            check_locked(row, tokens, self.model_config.vocab_size, sampler.eos_ids)
+            check_locked(row, tokens, self.model_config.vocab_size)
         return held
 
     def start(self, first_positions: Sequence[int]) -> Cache:

@@ -32,12 +32,13 @@ from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import Facts
 from nemo_diffgemma.serving.request import Draft, Event, Finished, Reason, Request, Settled
 from nemo_diffgemma.transfer import HostCopy, to_device
 
 # what a request may ask for and gets here; all else is refused by name
-_DONE = {"id", "prompt", "max_tokens", "canvas_length", "sampler", "seed", "stop", "drafts"}
+_DONE = {"id", "prompt", "max_tokens", "canvas_length", "sampler", "seed", "stop", "drafts", "chat"}
 
 
 class _Results(NamedTuple):
@@ -49,14 +50,22 @@ class _Results(NamedTuple):
 
 
 class BundleEngine:
-    """`serving.backend.Backend` with the engines of a bundle. `decode` makes text of ids, for stop strings.
+    """`serving.backend.Backend` with the engines of a bundle.
 
-    Of `config`, `context_gb` limits the contexts of one rank, `max_running` the rows of a step, as the bundle does;
+    For stop strings, `decode` makes text of ids, and `markers` tell what is said in it from the rest. Of `config`,
+    `context_gb` limits the contexts of one rank, `max_running` the rows of a step, as the bundle does;
     `tokens_per_pass` the tokens of a pass above which prompts wait, and `typical_tokens` nothing.
     """
 
-    def __init__(self, engine: Engine, config: EngineConfig, decode: Decode | None = None) -> None:
-        self.engine, self.config, self.decode = engine, config, decode
+    def __init__(
+        self,
+        engine: Engine,
+        config: EngineConfig,
+        decode: Decode | None = None,
+        markers: Markers | None = None,
+    ) -> None:
+        self.engine, self.config = engine, config
+        self.decode, self._markers = decode, markers or Markers()
         self.max_running = min(config.max_running, engine.limits.batch)
         self.canvas_length = engine.model_config.canvas_length
         self._memory = int(config.context_gb * 1e9)
@@ -260,7 +269,7 @@ class BundleEngine:
 
     def _settle(self, row: Row, tokens: list[int], live: int) -> list[Event]:
         """The canvas of a row is final: it ends the answer, or becomes context of the next one."""
-        new, reason = cut(row.request, row.answer, tokens, self.decode)
+        new, reason = cut(row.request, row.answer, tokens, self.decode, self._markers)
         settled = Settled(row.request.id, row.canvas, live, new)
         row.answer += new
         if reason is not None:

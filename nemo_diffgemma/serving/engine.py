@@ -36,6 +36,7 @@ from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import Facts
 from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Scores, Settled
 from nemo_diffgemma.serving.sequence import Sequence
@@ -72,11 +73,21 @@ class _Results(NamedTuple):
 
 
 class Engine:
-    """Continuous batching by denoising step. `decode` makes text of the ids of an answer, for stop strings."""
+    """Continuous batching by denoising step.
 
-    def __init__(self, network: DiffusionGemma, config: EngineConfig, decode: Decode | None = None) -> None:
+    For stop strings, `decode` makes text of the ids of an answer, and `markers` tell what is said in it from the rest.
+    """
+
+    def __init__(
+        self,
+        network: DiffusionGemma,
+        config: EngineConfig,
+        decode: Decode | None = None,
+        markers: Markers | None = None,
+    ) -> None:
         model = network.model_config
-        self.network, self.config, self.decode = network, config, decode
+        self.network, self.config = network, config
+        self.decode, self._markers = decode, markers or Markers()
         longest_step = max(TILE * max(1, config.tokens_per_pass // TILE), model.canvas_length)
         self.memory = ContextMemory(network, config.context_gb, config.typical_tokens, longest_step)
         self.slots = Slots(config.max_running, model.canvas_length, model.hidden_size, network.dtype, device())
@@ -360,7 +371,7 @@ class Engine:
     def _settle(self, sequence: Sequence, tokens: list[int], live: int, scored: HostCopy | None) -> list[Event]:
         """The canvas of a sequence is final: it ends the answer, or becomes context of the next one."""
         request = sequence.request
-        new, reason = cut(request, sequence.answer, tokens, self.decode)
+        new, reason = cut(request, sequence.answer, tokens, self.decode, self._markers)
         scores = None
         if scored is not None and request.logprobs is not None:
             scores = _scores_of(scored, request.logprobs, len(new), request.canvas_length)

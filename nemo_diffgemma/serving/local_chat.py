@@ -18,8 +18,10 @@ import torch
 from nemo_diffgemma.diffusion.generate import Denoised, Generation
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.parallel.agreement import all_or_none
+from nemo_diffgemma.parallel.agreement import all_or_none, on_rank_zero
 from nemo_diffgemma.serving.answer_parts import AnswerParts, Said, Thought, ToolCall
+from nemo_diffgemma.serving.constraints import Compiler, Constraint, Language, Vocabulary, bytes_of_tokens
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 from nemo_diffgemma.serving.text import ServedText, files_of
 from nemo_diffgemma.tokenizer import Text
@@ -74,14 +76,15 @@ def chat(
     canvas_length: int | None = None,
     sampler: SamplerConfig | None = None,
     on_draft: Callable[[ChatDraft], None] | None = None,
+    language: Language | None = None,
+    **template: Any,
 ) -> ChatAnswer:
     """See `DiffusionGemma.chat`."""
     with all_or_none():
         text = text_of(model)
-        turns = (
-            [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(one) for one in messages]
-        )
-        prompt = text.encode_chat(turns)
+        prompt = text.encode_chat(_turns(messages), **template)
+        if max_tokens < 1:
+            raise UserError(f"max_tokens={max_tokens}; expected at least 1")
     sampler, length = sampler or model.sampler_defaults, canvas_length or model.model_config.canvas_length
 
     def observe(step: Denoised) -> None:
@@ -97,14 +100,16 @@ def chat(
         canvas_length=canvas_length,
         sampler=sampler,
         seed=[seed],  # keyed as if alone, as a server's requests are
+        constraints=None if language is None else [_constraint(model, language, max_tokens)],
         observe=observe if on_draft else None,
     )
     tokens = generation.sequences[0, len(prompt) :].tolist()
     canvases = len(tokens) // length
     ends = [place for place, id in enumerate(tokens) if id in sampler.eos_ids]
     tokens = tokens[: ends[0] + 1 if ends else None][:max_tokens]
-    reason = "stop" if tokens[-1] in sampler.eos_ids else "length"
-    parts = AnswerParts(text.decode, text.part_markers, most_calls=None).push(tokens, is_last=True)
+    is_whole = language is not None or tokens[-1] in sampler.eos_ids
+    most_calls = None if template.get("tools") else 0
+    parts = AnswerParts(text.decode, text.part_markers, most_calls=most_calls).push(tokens, is_last=True)
     return ChatAnswer(
         text="".join(part.text for part in parts if isinstance(part, Said)),
         thoughts="".join(part.text for part in parts if isinstance(part, Thought)),
@@ -112,8 +117,19 @@ def chat(
         token_ids=tokens,
         steps=int(generation.forwards[0]),
         canvases=canvases,
-        finish_reason=reason,
+        finish_reason="stop" if is_whole else "length",
     )
+
+
+def _constraint(model: Model, language: Language, max_tokens: int) -> Constraint:
+    """Compiled by rank 0. Raises `ConstraintError`, on every rank."""
+
+    def compiled() -> TokenAutomaton:
+        tokens = bytes_of_tokens(Text(model.assets).tokenizer)
+        with Compiler(Vocabulary(tokens, model.model_config.vocab_size, model.sampler_defaults.eos_ids)) as compiler:
+            return compiler.compile(language)
+
+    return Constraint(on_rank_zero(compiled), max_tokens)
 
 
 def _turns(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

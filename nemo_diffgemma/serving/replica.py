@@ -33,6 +33,7 @@ from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.ending import Decode
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
 from nemo_diffgemma.serving.mailbox import Errand, Mailbox
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import (
     Accepted,
     Cancel,
@@ -51,6 +52,9 @@ from nemo_diffgemma.tokenizer import Text
 
 _IDLE_SECONDS = 1.0  # after which the ranks of an idle replica hear of each other
 _errands = msgspec.msgpack.Decoder(list[Errand])
+
+
+Made = Callable[[Any, EngineConfig, Decode | None, Markers | None], Backend]  # an engine of a network
 
 
 class Network(Protocol):
@@ -78,12 +82,12 @@ class Replica:
         address: str,
         name: str,
         lonely_seconds: float,
-        backend: Callable[[Any, EngineConfig, Decode | None], Backend] = Engine,
+        backend: Made = Engine,
     ) -> None:
         read = Text(network.assets)
         files = files_of(read)
         text = ServedText(files) if files else None
-        self.engine = backend(network, config, text.decode if text else None)
+        self.engine = backend(network, config, text.decode if text else None, text.part_markers if text else None)
         self.draining = False
         self._signalled = False
         self._errands_of_ranks = _Errands()
@@ -179,7 +183,7 @@ class Replica:
     def _begin(self, request: Request) -> list[Event]:
         """A request has come."""
         if self.draining:
-            return [Refused(request.id, "this replica is about to end")]
+            return [Refused(request.id, "this replica is about to end", elsewhere=True)]
         if request.language is None:
             return [self._added(request, None)]
         automaton = self._compilation.automaton(request.language)
@@ -237,7 +241,7 @@ def run(
     address: str,
     name: str,
     lonely_seconds: float,
-    backend: Callable[[Any, EngineConfig, Decode | None], Backend] = Engine,
+    backend: Made = Engine,
 ) -> dict[str, float]:
     """Serve until drained -> what was done."""
     began = time.monotonic()

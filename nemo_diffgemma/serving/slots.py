@@ -62,7 +62,7 @@ class Cells:
         reals = [(turn.sampler.temperature(turn.remaining), turn.sampler.entropy_bound) for turn in turns]
         numbers = to_device(torch.tensor(reals, dtype=torch.float64)[turn_N], device)
         self.temperature_N1, self.bound_N1 = numbers[:, :1], numbers[:, 1:].float()
-        self.locked_N = None  # -1 where none stands; None: nowhere
+        self.locked_N: Tensor | None = None  # -1 where none stands; None: nowhere
         if any(turn.locked for turn in turns):
             ids = [turn.locked or [-1] * turn.length for turn in turns]
             self.locked_N = to_device(torch.tensor([id for turn in ids for id in turn]), device)

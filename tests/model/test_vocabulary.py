@@ -253,7 +253,8 @@ def test_threads_sweep_at_once_as_each_does_alone(single):
 
     def sweep(index: int) -> dict[str, Tensor]:
         arguments = dict(asked[index])
-        return vars(vocabulary.statistics(arguments.pop("hidden_NH"), *tables[index], **arguments))
+        found = vars(vocabulary.statistics(arguments.pop("hidden_NH"), *tables[index], **arguments))
+        return {name: value for name, value in found.items() if value is not None}
 
     def several(index: int) -> list[dict[str, Tensor]]:
         with vocabulary.reused_scratch():

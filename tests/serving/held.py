@@ -67,12 +67,9 @@ def automata(asked: list[Request]) -> dict[str, TokenAutomaton]:
 
 
 def locks(draw: random.Random, tokens: int, most: int) -> dict[int, int]:
-    """Some places of an answer; the last of them may end it."""
+    """Some places of an answer; the last of them may end it, and the same token before that ends nothing."""
     places = sorted(draw.sample(range(tokens), draw.randint(1, min(most, tokens))))
-    locked = {place: draw.choice([id for id in range(cases.IDS) if id not in cases.EOS]) for place in places}
-    if draw.random() < 0.2:
-        locked[places[-1]] = draw.choice(cases.EOS)
-    return locked
+    return {place: draw.choice([*range(cases.IDS), *cases.EOS * 20]) for place in places}
 
 
 def requests(count: int, seed: int) -> list[Request]:

@@ -20,6 +20,7 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.answer_parts import Said, Thought, ToolCall
 from nemo_diffgemma.serving.api.replies import ChatReply, CompletionReply, ResponseReply
 from nemo_diffgemma.serving.api.response_items import Items
+from nemo_diffgemma.serving.constraints import json_of_schema
 from tests.serving import cases, gemma, served
 
 ENGINE = dict(context_gb=0.02, typical_tokens=700, max_running=4, tokens_per_pass=600)
@@ -303,6 +304,18 @@ def test_a_chat_in_python_has_the_tokens_of_the_servers(client, model):
         assert len(drafts) == answer.steps and drafts[-1].token_ids[0] in answer.token_ids
         assert [draft.canvas for draft in drafts] == sorted(draft.canvas for draft in drafts)
         assert all(0 <= draft.remaining < 3 for draft in drafts)
+
+
+def test_an_answer_in_python_is_of_a_language(client, model):
+    messages = [{"role": "user", "content": "Oslo?"}]
+    format = {"type": "json_schema", "json_schema": {"name": "a", "schema": TOOL["parameters"]}}
+    body = {"diffusion": {**DIFFUSION, "canvas_length": 32}, "seed": 2, "response_format": format}
+    (choice,) = client.chat.completions.create(model="tiny", messages=messages, max_tokens=70, extra_body=body).choices
+    sampler = model.sampler_defaults.with_overrides({"max_denoising_steps": 3, "entropy_bound": 20.0})
+    language = json_of_schema(TOOL["parameters"])
+    answer = model.chat("Oslo?", seed=2, max_tokens=70, sampler=sampler, language=language)
+    assert answer.token_ids == choice.diffusion["token_ids"] and answer.text == choice.message.content
+    assert set(json.loads(answer.text)) <= {"place", "days"} and answer.finish_reason == choice.finish_reason == "stop"
 
 
 def test_a_chat_in_python_works_on_every_rank_of_a_layout(checkpoint, pool):

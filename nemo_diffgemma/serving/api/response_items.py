@@ -46,11 +46,11 @@ class Items:
         content_type, name = _TEXT[kind]
         if not self._is_open or self.output[-1]["type"] != kind:
             yield from self.close()
-            prefix, more = ("msg", {"role": "assistant"}) if kind == "message" else ("rs", {"summary": []})
-            self._begin({"id": _id(prefix), "type": kind, **more, "content": []})
+            more: Event = {"role": "assistant"} if kind == "message" else {"summary": []}
+            self._begin({"id": _id("msg" if kind == "message" else "rs"), "type": kind, **more, "content": []})
             self._is_open = True
             yield self._about("response.output_item.added")
-            content = {"type": content_type, "text": ""}
+            content: Event = {"type": content_type, "text": ""}
             if kind == "message":
                 content |= {"annotations": [], "logprobs": []}
             self.output[-1]["content"].append(content)

@@ -14,7 +14,7 @@ from nemo_diffgemma.serving.api.body import Body
 from nemo_diffgemma.serving.api.conversation import CalledFunction, CalledTool, Message
 from nemo_diffgemma.serving.api.fields import ChatBody, Diffusion, Seed, StreamOptions
 from nemo_diffgemma.serving.api.response_format import JsonObjectFormat, JsonSchemaFormat, NamedSchema, TextFormat
-from nemo_diffgemma.serving.api.tools import Function, FunctionName, NamedChoice, Tool
+from nemo_diffgemma.serving.api.tools import Function, FunctionName, NamedChoice, Tool, ToolChoice
 from nemo_diffgemma.serving.failures import InvalidRequest
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -149,9 +149,6 @@ class ResponsesBody(Body):
     def chat(self) -> ChatBody:
         """The chat that is asked. Raises `InvalidRequest`."""
         self._refuse_what_needs_memory()
-        choice = self.tool_choice
-        if isinstance(choice, FunctionChoice):
-            choice = NamedChoice(type="function", function=FunctionName(name=choice.name))
         return ChatBody(
             model=self.model,
             messages=_messages(self.instructions, self.input),
@@ -159,7 +156,7 @@ class ResponsesBody(Body):
             tools=[
                 Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in self.tools
             ],
-            tool_choice=choice,
+            tool_choice=_choice(self.tool_choice),
             parallel_tool_calls=self.parallel_tool_calls,
             response_format=_format(self.text.format),
             reasoning_effort=self.reasoning.effort,
@@ -182,6 +179,12 @@ class ResponsesBody(Body):
             if getattr(self, name):
                 what = f"{name}={getattr(self, name)!r}: this server keeps no answers; {instead}"
                 raise InvalidRequest(what, "unsupported_parameter", name)
+
+
+def _choice(given: ToolChoice | FunctionChoice | None) -> ToolChoice | None:
+    if not isinstance(given, FunctionChoice):
+        return given
+    return NamedChoice(type="function", function=FunctionName(name=given.name))
 
 
 def _format(given: TextFormat | JsonObjectFormat | SchemaFormat) -> TextFormat | JsonObjectFormat | JsonSchemaFormat:
