@@ -50,19 +50,14 @@ class _Results(NamedTuple):
 
 
 class BundleEngine:
-    """`serving.backend.Backend` with the engines of a bundle.
+    """`serving.backend.Backend` with the engines of a bundle. `decode` and `markers` are for stop strings.
 
-    For stop strings, `decode` makes text of ids, and `markers` tell what is said in it from the rest. Of `config`,
-    `context_gb` limits the contexts of one rank, `max_running` the rows of a step, as the bundle does;
+    Of `config`, `context_gb` limits the contexts of one rank, `max_running` the rows of a step, as the bundle does;
     `tokens_per_pass` the tokens of a pass above which prompts wait, and `typical_tokens` nothing.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        config: EngineConfig,
-        decode: Decode | None = None,
-        markers: Markers | None = None,
+        self, engine: Engine, config: EngineConfig, decode: Decode | None = None, markers: Markers | None = None
     ) -> None:
         self.engine, self.config = engine, config
         self.decode, self._markers = decode, markers or Markers()

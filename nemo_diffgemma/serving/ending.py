@@ -15,7 +15,8 @@ def cut(
 ) -> tuple[list[int], Reason | None]:
     """Of a canvas behind `answer`: its tokens up to what ends the answer, that included, and why it ends if it does.
 
-    Strings of `request.stop` are looked for in the text that `decode` makes of ids, in a chat of what is said.
+    Strings of `request.stop` are looked for in the text that `decode` makes of ids; in a chat, of those that `markers`
+    tell from thoughts and calls.
     """
 
     def stops(ids: list[int]) -> bool:

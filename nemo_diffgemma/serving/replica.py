@@ -54,9 +54,6 @@ _IDLE_SECONDS = 1.0  # after which the ranks of an idle replica hear of each oth
 _errands = msgspec.msgpack.Decoder(list[Errand])
 
 
-Made = Callable[[Any, EngineConfig, Decode | None, Markers | None], Backend]  # an engine of a network
-
-
 class Network(Protocol):
     """What a `backend` runs; `assets` is the folder with its tokenizer."""
 
@@ -82,7 +79,7 @@ class Replica:
         address: str,
         name: str,
         lonely_seconds: float,
-        backend: Made = Engine,
+        backend: Callable[[Any, EngineConfig, Decode | None, Markers | None], Backend] = Engine,
     ) -> None:
         read = Text(network.assets)
         files = files_of(read)
@@ -241,7 +238,7 @@ def run(
     address: str,
     name: str,
     lonely_seconds: float,
-    backend: Made = Engine,
+    backend: Callable[[Any, EngineConfig, Decode | None, Markers | None], Backend] = Engine,
 ) -> dict[str, float]:
     """Serve until drained -> what was done."""
     began = time.monotonic()
