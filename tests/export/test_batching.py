@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from export import open_bundle
+from export.bundle.building import build_bundle
+from export.bundle.format import Settings
 from export.engine.batching import BundleEngine
 from nemo_diffgemma import ParallelLayout, SamplerConfig
 from nemo_diffgemma.errors import UserError
@@ -15,7 +18,7 @@ from nemo_diffgemma.serving.constraints import choice
 from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Reason, Request
 from tests.export import kit
-from tests.serving import cases
+from tests.serving import cases, served
 
 EOS = (1, 50)
 CANVAS = 4
@@ -216,3 +219,22 @@ def test_the_front_end_hears_what_the_bundle_takes(engine):
     facts = serving(engine, max_running=32).facts()
     assert (facts.max_running, facts.context_tokens, facts.canvas_length) == (8, 64, CANVAS)
     assert (facts.cached_tiles, facts.layout, facts.sampler) == (0, "bundle, one rank", engine.sampler_defaults)
+
+
+def test_a_bundle_is_served(traces, tmp_path):
+    """launch/replica.py bundle=..., and what it refuses as a client hears it."""
+    bundle = tmp_path / "bundle"
+    build_bundle(traces, bundle, Settings(graphs=("encode", "step"), limits=kit.LIMITS))
+    split = served.Split(bundle, 1, {"max_running": 4}, kind="bundle")
+    try:
+        http = split.ready(1).http
+        body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 10, "seed": 3, "stop": None}
+        choice = http.post("/v1/completions", json=body).json()["choices"][0]
+        engine = open_bundle(bundle)
+        request = Request("", (5, 6), 10, CANVAS, engine.sampler_defaults, 3)
+        assert choice["diffusion"]["token_ids"] == alone(engine, request)[0]
+        for more, what in [({"diffusion": {"canvas_length": 3}}, "canvases of 4"), ({"logprobs": 1}, "logprobs: ")]:
+            refused = http.post("/v1/completions", json=body | more)
+            assert refused.status_code == 400 and what in refused.json()["error"]["message"]
+    finally:
+        split.close()

@@ -116,10 +116,15 @@ def launched(checkpoint: Path, *arguments: str) -> Server:
 
 
 class Split:
-    """A front end, and replicas that join it: forked from a process that has imported everything."""
+    """A front end, and replicas that join it: forked from a process that has imported everything.
 
-    def __init__(self, checkpoint: Path, replicas: int, engine: dict[str, Any], **settings: Any) -> None:
-        self.checkpoint, self.engine = checkpoint, engine
+    What they run is a `checkpoint`, or what else `kind` says.
+    """
+
+    def __init__(
+        self, checkpoint: Path, replicas: int, engine: dict[str, Any], kind: str = "checkpoint", **settings: Any
+    ) -> None:
+        self.checkpoint, self.engine, self.kind = checkpoint, engine, kind
         self.address = f"ipc://{checkpoint.parent}/join-{time.time_ns()}"
         given = FrontSettings(
             host="127.0.0.1", port=0, names=["tiny", "default"], replicas=[], environments=[], address=self.address,
@@ -142,7 +147,7 @@ class Split:
     def join(self) -> Command:
         """One more replica."""
         engine = [f"engine.{name}={value}" for name, value in self.engine.items()]
-        return Command("launch/replica.py", f"checkpoint={self.checkpoint}", f"front={self.address}", *engine)
+        return Command("launch/replica.py", f"{self.kind}={self.checkpoint}", f"front={self.address}", *engine)
 
     def close(self) -> None:
         self.server.close()
