@@ -96,8 +96,8 @@ def resident(pid: int) -> float:
 
 
 def test_a_reader_that_does_not_read_holds_up_nobody_and_misses_no_token(server, network):
-    """Its slots are free when its answers are made; of the drafts it misses those that would pile up."""
-    count, sampler = 8, {"max_denoising_steps": 48, "confidence_threshold": 0.0}
+    """Its slots are free when its answers are made, which wait for it. That drafts do not pile up is tested of jobs."""
+    count, sampler = 4, {"max_denoising_steps": 48, "confidence_threshold": 0.0}
     asked = body(0, 200, n=count, stream=True, stream_options={"drafts": True}, diffusion=sampler)
     with connection(server, json.dumps(asked).encode(), receive_buffer=2048) as raw:
         answer = server.http.post("/v1/completions", json=body(1)).json()
@@ -113,7 +113,7 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_misses_no_token(server,
     for seed in range(count):
         request = Request("", (9, 9), 200, cases.CANVAS, network.sampler_defaults.with_overrides(sampler), seed)
         assert tokens[seed] == cases.alone(network, request)[0]
-    assert 0 < drafts < steps and heard[-1] == b"[DONE]"
+    assert 0 < drafts <= steps and heard[-1] == b"[DONE]"
 
 
 def test_a_crowd_is_answered_or_told_to_come_again(server, network):

@@ -51,7 +51,7 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
         replicas = [
             {"name": one.name, "requests": len(one.jobs), "layout": one.facts.layout, "device": one.facts.device}
             for one in desk.router.replicas.values()
-            if not one.draining
+            if one.is_able
         ]
         is_well = bool(replicas) and desk.router.ready.is_set()
         status = "ok" if is_well else "restarting" if desk.router.ready.is_set() else "loading"
