@@ -101,7 +101,13 @@ def products(options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_of(models(Path(folder))[0])
-    asked, total, alone, attention = requests(8, (512,), (2,)), 0.0, 0.0, 0.0
+    asked, total, alone, attention = requests(16, (512,), (1,)), 0.0, 0.0, 0.0
+    warm, asked = asked[:8], asked[8:]
+    for request in warm:
+        engine.add(request)
+    engine.step()
+    for request in warm:
+        engine.cancel(request.id)
     for request in asked:
         engine.add(request)
     while engine.has_work:
@@ -202,6 +208,8 @@ def static(theirs: Any, asked: list[Any], due: list[float]) -> tuple[float, list
 
 def prefix(options: argparse.Namespace) -> None:
     """Pairs of requests behind 2,000 tokens in common: the first of a pair encodes them, the second finds them."""
+    import msgspec
+
     from nemo_diffgemma.serving.request import Settled
 
     with tempfile.TemporaryDirectory() as folder:
@@ -210,12 +218,9 @@ def prefix(options: argparse.Namespace) -> None:
     ids = lambda count: tuple(draw.randrange(3, VOCABULARY) for _ in range(count))
 
     def seconds(name: str, prompt: tuple[int, ...]) -> float:
-        import msgspec
-
         sampler = like.sampler.with_overrides({"max_denoising_steps": options.steps})
-        engine.add(
-            msgspec.structs.replace(like, id=name, prompt=prompt, canvas_length=64, max_tokens=64, sampler=sampler)
-        )
+        short = {"canvas_length": 64, "max_tokens": 64}
+        engine.add(msgspec.structs.replace(like, id=name, prompt=prompt, sampler=sampler, **short))
         start = time.process_time()
         while not any(isinstance(event, Settled) for event in engine.step()):
             pass
@@ -291,7 +296,7 @@ def arguments() -> argparse.Namespace:
     of_server.add_argument("checkpoint")
     of_server.add_argument("--prompt", type=int, default=18)
     of_server.add_argument("--max-tokens", type=int, default=16)
-    of_server.add_argument("--requests", type=int, default=64)
+    of_server.add_argument("--requests", type=int, default=96)
     of_server.add_argument("--pairs", type=int, default=3)
     return parser.parse_args()
 
