@@ -78,16 +78,17 @@ class ReasoningItem(Body):
 Item = MessageItem | CallItem | ResultItem | ReasoningItem
 
 
-class FunctionTool(Function):
-    """A tool that an answer may call."""
-
+class _OfFunction(Body):
     type: Literal["function"]
 
 
-class FunctionChoice(Body):
+class FunctionTool(Function, _OfFunction):
+    """A tool that an answer may call. Its type is looked at first."""
+
+
+class FunctionChoice(_OfFunction):
     """The answer must call this tool."""
 
-    type: Literal["function"]
     name: str
 
 
