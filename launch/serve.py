@@ -44,6 +44,7 @@ class ServeConfig:
     max_body_mb: float = 8.0
     default_max_tokens: int = DEFAULT_MAX_TOKENS  # of answers to requests that name no limit
     api_keys_file: str | None = None  # one key a line; whoever has one may ask
+    cors_origins: list[str] = field(default_factory=list)  # [https://a.example]: pages there may ask; none else may
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -85,6 +86,7 @@ def serve(config: ServeConfig, results: Results) -> dict[str, Any]:
         max_body_mb=config.max_body_mb,
         default_max_tokens=config.default_max_tokens,
         api_keys=_keys(config.api_keys_file),
+        cors_origins=config.cors_origins,
     )
     reader = os.memfd_create("settings")  # keys stay out of files, arguments and environment
     os.write(reader, msgspec.json.encode(settings))

@@ -76,8 +76,8 @@ class ServedText:
             raise UserError(f"this model's tokenizer cannot read the text: {error}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        """Text without special tokens, and without Gemma's markers if a tokenizer calls them ordinary."""
+        return self._tokenizer.decode([id for id in ids if id not in self.markers], skip_special_tokens=True)
 
     def decode_marked(self, ids: Sequence[int]) -> str:
         """Text in which a special token is its name between two U+0001, as `constraints.Language.check` reads it."""

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from starlette.testclient import TestClient
 
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.serving.api.answers import _events
@@ -282,9 +283,26 @@ def test_an_answer_that_is_not_what_it_must_be_is_an_error_and_never_whole(text)
     assert last["error"]["code"] == "constraint_violated"
 
 
+def app_of(**settings: Any) -> Any:
+    return create_app(
+        None, FrontSettings(host="", port=0, names=["a"], replicas=[], environments=[], **settings), Metrics()
+    )
+
+
+@pytest.mark.parametrize("origins, allowed", [([], None), (["http://b"], None), (["http://a"], "http://a")])
+def test_pages_of_other_hosts_may_ask_where_they_are_named(origins, allowed):
+    wish = {
+        "Origin": "http://a",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    answer = TestClient(app_of(cors_origins=origins, api_keys=["k"])).options("/v1/chat/completions", headers=wish)
+    assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+    assert (answer.status_code == 200) == (allowed is not None)
+
+
 def test_the_openapi_schema_documents_every_field_of_diffusion():
-    app = create_app(None, FrontSettings(host="", port=0, names=["a"], replicas=[], environments=[]), Metrics())
-    described = app.openapi()["components"]["schemas"]["Diffusion"]["properties"]
+    described = app_of().openapi()["components"]["schemas"]["Diffusion"]["properties"]
     of_sampler = {name for name in vars(SamplerConfig()) if not name.endswith("token_id")}
     assert set(described) == of_sampler | {"canvas_length", "regex", "choice", "json_schema"}
     assert all(field["description"] for field in described.values())

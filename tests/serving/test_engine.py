@@ -143,13 +143,12 @@ def test_a_stop_string_in_a_thought_of_a_chat_ends_nothing(single):
     decode = lambda ids: "".join(chr(97 + id % 26) for id in ids)
     request = Request("a", (5, 6), 64, 8, stop=(), chat=True)
     whole = cases.alone(cases.network(), request)[0]
-    stop = (decode(whole[10:13]),)
-    assert decode(whole).index(stop[0]) == 10 and whole.index(whole[4]) == 4
-    for markers, length in (
-        (Markers(), 13),
-        (Markers(thought=whole[4]), len(whole)),
-        (Markers(call=whole[4]), len(whole)),
-    ):
+    place = next(index for index in range(3, 9) if whole.index(whole[index]) == index)
+    stop = (decode(whole[10:14]),)
+    end = decode(whole).index(stop[0]) + 4
+    assert end > place + 4
+    thought, call = Markers(thought=whole[place]), Markers(call=whole[place])
+    for markers, length in ((Markers(), end), (thought, len(whole)), (call, len(whole))):
         engine, heard = Engine(cases.network(), EngineConfig(**ROOMY), decode, markers), cases.Heard()
         engine.add(msgspec.structs.replace(request, stop=stop))
         while engine.has_work:

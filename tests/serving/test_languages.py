@@ -58,7 +58,8 @@ def test_classes_are_ascii():
     [(r"(a)\1", "back-reference"), ("a(?=b)", "look-around"), ("(?i)a", "inline flag"), ("a^b", "anchor"),
      (r"\ba", "anchor"), ("(?>a)", "atomic"), ("a++", "possessive"), ("(", "no regular expression"),
      (r"\x00", "empty set"),
-     ("(" * 9000 + "a" + ")" * 9000, "groups within groups"), ("a" * 70_000, "70000 characters")],
+     ("(" * 9000 + "a" + ")" * 9000, "groups within groups"), ("a" * 70_000, "70000 characters"),
+     (r"\W" * 30_000, "too many classes")],
 )  # fmt: skip
 def test_what_is_no_regular_language_is_refused_by_name(pattern, named):
     with pytest.raises(ConstraintError, match=named):
@@ -108,6 +109,9 @@ def test_numbers_between_whole_bounds(low, width, above, below, probes):
      ({"allOf": [{"type": "string"}, {"minLength": 1}]}, "allOf"), ({"type": "thing"}, "thing"),
      ({"oneOf": [{"type": "string"}, {"minLength": 1}]}, "oneOf"), ({"anyOf": [True], "type": "null"}, "'type'"),
      ({"type": "object", "minProperties": 2}, "minProperties"),
+     ({"enum": ["a" * 40], "pattern": "^(a+)+b$"}, "'pattern' beside 'enum'"), ({"const": 1, "$ref": "#"}, "'\\$ref'"),
+     ({"enum": [{"a": "a" * 40}], "properties": {"a": {"pattern": "^(a+)+b$"}}}, "'properties' beside"),
+     ({"oneOf": [{"type": "string"}] * 201}, "201 schemas"),
      ({"properties": {"a": {"foo": 1}}}, "properties/a has 'foo'"),
      ({"type": "string", "minLength": -1}, "minLength"), ({"items": [{}]}, "items"), (3, "int"),
      ({"required": "a"}, "required"), ({"enum": ["a" * 40 + "!"], "pattern": "(a+)+$"}, "'pattern' beside 'enum'"),

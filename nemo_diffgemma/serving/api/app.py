@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from nemo_diffgemma.serving.answer_check import AnswerCheck
 from nemo_diffgemma.serving.api import chat, completions, infill, information, responses
@@ -18,7 +19,10 @@ from nemo_diffgemma.serving.settings import FrontSettings
 
 
 def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> FastAPI:
-    """CORS is off: pages of other hosts may not ask. FastAPI's own pages are off: they load scripts from elsewhere."""
+    """Pages of other hosts may not ask, unless they are among `cors_origins`.
+
+    FastAPI's own pages are off: they load scripts from elsewhere.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -30,6 +34,10 @@ def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> Fas
     desk = Desk(router, settings, check)
     add_handlers(app)
     app.add_middleware(Limits, most_bytes=int(settings.max_body_mb * 1e6), keys=settings.api_keys)
+    if settings.cors_origins:  # around the limits: a browser asks whether it may without its key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     for kind in (chat, completions, infill, responses):
         app.include_router(kind.routes(desk))
     app.include_router(information.routes(desk, metrics))

@@ -29,6 +29,7 @@ MOST_SCHEMAS = (
     20_000  # visited, and characters of the expression: schemas that refer to each other may grow without end
 )
 LONGEST = 1_000_000
+MOST_BRANCHES = 200  # of a oneOf: each is compared with each
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $comment $schema $id $defs "
@@ -41,7 +42,7 @@ _OF_TYPE = {
 }
 _OF_TYPE["integer"] = _OF_TYPE["number"]
 _COMBINING = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
-_BESIDE_VALUES = {"enum", "const", "type", "minLength", "maxLength"} | _OF_TYPE["number"]
+_BESIDE_LISTED = _ANNOTATIONS | {"enum", "const", "type", "minLength", "maxLength"} | _OF_TYPE["number"]
 _KNOWN = _ANNOTATIONS | {"type", *_COMBINING}.union(*_OF_TYPE.values())
 
 
@@ -156,16 +157,19 @@ class _Translator:
     # -- combinations ----------------------------------------------------------------------------------------------
 
     def _listed(self, schema: Mapping[str, Any], at: Place) -> str | None:
-        """`enum` and `const`: the listed values that the rest of the schema accepts, asked of jsonschema."""
+        """`enum` and `const`: the listed values that the rest of the schema accepts, asked of jsonschema.
+
+        The rest is of those keywords that are quick to check, whatever a stranger writes: no patterns.
+        """
         from jsonschema import Draft202012Validator
         from jsonschema.exceptions import UnknownType
 
+        beside = [name for name in schema if name not in _BESIDE_LISTED and not name.startswith("x-")]
+        if beside:
+            raise self._refusal(at, f"has {beside[0]!r} beside 'enum' or 'const'; leave it out")
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise self._refusal((*at, "enum"), f"is {values!r}; expected a list of values")
-        beside = [name for name in schema if name in _KNOWN - _ANNOTATIONS - _BESIDE_VALUES]
-        if beside:  # a pattern among them would be matched here, and may take for ever
-            raise self._refusal(at, f"has {beside[0]!r} beside 'enum' or 'const'; a constraint can express one alone")
         accepted = Draft202012Validator(schema).is_valid
         try:
             return _either([self._values.exactly(value) for value in values if accepted(value)])
@@ -179,6 +183,8 @@ class _Translator:
             raise self._refusal(at, f"is {given!r}; expected a list of schemas")
         if keyword == "allOf" and len(given) > 1:
             raise self._refusal(at, "has several schemas; a constraint can express allOf of one alone: merge them")
+        if keyword == "oneOf" and len(given) > MOST_BRANCHES:
+            raise self._refusal(at, f"has {len(given)} schemas; expected at most {MOST_BRANCHES}, or use anyOf")
         if keyword == "oneOf" and not self._exclude_each_other(given):
             raise self._refusal(
                 at, "has schemas that may hold at once; give them different types or tags, or use anyOf"

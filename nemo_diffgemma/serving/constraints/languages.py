@@ -50,7 +50,7 @@ class Language:
         else:
             problem = _problem_of_json(rest, json.loads(self.source))
         if problem:
-            raise ConstraintViolation(f"{text!r} is not what its constraint ({self.kind}) allows: {problem}")
+            raise ConstraintViolation(f"{text[:200]!r} is not what its constraint ({self.kind}) allows: {problem}")
 
 
 def regex(pattern: str) -> Language:
