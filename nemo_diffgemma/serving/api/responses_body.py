@@ -147,6 +147,16 @@ class ResponsesBody(Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
+    @property
+    def ignored(self) -> list[str]:
+        """Names of given fields that change nothing here; the chat has more."""
+        given = {
+            "reasoning.summary": self.reasoning.summary or self.reasoning.generate_summary,
+            "text.verbosity": self.text.verbosity,
+            "include": self.include,
+        }
+        return [name for name, value in given.items() if value]
+
     def chat(self) -> ChatBody:
         """The chat that is asked. Raises `InvalidRequest`."""
         self._refuse_what_needs_memory()
