@@ -183,5 +183,5 @@ def chat_in_layout(layout: dict[str, int], checkpoint: str) -> tuple[list[int], 
     sampler = network.sampler_defaults.with_overrides({"max_denoising_steps": 3, "entropy_bound": 20.0})
     answer = network.chat("Hi", seed=3, max_tokens=60, canvas_length=16, sampler=sampler, on_draft=drafts.append)
     prompt = text_of(network).encode_chat([{"role": "user", "content": "Hi"}])
-    result = network.generate(torch.tensor([prompt]), 60, sampler=sampler, seed=[3], canvas_length=16)
+    result = network.generate(torch.tensor([prompt]), max_new_tokens=60, sampler=sampler, seed=[3], canvas_length=16)
     return answer.token_ids, result.sequences[0, len(prompt) :].tolist(), len(drafts) - answer.steps

@@ -20,7 +20,7 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.answer_parts import Said, Thought, ToolCall
 from nemo_diffgemma.serving.api.replies import ChatReply, CompletionReply, ResponseReply
 from nemo_diffgemma.serving.api.response_items import Items
-from nemo_diffgemma.serving.constraints import json_of_schema
+from nemo_diffgemma.serving.constraints import json_of_schema, tool_calls
 from tests.serving import cases, gemma, served
 
 ENGINE = dict(context_gb=0.02, typical_tokens=700, max_running=4, tokens_per_pass=600)
@@ -89,9 +89,12 @@ def test_a_response_is_the_chat_with_the_same_settings(client):
             },
         ],
         max_output_tokens=90,
+        temperature=0.5,
+        text={"verbosity": "low"},
         extra_body=QUICK,
     )
     assert items.diffusion["token_ids"] == response.diffusion["token_ids"]
+    assert (response.diffusion["ignored"], items.diffusion["ignored"]) == ([], ["temperature", "text.verbosity"])
 
 
 def test_a_stream_of_events_makes_the_response_again(client):
@@ -316,6 +319,15 @@ def test_an_answer_in_python_is_of_a_language(client, model):
     answer = model.chat("Oslo?", seed=2, max_tokens=70, sampler=sampler, language=language)
     assert answer.token_ids == choice.diffusion["token_ids"] and answer.text == choice.message.content
     assert set(json.loads(answer.text)) <= {"place", "days"} and answer.finish_reason == choice.finish_reason == "stop"
+
+
+def test_a_chat_in_python_calls_tools(model):
+    tool = {"type": "function", "function": {key: value for key, value in TOOL.items() if key != "type"}}
+    sampler = model.sampler_defaults.with_overrides({"max_denoising_steps": 3, "entropy_bound": 20.0})
+    asked = dict(max_tokens=96, sampler=sampler, language=tool_calls([tool], parallel=False))
+    (call,) = model.chat("Oslo?", tools=[tool], **asked).tool_calls
+    assert call.name == "weather" and set(json.loads(call.arguments)) <= {"place", "days"}
+    assert model.chat("Oslo?", **asked).tool_calls == [], "where no tools are given, a call is text"
 
 
 def test_a_chat_in_python_works_on_every_rank_of_a_layout(checkpoint, pool):

@@ -64,7 +64,7 @@ class _Response:
         }
         if answer.end is not None:
             diffusion = {"token_ids": answer.words.tokens, "steps": answer.steps, "canvases": answer.canvases}
-            diffusion |= {"seed": answer.job.request.seed, "ignored": self.chat.ignored}
+            diffusion |= {"seed": answer.job.request.seed, "ignored": self.chat.ignored + self.body.ignored}
             made["diffusion"] = diffusion
         return made
 

@@ -78,16 +78,17 @@ class ReasoningItem(Body):
 Item = MessageItem | CallItem | ResultItem | ReasoningItem
 
 
-class FunctionTool(Function):
-    """A tool that an answer may call."""
-
+class _OfFunction(Body):
     type: Literal["function"]
 
 
-class FunctionChoice(Body):
+class FunctionTool(Function, _OfFunction):
+    """A tool that an answer may call. Its type is looked at first."""
+
+
+class FunctionChoice(_OfFunction):
     """The answer must call this tool."""
 
-    type: Literal["function"]
     name: str
 
 
@@ -145,6 +146,16 @@ class ResponsesBody(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of given fields that change nothing here; the chat has more."""
+        given = {
+            "reasoning.summary": self.reasoning.summary or self.reasoning.generate_summary,
+            "text.verbosity": self.text.verbosity,
+            "include": self.include,
+        }
+        return [name for name, value in given.items() if value]
 
     def chat(self) -> ChatBody:
         """The chat that is asked. Raises `InvalidRequest`."""
