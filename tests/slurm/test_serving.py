@@ -130,6 +130,7 @@ def test_two_replicas_on_two_nodes_answer_one_is_killed_and_scancel_drains(clust
     assert server.state() == "CANCELLED" and "ended with code 0" in server.out(), server.out()
 
 
+@pytest.mark.slow
 def test_what_replicas_refuse_ends_the_job(cluster, tmp_path):
     server = Served(cluster, tmp_path, "checkpoint=/nowhere", "--", "port=0")
     server.wait_for(lambda: server.state() in ENDED, "the end")
