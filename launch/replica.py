@@ -34,6 +34,7 @@ class ReplicaConfig:
 
     checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint or .nemo
     front: str = MISSING  # the front end's address: tcp://host:port
+    adapters: dict[str, str] = field(default_factory=dict)  # name: directory of a LoRA adapter, PEFT's or of a run
     dtype: str = "float32"  # or bfloat16
     name: str = ""  # in messages; empty: of this machine and process
     lonely_seconds: float = 60.0  # without a word of the front end, after which it ends
@@ -47,9 +48,11 @@ def replica(config: ReplicaConfig, results: Results) -> dict[str, Any]:
 
     from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.checkpoint.open import dtype_of
+    from nemo_diffgemma.lora.opening import load_beside
     from nemo_diffgemma.serving.replica import run
 
     network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
+    load_beside(network, config.adapters)
     name = config.name or f"{socket.gethostname()}-{os.getpid()}"
     return run(network, config.engine, config.front, name, config.lonely_seconds)
 

@@ -3,6 +3,7 @@
     python launch/serve.py checkpoint=google/... port=8000
     python launch/serve.py checkpoint=google/... parallel=tp2_ep2 replicas=2 dtype=bfloat16 engine.context_gb=20
     python launch/serve.py checkpoint=google/... host=0.0.0.0 api_keys_file=keys.txt
+    python launch/serve.py checkpoint=google/... 'adapters={polite: runs/polite, terse: /data/terse}'
     python launch/serve.py replicas=0 address=tcp://0.0.0.0:5570 name=gemma       # replicas join: launch/replica.py
 
 The first line of standard output, when the server is ready, is JSON: url, model, replicas. SIGTERM and Ctrl-C drain:
@@ -11,7 +12,9 @@ what is being answered is answered. Without an API key everybody who reaches the
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +34,7 @@ class ServeConfig:
     """Configuration of `launch/serve.py`."""
 
     checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo; of the replicas started here
+    adapters: dict[str, str] = field(default_factory=dict)  # name: directory of a LoRA adapter; a model of that name
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     name: str | None = None  # of the model in requests; null: the checkpoint's. `default` is one too
@@ -60,8 +64,20 @@ class ServeConfig:
             raise ConfigurationError("give checkpoint=..., or replicas=0 address=tcp://0.0.0.0:5570 for others to join")
         if not self.replicas and (self.address is None or self.name is None):
             raise ConfigurationError("replicas=0: give address=tcp://0.0.0.0:5570, where replicas join, and name=...")
+        self._check_adapters()
         if self.parallel.replicas != 1:
             raise ConfigurationError(f"parallel.replicas={self.parallel.replicas}; a server has replicas=... instead")
+
+    def _check_adapters(self) -> None:
+        own = {self.name or user_path(self.checkpoint or "").resolve().name, "default"}
+        for name in self.adapters:
+            if name in own:
+                raise ConfigurationError(f"adapters={{{name}: ...}}: the model itself has that name; use another")
+            if not re.fullmatch(r"[A-Za-z][\w./+@-]*", name, re.ASCII):
+                what = "expected a letter, then letters, digits and _ . / + @ -"
+                raise ConfigurationError(f"adapters={{{name}: ...}}: {what}; use another name")
+        if self.adapters and not self.replicas:
+            raise ConfigurationError("replicas=0: give adapters=... to each launch/replica.py instead")
 
 
 def serve(config: ServeConfig, results: Results) -> dict[str, Any]:
@@ -102,9 +118,15 @@ def _command(config: ServeConfig) -> list[str]:
         str(ROOT / "launch" / "replica.py"),
         f"checkpoint={config.checkpoint}",
         f"dtype={config.dtype}",
+        *_adapters(config),
         *(f"parallel.{axis}={getattr(config.parallel, axis)}" for axis in axes),
         *(f"engine.{name}={value}" for name, value in vars(config.engine).items()),
     ]
+
+
+def _adapters(config: ServeConfig) -> list[str]:
+    pairs = [f"{name}: {json.dumps(path, ensure_ascii=False)}" for name, path in config.adapters.items()]
+    return [f"adapters={{{', '.join(pairs)}}}"] if pairs else []
 
 
 def _environments(config: ServeConfig) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@
 A pass mixes requests that encode a piece of their prompt, denoise at different steps, and begin a canvas behind the one
 that has settled, whose tokens become context in the same pass. Requests come and go between passes. What a request gets
 depends on itself alone, to the bit: each row of every product, each tile of context and each canvas is computed as if
-it were alone (`model.visibility.TILE`, `model.experts.grouped_product`), so its tokens are those that
+it were alone (`model.visibility.TILE`, `model.row_products`), so its tokens are those that
 `DiffusionGemma.generate` gives it alone.
 
 Every rank of a layout has an engine, is given the same calls in the same order, and so does the same.
@@ -85,12 +85,18 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises `UserError` for one that can never be answered here."""
         request.check(self.network.model_config)
+        self._check_adapter(request.adapter)
         if not self.memory.fits(request.most_context):
             raise UserError(
                 f"{len(request.prompt)} tokens of prompt and {request.max_tokens} of answer need more context memory "
                 "than this server has; ask for less, or start it with more context_gb"
             )
         self.waiting.append((next(self._arrivals), request))
+
+    def _check_adapter(self, name: str | None) -> None:
+        if name is not None and name not in self.network.beside:
+            known = ", ".join(self.network.beside) or "none"
+            raise UserError(f"this replica has no adapter {name!r}; those that it has: {known}")
 
     def cancel(self, id: str) -> list[Event]:
         """End a request at once, wherever it is; unknown ones are over already."""
@@ -164,7 +170,7 @@ class Engine:
             self.running.append(self.moved_out.pop(0))
         while self.waiting and self._free_slots:
             arrival, request = self.waiting[0]
-            held = self.memory.open(request.prompt)
+            held = self.memory.open(request.prompt, salt=request.adapter or "")
             if not self.memory.has_room(held, len(request.prompt)):
                 self.memory.close(held)
                 return
@@ -195,7 +201,9 @@ class Engine:
             cells = self.slots.cells(turns)
             canvas_N, soft = self.slots.inputs(cells, model.vocab_size)
             tokens = torch.cat([tokens, canvas_N])
-        hidden = self.network.run(tokens, stream, cache=cache, soft=soft, replicas_alike=True).canvas_hidden
+        adapters = [one.sequence.request.adapter for one in work]
+        result = self.network.run(tokens, stream, cache=cache, soft=soft, replicas_alike=True, adapters=adapters)
+        hidden = result.canvas_hidden
         for sequence, context, denoises in work:
             self.memory.extend(sequence.held, context)
             sequence.step += denoises

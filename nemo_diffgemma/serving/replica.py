@@ -177,6 +177,7 @@ def _facts(engine: Engine, text: str) -> Facts:
         text=text,
         layout=layout or "one process",
         device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+        adapters=list(network.beside),
     )
 
 

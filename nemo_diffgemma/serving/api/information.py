@@ -27,12 +27,13 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
             "vocab_size": facts.vocab_size,
             "sampler": facts.sampler.to_huggingface(),
         }
-        return {"id": name, "object": "model", "created": began, "owned_by": "nemo_diffgemma", "diffusion": about}
+        described = {"id": name, "object": "model", "created": began, "owned_by": "nemo_diffgemma", "diffusion": about}
+        return described if desk.adapter_of(name) is None else {**described, "parent": desk.settings.names[0]}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The names that requests may give."""
-        return {"object": "list", "data": [model(name) for name in desk.settings.names]}
+        """The names that requests may give: those of the model, and of its adapters."""
+        return {"object": "list", "data": [model(name) for name in [*desk.settings.names, *desk.facts.adapters]]}
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
