@@ -262,6 +262,7 @@ class Network(MegatronModule):
         uniforms_N: Tensor,
         soft_embedding: bool,
         constraint: StepConstraint | None = None,
+        locked_N: Tensor | None = None,
     ) -> vocabulary.Statistics:
         """What a denoising step needs of the tempered distribution of some positions."""
         return vocabulary.statistics(
@@ -273,6 +274,7 @@ class Network(MegatronModule):
             uniforms_N=uniforms_N,
             soft_embedding=soft_embedding,
             constraint=constraint,
+            locked_N=locked_N,
         )
 
     @torch.no_grad()

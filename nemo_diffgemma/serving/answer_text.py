@@ -12,6 +12,7 @@ class AnswerText:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self.tokens: list[int] = []
+        self.is_stopped = False  # by a string of `stop`
         self._decode, self._stop, self._shown = decode, stop, 0
 
     def push(self, tokens: Sequence[int], is_last: bool) -> str:
@@ -20,7 +21,7 @@ class AnswerText:
         text = self._decode(self.tokens)
         ends = [index for string in self._stop if (index := text.find(string)) >= 0]
         if ends:
-            text = text[: min(ends)]
+            text, self.is_stopped = text[: min(ends)], True
         elif not is_last:
             text = text.rstrip(_BROKEN)
             text = text[: len(text) - _beginning_of_any(self._stop, text)]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,10 +30,16 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.parallel.agreement import world_size
-from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.parallel.groups import current_layout, device
+from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, ConstrainedSequence
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
+from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
-from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Scores, Settled
+from nemo_diffgemma.serving.markers import Markers
+from nemo_diffgemma.serving.messages import Facts
+from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Settled
+from nemo_diffgemma.serving.scores import scores_of
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
 from nemo_diffgemma.transfer import HostCopy, to_device
@@ -46,6 +51,14 @@ class Work(NamedTuple):
     sequence: Sequence
     context: int
     denoises: bool
+
+
+class Waiting(NamedTuple):
+    """A request that has not begun."""
+
+    arrival: int
+    request: Request
+    constraint: ConstrainedSequence | None
 
 
 class _Results(NamedTuple):
@@ -61,18 +74,27 @@ class _Results(NamedTuple):
 
 
 class Engine:
-    """Continuous batching by denoising step. `decode` makes text of the ids of an answer, for stop strings."""
+    """Continuous batching by denoising step.
+
+    For stop strings, `decode` makes text of the ids of an answer, and `markers` tell what is said in it from the rest.
+    """
 
     def __init__(
-        self, network: DiffusionGemma, config: EngineConfig, decode: Callable[[list[int]], str] | None = None
+        self,
+        network: DiffusionGemma,
+        config: EngineConfig,
+        decode: Decode | None = None,
+        markers: Markers | None = None,
     ) -> None:
         model = network.model_config
-        self.network, self.config, self.decode = network, config, decode
+        self.network, self.config = network, config
+        self.decode, self._markers = decode, markers or Markers()
         longest_step = max(TILE * max(1, config.tokens_per_pass // TILE), model.canvas_length)
         self.memory = ContextMemory(network, config.context_gb, config.typical_tokens, longest_step)
         self.slots = Slots(config.max_running, model.canvas_length, model.hidden_size, network.dtype, device())
         self._free_slots = list(reversed(range(config.max_running)))
-        self.waiting: deque[tuple[int, Request]] = deque()
+        self._constraints = CanvasConstraints(device())
+        self.waiting: deque[Waiting] = deque()
         self.running: list[Sequence] = []
         self.moved_out: list[Sequence] = []  # by arrival
         self._arrivals = itertools.count()
@@ -82,28 +104,38 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `UserError` for one that can never be answered here."""
+    def check(self, request: Request) -> None:
+        """Raise `UserError` for a request that can never be answered here, whatever its language."""
         request.check(self.network.model_config)
-        self._check_adapter(request.adapter)
+        if request.adapter is not None and request.adapter not in self.network.beside:
+            known = ", ".join(self.network.beside) or "none"
+            raise UserError(f"this replica has no adapter {request.adapter!r}; those that it has: {known}")
         if not self.memory.fits(request.most_context):
             raise UserError(
                 f"{len(request.prompt)} tokens of prompt and {request.max_tokens} of answer need more context memory "
                 "than this server has; ask for less, or start it with more context_gb"
             )
-        self.waiting.append((next(self._arrivals), request))
 
-    def _check_adapter(self, name: str | None) -> None:
-        if name is not None and name not in self.network.beside:
-            known = ", ".join(self.network.beside) or "none"
-            raise UserError(f"this replica has no adapter {name!r}; those that it has: {known}")
+    def add(self, request: Request, automaton: TokenAutomaton | None = None) -> None:
+        """Queue a request; `automaton` is that of its language. Raises `UserError` for one that can never be answered.
+
+        A `ConstraintError` is one: no text of the language fits.
+        """
+        self.check(request)
+        constraint = None
+        if request.language is not None:
+            if automaton is None:
+                raise UserError("the request has a language, and add() no automaton of it; compile it first")
+            given = (request.canvas_length, request.max_tokens, request.sampler.eos_ids, request.locked)
+            constraint = ConstrainedSequence(automaton, *given, device())
+        self.waiting.append(Waiting(next(self._arrivals), request, constraint))
 
     def cancel(self, id: str) -> list[Event]:
         """End a request at once, wherever it is; unknown ones are over already."""
-        for index, (_, request) in enumerate(self.waiting):
-            if request.id == id:
+        for index, one in enumerate(self.waiting):
+            if one.request.id == id:
                 del self.waiting[index]
-                return [Finished(id, Reason.CANCELLED, len(request.prompt), 0)]
+                return [Finished(id, Reason.CANCELLED, len(one.request.prompt), 0)]
         for sequence in [*self.running, *self.moved_out]:
             if sequence.request.id == id:
                 return [self._finish(sequence, Reason.CANCELLED)]
@@ -112,6 +144,44 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self.moved_out)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not answered."""
+        begun = [sequence.request for sequence in [*self.running, *self.moved_out]]
+        return [*begun, *(one.request for one in self.waiting)]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many of them run, and how many wait."""
+        return len(self.running), len(self.waiting) + len(self.moved_out)
+
+    def facts(self) -> Facts:
+        """What the front end must know of the network."""
+        model = self.network.model_config
+        layout = ", ".join(f"{axis}={size}" for axis, size in vars(current_layout()).items() if size > 1)
+        return Facts(
+            vocab_size=model.vocab_size,
+            canvas_length=model.canvas_length,
+            context_tokens=self._most_context(),
+            tile=TILE,
+            cached_tiles=max(1, min(blocks.count for blocks in self.memory.blocks.values())),
+            max_running=self.config.max_running,
+            sampler=self.network.sampler_defaults,
+            text="",
+            layout=layout or "one process",
+            device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+            adapters=list(self.network.beside),
+        )
+
+    def _most_context(self) -> int:
+        """The most tokens of context that one request can have: the memory's limit, or the model's, less a canvas."""
+        model = self.network.model_config
+        low, high = 1, max(1, model.max_position_embeddings - model.canvas_length)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.memory.fits(middle) else (low, middle - 1)
+        return low
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -169,13 +239,15 @@ class Engine:
                 return
             self.running.append(self.moved_out.pop(0))
         while self.waiting and self._free_slots:
-            arrival, request = self.waiting[0]
+            arrival, request, constraint = self.waiting[0]
             held = self.memory.open(request.prompt, salt=request.adapter or "")
             if not self.memory.has_room(held, len(request.prompt)):
                 self.memory.close(held)
                 return
             self.waiting.popleft()
-            self.running.append(Sequence(request, held, self._free_slots.pop(), held.end, arrival))
+            self.running.append(
+                Sequence(request, held, self._free_slots.pop(), held.end, arrival, constraint=constraint)
+            )
 
     def _reserve(self, sequence: Sequence, context: int) -> None:
         """Blocks for new context; where there are none the youngest sequence gives its own, perhaps this one."""
@@ -189,7 +261,8 @@ class Engine:
         """Enqueue a pass."""
         model = self.network.model_config
         cache = self.memory.cache([one.sequence.held for one in work], [one.context for one in work])
-        turns = [one.sequence.turn() for one in work if one.denoises]
+        denoising = [one.sequence for one in work if one.denoises]
+        turns = [sequence.turn() for sequence in denoising]
         places = [
             (index, sequence.held.end + context) for index, (sequence, context, denoises) in enumerate(work) if denoises
         ]
@@ -209,12 +282,21 @@ class Engine:
             sequence.step += denoises
         if hidden is None:
             return None
-        found = self.network.statistics(hidden, cells.temperature_N1, cells.uniforms(), soft_embedding=True)
-        assert found.sample_N is not None and found.soft_embedding_NH is not None
-        outcomes = self.slots.advance(
-            cells, found.argmax_N, found.sample_N, found.entropy_N, found.soft_embedding_NH, model.vocab_size
+        constraint = self._constraints.of([one.constraint for one in denoising], [turn.length for turn in turns])
+        found = self.network.statistics(
+            hidden,
+            cells.temperature_N1,
+            cells.uniforms(),
+            soft_embedding=True,
+            constraint=constraint,
+            locked_N=cells.locked_N,
         )
-        return self._results([one.sequence for one in work if one.denoises], outcomes, hidden)
+        allowed = None
+        if constraint is not None:
+            assert found.allowed_nC is not None
+            allowed = constraint.allowed(found.argmax_N, found.allowed_nC)
+        outcomes = self.slots.advance(cells, found, allowed, model.vocab_size)
+        return self._results(denoising, outcomes, hidden)
 
     def _context_tokens(self, work: list[Work]) -> Tensor:
         """Ids of the new context of a pass: parts of prompts, and canvases that have settled."""
@@ -296,47 +378,19 @@ class Engine:
     def _settle(self, sequence: Sequence, tokens: list[int], live: int, scored: HostCopy | None) -> list[Event]:
         """The canvas of a sequence is final: it ends the answer, or becomes context of the next one."""
         request = sequence.request
-        new, reason = self._cut(request, sequence.answer, tokens)
+        new, reason = cut(request, sequence.answer, tokens, self.decode, self._markers)
         scores = None
         if scored is not None and request.logprobs is not None:
-            scores = _scores_of(scored, request.logprobs, len(new), request.canvas_length)
+            scores = scores_of(scored, request.logprobs, len(new), request.canvas_length)
         settled = Settled(request.id, sequence.canvas, live, new, scores)
         sequence.answer += new
         if reason is not None:
             return [settled, self._finish(sequence, reason)]
-        sequence.canvas, sequence.step = sequence.canvas + 1, 0
+        sequence.settle(tokens)
         return [settled]
-
-    def _cut(self, request: Request, answer: list[int], tokens: list[int]) -> tuple[list[int], Reason | None]:
-        """Tokens of a canvas up to what ends the answer, that included, and why it ends if it does."""
-        ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids]
-        new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
-        if len(answer) + len(new) >= request.max_tokens:
-            new = new[: request.max_tokens - len(answer)]
-            reason = Reason.STOP if new[-1] in request.sampler.eos_ids else Reason.LENGTH
-        if self._stops(request, answer + new):
-            fewest = next(n for n in range(1, len(new) + 1) if self._stops(request, answer + new[:n]))
-            return new[:fewest], Reason.STOP
-        return new, reason
-
-    def _stops(self, request: Request, answer: list[int]) -> bool:
-        if not request.stop or self.decode is None:
-            return False
-        text = self.decode(answer)
-        return any(string in text for string in request.stop)
 
     def _finish(self, sequence: Sequence, reason: Reason, error: str | None = None) -> Finished:
         self.memory.close(sequence.held)
         self._free_slots.append(sequence.slot)
         (self.running if sequence in self.running else self.moved_out).remove(sequence)
         return Finished(sequence.request.id, reason, len(sequence.request.prompt), sequence.cached, error)
-
-
-def _scores_of(scored: HostCopy, top: int, tokens: int, length: int) -> list[Scores]:
-    """Scores of the first `tokens` of a canvas of `length`."""
-    rows = scored.values().view(length, -1)[:tokens].tolist()
-    kept = len(rows[0]) // 2
-    return [
-        Scores(own, [(int(id), logprob) for logprob, id in zip(best[:top], best[kept : kept + top], strict=True)])
-        for own, *best in rows
-    ]

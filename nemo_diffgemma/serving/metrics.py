@@ -29,6 +29,7 @@ class Metrics:
         )
         self.requests = counter("requests", "Requests that are over", ("outcome",))
         self.refused = counter("requests_refused", "Requests that found the queue full")
+        self.violations = counter("constraint_violations", "Finished answers that their language did not have: defects")
         self.replays = counter("requests_replayed", "Requests that began again on another replica")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
         self.cached_tokens = counter("prompt_tokens_cached", "Tokens of prompts that the prefix cache had")
@@ -63,6 +64,7 @@ class Metrics:
 
     def show(self, router: Router) -> None:
         """What is now."""
+        self.replicas.set(sum(not replica.is_silent for replica in router.replicas.values()))
         beats = [replica.beat for replica in router.replicas.values()]
         self.slots.set(sum(beat.running for beat in beats))
         self.passes.set(sum(beat.passes for beat in beats))

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.diffusion.locked import check_locked
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
@@ -25,9 +26,17 @@ class Request(Struct, frozen=True, tag=True):
     The answer has whole canvases of `canvas_length` until one has a token that ends it, a string of `stop` appears in
     its text, or `max_tokens` are reached, at which it is cut. `drafts` asks for a report of every denoising step.
 
-    `locked` maps positions of the answer, from 0, to ids that stand there from the first step on. The answer is a text
-    of `language`. `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
-    of a settled canvas, and of so many of the most probable ids at its place.
+    `locked` maps positions of the answer, from 0, to ids that stand there from the first step on. An end-of-sequence
+    token before the last of them does not end the answer.
+
+    The answer is a text of `language`, whole: it ends within `max_tokens`, and the reason is STOP in every case. With
+    either there is no `stop`, which would cut it. A replica compiles the language before it accepts the request; it
+    refuses what cannot be compiled in time, what has no text of `max_tokens` or fewer with the `locked` tokens in their
+    places, and every language where it has no tokenizer. `serving.answer_check` reads a finished answer once more.
+
+    `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
+    of a settled canvas, and of so many of the most probable ids at its place. With `chat` the answer may have thoughts
+    and calls of tools, in which `stop` is not looked for.
     """
 
     id: str
@@ -42,6 +51,7 @@ class Request(Struct, frozen=True, tag=True):
     language: Language | None = None
     adapter: str | None = None
     logprobs: int | None = None
+    chat: bool = False
 
     def check(self, model: ModelConfig) -> None:
         """Raise `UserError` for what this network can never answer."""
@@ -58,6 +68,15 @@ class Request(Struct, frozen=True, tag=True):
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_SCORES:
             raise UserError(f"logprobs={self.logprobs}; expected 0 to {MOST_SCORES}, or none")
         self.sampler.check_ids(model.vocab_size)
+        check_locked(self.locked, self.max_tokens, model.vocab_size)
+        if self.stop and (self.language is not None or self.locked):
+            what = "locked places" if self.language is None else f"a language ({self.language.kind})"
+            raise UserError(f"stop={self.stop[0]!r} would cut an answer with {what}; leave one of them out")
+
+    @property
+    def earliest_end(self) -> int:
+        """The first position of the answer at which an end-of-sequence id ends it: what is locked is reached."""
+        return max(self.locked, default=0)
 
     @property
     def canvases(self) -> int:

@@ -57,10 +57,9 @@ def _statistics(tensor: int, hidden_NH: Tensor, table_VH: Tensor, **arguments: A
 class Chosen:
     """A constraint that chooses the classes `chosen_nC`, whatever their logits are."""
 
-    rows_n: Tensor
+    cells_nC: Tensor
     class_of_id_nV: Tensor
     classes: int
-    length: int
     chosen_nC: Tensor
 
     def choose(self, maxima_nCK: Tensor) -> Tensor:

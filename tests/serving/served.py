@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,30 @@ TEMPLATE = (
 
 def tokenizer() -> Any:
     """Bytes as tokens, behind ten special ones, and words that only answers have."""
+    return byte_tokenizer(("<pad>", "<eos>", "<bos>", *(f"<s{index}>" for index in range(3, 10))), TEMPLATE)
+
+
+def byte_tokenizer(special: Sequence[str], template: str) -> Any:
+    """Special tokens, the first three as usual, then bytes, then words, to as many ids as the network has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<eos>", "<bos>", *(f"<s{index}>" for index in range(3, 10))]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [f"Ġw{index}" for index in range(cases.IDS - len(special) - len(letters))]
     made = Tokenizer(models.BPE({word: id for id, word in enumerate([*special, *letters, *words])}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(special)
+    made.add_special_tokens(list(special))
     made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", chat_template=TEMPLATE
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", chat_template=template
     )
 
 
-def write_checkpoint(directory: Path) -> Path:
+def write_checkpoint(directory: Path, read: Any = None) -> Path:
     """The network of `cases` in the released layout."""
     cases.network().save_huggingface(directory)
-    tokenizer().save_pretrained(directory)
+    (read or tokenizer()).save_pretrained(directory)
     return directory
 
 
@@ -72,7 +76,7 @@ class Server:
         assert line, f"the server has ended: {self.log.read_text()}"
         self.facts = json.loads(line)
         self.url = self.facts["url"]
-        self.http = httpx.Client(base_url=self.url, timeout=120)
+        self.http = httpx.Client(base_url=self.url, timeout=300)
         return self
 
     def children(self) -> list[int]:
@@ -85,7 +89,7 @@ class Server:
         lines = self.http.get("/metrics").text.splitlines()
         return next((float(line.split()[-1]) for line in lines if line.startswith(f"diffgemma_{name} ")), 0.0)
 
-    def until(self, name: str, fine: Callable[[float], bool], seconds: float = 60.0) -> None:
+    def until(self, name: str, fine: Callable[[float], bool], seconds: float = 300.0) -> None:
         """Wait for a figure."""
         end = time.monotonic() + seconds
         while not fine(value := self.metric(name)):
@@ -95,7 +99,7 @@ class Server:
     def stop(self) -> int:
         """SIGTERM -> exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(300)
 
     def close(self) -> None:
         """However the tests went."""
@@ -112,11 +116,16 @@ def launched(checkpoint: Path, *arguments: str) -> Server:
 
 
 class Split:
-    """A front end, and replicas that join it: forked from a process that has imported everything."""
+    """A front end, and replicas that join it: forked from a process that has imported everything.
 
-    def __init__(self, checkpoint: Path, replicas: int, engine: dict[str, Any], **settings: Any) -> None:
-        self.checkpoint, self.engine = checkpoint, engine
-        self.address = f"ipc://{checkpoint.parent}/join"
+    What they run is a `checkpoint`, or what else `kind` says.
+    """
+
+    def __init__(
+        self, checkpoint: Path, replicas: int, engine: dict[str, Any], kind: str = "checkpoint", **settings: Any
+    ) -> None:
+        self.checkpoint, self.engine, self.kind = checkpoint, engine, kind
+        self.address = f"ipc://{checkpoint.parent}/join-{time.time_ns()}"
         given = FrontSettings(
             host="127.0.0.1", port=0, names=["tiny", "default"], replicas=[], environments=[], address=self.address,
             **settings,
@@ -138,7 +147,7 @@ class Split:
     def join(self) -> Command:
         """One more replica."""
         engine = [f"engine.{name}={value}" for name, value in self.engine.items()]
-        return Command("launch/replica.py", f"checkpoint={self.checkpoint}", f"front={self.address}", *engine)
+        return Command("launch/replica.py", f"{self.kind}={self.checkpoint}", f"front={self.address}", *engine)
 
     def close(self) -> None:
         self.server.close()
@@ -159,3 +168,20 @@ def serve_in_layout(layout: dict[str, int], checkpoint: str, address: str, engin
     replica = Replica(network, EngineConfig(**engine), address, "ranks", lonely_seconds=60.0)
     replica.serve()
     return len(replica.engine.running)
+
+
+def chat_in_layout(layout: dict[str, int], checkpoint: str) -> tuple[list[int], list[int], int]:
+    """What a chat in ranks of a pool gives, what `generate` gives there, and the drafts that this rank saw."""
+    import torch
+
+    from nemo_diffgemma import DiffusionGemma, ParallelLayout
+    from nemo_diffgemma.parallel import initialize
+    from nemo_diffgemma.serving.local_chat import text_of
+
+    initialize(ParallelLayout(**layout))
+    network, drafts = DiffusionGemma.from_checkpoint(checkpoint), []
+    sampler = network.sampler_defaults.with_overrides({"max_denoising_steps": 3, "entropy_bound": 20.0})
+    answer = network.chat("Hi", seed=3, max_tokens=60, canvas_length=16, sampler=sampler, on_draft=drafts.append)
+    prompt = text_of(network).encode_chat([{"role": "user", "content": "Hi"}])
+    result = network.generate(torch.tensor([prompt]), max_new_tokens=60, sampler=sampler, seed=[3], canvas_length=16)
+    return answer.token_ids, result.sequences[0, len(prompt) :].tolist(), len(drafts) - answer.steps

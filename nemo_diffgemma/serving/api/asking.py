@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.serving.answer_check import AnswerCheck
 from nemo_diffgemma.serving.api.fields import Common
 from nemo_diffgemma.serving.failures import InvalidRequest, Unavailable, UnknownModel
 from nemo_diffgemma.serving.job import Job
@@ -28,8 +29,8 @@ CLIENT_GONE = 499
 class Desk:
     """Where requests come in."""
 
-    def __init__(self, router: Router, settings: FrontSettings) -> None:
-        self.router, self.settings = router, settings
+    def __init__(self, router: Router, settings: FrontSettings, check: AnswerCheck) -> None:
+        self.router, self.settings, self._check = router, settings, check
 
     @property
     def facts(self) -> Facts:
@@ -43,7 +44,8 @@ class Desk:
         """Raises `InvalidRequest` for a model without a tokenizer."""
         self.facts  # noqa: B018  raises before there is any
         if self.router.text is None:
-            raise InvalidRequest("this model has no tokenizer; send token ids to /v1/completions", "no_tokenizer")
+            what = "this model has no tokenizer; send token ids: to /v1/completions, or to /v1/infill with a prompt"
+            raise InvalidRequest(what, "no_tokenizer")
         return self.router.text
 
     def check_model(self, name: str) -> None:
@@ -61,6 +63,9 @@ class Desk:
         facts, stop = self.facts, body.stop_strings
         if stop and self.router.text is None:
             raise InvalidRequest("this model has no tokenizer, so it cannot find stop strings", None, "stop")
+        if stop and body.language is not None:
+            what = f"stop={stop[0]!r} would cut an answer that is held to a format; it ends by itself: leave stop out"
+            raise InvalidRequest(what, "invalid_value", "stop")
         length = body.diffusion.canvas_length
         length = facts.canvas_length if length is None else length
         if not 1 <= length <= facts.canvas_length:
@@ -87,6 +92,9 @@ class Desk:
                         stop=stop,
                         drafts=body.stream and body.stream_options.drafts,
                         adapter=self.adapter_of(body.model),
+                        language=body.language,
+                        logprobs=body.scores,
+                        chat=body.has_parts,
                     )
                 )
         return made
@@ -113,6 +121,10 @@ class Desk:
             self.leave(jobs)
             raise
         return jobs
+
+    async def check(self, request: Request, tokens: Sequence[int]) -> None:
+        """Whether an answer is what its request wants it to be. Raises `Failure`."""
+        await self._check(request, tokens, self.router.text)
 
     def leave(self, jobs: Sequence[Job]) -> None:
         """Whoever waited for these does no more."""

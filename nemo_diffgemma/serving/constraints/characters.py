@@ -1,6 +1,7 @@
 """Sets of characters as ranges of code points, and as pieces of a regular expression.
 
-Text never has NUL (the automaton's own mark, see byte_automaton.py) or surrogates (they are no characters).
+Text never has NUL (the automaton's own mark, see byte_automaton.py), U+0001 (which marks special tokens, see
+token_bytes.py) or surrogates (they are no characters).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from nemo_diffgemma.serving.constraints.errors import ConstraintError
 
 Ranges = tuple[tuple[int, int], ...]  # sorted, apart from each other, both ends included
 
-ALL: Ranges = ((0x01, 0xD7FF), (0xE000, 0x10FFFF))
+ALL: Ranges = ((0x02, 0xD7FF), (0xE000, 0x10FFFF))
 DIGITS: Ranges = ((0x30, 0x39),)
 WORD: Ranges = ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A))
 SPACE: Ranges = ((0x09, 0x0D), (0x20, 0x20))
@@ -42,6 +43,11 @@ def intersection(one: Ranges, other: Ranges) -> Ranges:
     """The characters of both sets."""
     both = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
     return tuple(sorted(part for part in both if part[0] <= part[1]))
+
+
+def is_text(text: str) -> bool:
+    """Whether all characters are of those that text may have."""
+    return all(any(low <= ord(c) <= high for low, high in ALL) for c in text)
 
 
 def members(ranges: Ranges) -> Iterable[int]:

@@ -53,12 +53,22 @@ class Compiler:
         """The automaton. Raises `ConstraintError`, for one that exceeds the limits too."""
         return self.submit(language).result()
 
+    def submit_check(self, language: Language, text: str) -> Future[None]:
+        """`language.check(text)` in the limit of time: None, `ConstraintViolation`, or `ConstraintError` if late."""
+        return self._threads.submit(self._ask, "check", language, text)
+
     def check(self, language: Language, text: str) -> None:
-        """`language.check(text)` in the limit of time. Raises `ConstraintViolation`."""
-        self._threads.submit(self._ask, "check", language, text).result()
+        """The same at once. Raises `ConstraintViolation`, or `ConstraintError`."""
+        self.submit_check(language, text).result()
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """End the children, whatever they do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            children = set(self._children)
+        for child in children:
+            child.kill()
+        self._threads.shutdown(wait=True)
         for child in self._children:
             child.end()
 
@@ -108,6 +118,10 @@ class _Child:
 
     def ask(self, seconds: float, *job: Any) -> Any:
         return self._say(job, seconds)
+
+    def kill(self) -> None:
+        """Whoever waits for it, in another thread, hears no more."""
+        self._process.kill()
 
     def end(self) -> None:
         self._connection.close()

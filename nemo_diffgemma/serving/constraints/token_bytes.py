@@ -1,5 +1,8 @@
 """Which bytes each token of a tokenizer stands for.
 
+A special token is no text. It stands as its name between two U+0001, which no text of a language may have: so a
+language can ask for the token itself, and nothing that is spelled in other tokens is mistaken for it.
+
 Understood are the decoders of Gemma (a space stands as U+2581, bytes without a token as <0xNN>), of byte-level BPE
 (GPT-2, Llama 3, Qwen) and of tokens that are simply joined. Others, which add or drop spaces between tokens, would give
 another text than the automaton has read: they are refused.
@@ -15,29 +18,41 @@ from typing import Any
 
 from nemo_diffgemma.serving.constraints.errors import ConstraintError
 
+MARK = "\x01"
+_MARKER = re.compile(r"<\|[^<>]*>|<[^<>]*\|>")  # Gemma's, whether its tokenizer calls them special or not
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _UNUSED = re.compile(r"<unused\d+>")  # Gemma's, ordinary words to its tokenizer
 
 
+def marked(name: str) -> str:
+    """How the special token `name` stands in a text."""
+    return f"{MARK}{name}{MARK}"
+
+
+def special_tokens(backend: Any) -> dict[int, str]:
+    """The tokens of a `tokenizers.Tokenizer` that are no text, with their names."""
+    added = backend.get_added_tokens_decoder().items()
+    return {id: token.content for id, token in added if token.special or _MARKER.fullmatch(token.content)}
+
+
 def bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
-    """The bytes of every token that is text; special and unused tokens have none.
+    """The bytes of every token; unused tokens have none, nor has what would read like a special token's mark.
 
     `tokenizer` is a fast tokenizer of transformers, or one of `tokenizers`. Raises `ConstraintError` for a decoder of
     another kind.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     described = json.loads(backend.to_str())
-    special = {token["id"] for token in described["added_tokens"] if token["special"]}
-    read = _reader(described["decoder"])
-    found = {}
+    read, special = byte_reader(described["decoder"]), special_tokens(backend)
+    found = {id: marked(name).encode() for id, name in special.items() if not _UNUSED.fullmatch(name)}
     for text, id in backend.get_vocab(with_added_tokens=True).items():
         content = b"" if id in special or _UNUSED.fullmatch(text) else read(text)
-        if content:
+        if content and MARK.encode() not in content:
             found[id] = content
     return dict(sorted(found.items()))
 
 
-def _reader(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
+def byte_reader(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
     """What `decoder` makes of one token."""
     parts = [] if decoder is None else decoder.get("decoders", [decoder])
     kinds = [part["type"] for part in parts]
