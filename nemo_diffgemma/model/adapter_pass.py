@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from nemo_diffgemma.model.segments import Stream
 from nemo_diffgemma.transfer import to_device
@@ -69,6 +70,17 @@ class AdapterPass:
     mine: int
     chosen: Mapping[str, AdapterRows] | None = None
     number_T1: Tensor | None = None
+
+    @staticmethod
+    def of(stream: Stream, noise_T: Tensor | None, group: ProcessGroup, device: torch.device) -> AdapterPass:
+        """Of the tokens of a stream, which the ranks of a tensor-parallel group share; noise may be on the host."""
+        is_canvas: Tensor | bool = bool(stream.canvases)
+        if stream.canvases and stream.contexts:
+            is_canvas = stream.canvas_mask(device)[:, None]
+        mine = stream.tokens // group.size()
+        return AdapterPass(
+            is_canvas, None if noise_T is None else to_device(noise_T, device), mine * group.rank(), mine
+        )
 
     def canvas_of(self, x: Tensor) -> Tensor | bool:
         """Which rows of `x`, all tokens or this rank's, are canvas tokens."""

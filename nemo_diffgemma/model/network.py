@@ -102,7 +102,7 @@ class Network(MegatronModule):
         self-conditioning signal, unscaled; None is no signal. With gradient enabled the returned cache carries
         gradient.
         `replicas_alike` says that all replicas run the same stream, without gradient: then experts exchange less.
-        `adapters` names one of `self.beside` for each sequence, or none, without gradient.
+        Without gradient, `adapters` may name one of `self.beside` for each sequence.
         """
         call = self._adapter_pass(stream, adapters)
         x, is_canvas = self._embed(stream, tokens, None if soft is None else soft.flatten(0, -2), call)
@@ -185,14 +185,8 @@ class Network(MegatronModule):
         keys = [None if name is None else self.beside[name] for name in names or ()]
         if self.lora is None and not any(keys):
             return None
-        is_canvas: Tensor | bool = bool(stream.canvases)
-        if stream.canvases and stream.contexts:
-            is_canvas = stream.canvas_mask(device())[:, None]
-        noise = None
-        if self.dropout_of is not None and self.training and torch.is_grad_enabled():
-            noise = to_device(self.dropout_of.of_tokens(stream), device())
-        mine = stream.tokens // self.groups.tp.size()
-        call = AdapterPass(is_canvas, noise, mine * self.groups.tp.rank(), mine)
+        dropout = self.dropout_of if self.training and torch.is_grad_enabled() else None
+        call = AdapterPass.of(stream, None if dropout is None else dropout.of_tokens(stream), self.groups.tp, device())
         return call if self.lora is not None else call.with_chosen(keys, stream, device())
 
     def _most_tokens(self, x: Tensor, replicas_alike: bool) -> int:
