@@ -58,9 +58,11 @@ def replica(config: ReplicaConfig, results: Results) -> dict[str, Any]:
         return run(open_bundle(config.bundle, config.provider), config.engine, *where, BundleEngine)
     from nemo_diffgemma import DiffusionGemma
     from nemo_diffgemma.checkpoint.open import dtype_of
+    from nemo_diffgemma.lora.opening import load_beside
 
     assert config.checkpoint is not None
     network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
+    load_beside(network, config.adapters)
     return run(network, config.engine, *where)
 
 

@@ -3,6 +3,7 @@
     python launch/serve.py checkpoint=google/... port=8000
     python launch/serve.py checkpoint=google/... parallel=tp2_ep2 replicas=2 dtype=bfloat16 engine.context_gb=20
     python launch/serve.py checkpoint=google/... host=0.0.0.0 api_keys_file=keys.txt
+    python launch/serve.py checkpoint=google/... 'adapters={polite: runs/polite, terse: /data/terse}'
     python launch/serve.py bundle=bundles/mine provider=tensorrt
     python launch/serve.py replicas=0 address=tcp://0.0.0.0:5570 name=gemma       # replicas join: launch/replica.py
 
@@ -12,7 +13,9 @@ what is being answered is answered. Without an API key everybody who reaches the
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +68,20 @@ class ServeConfig(ServedModel):
             self.check_model()
         if not self.replicas and (self.address is None or self.name is None):
             raise ConfigurationError("replicas=0: give address=tcp://0.0.0.0:5570, where replicas join, and name=...")
+        self._check_adapters()
         if self.parallel.replicas != 1:
             raise ConfigurationError(f"parallel.replicas={self.parallel.replicas}; a server has replicas=... instead")
+
+    def _check_adapters(self) -> None:
+        own = {_name(self), "default"}
+        for name in self.adapters:
+            if name in own:
+                raise ConfigurationError(f"adapters={{{name}: ...}}: the model itself has that name; use another")
+            if not re.fullmatch(r"[A-Za-z][\w./+@-]*", name, re.ASCII):
+                what = "expected a letter, then letters, digits and _ . / + @ -"
+                raise ConfigurationError(f"adapters={{{name}: ...}}: {what}; use another name")
+        if self.adapters and not self.replicas:
+            raise ConfigurationError("replicas=0: give adapters=... to each launch/replica.py instead")
 
 
 def serve(config: ServeConfig, results: Results) -> dict[str, Any]:
@@ -115,9 +130,15 @@ def _command(config: ServeConfig) -> list[str]:
         sys.executable,
         str(ROOT / "launch" / "replica.py"),
         *what,
+        *_adapters(config),
         *(f"parallel.{axis}={getattr(config.parallel, axis)}" for axis in axes),
         *(f"engine.{name}={value}" for name, value in vars(config.engine).items()),
     ]
+
+
+def _adapters(config: ServeConfig) -> list[str]:
+    pairs = [f"{name}: {json.dumps(path, ensure_ascii=False)}" for name, path in config.adapters.items()]
+    return [f"adapters={{{', '.join(pairs)}}}"] if pairs else []
 
 
 def _environments(config: ServeConfig) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@
 A pass mixes requests that encode a piece of their prompt, denoise at different steps, and begin a canvas behind the one
 that has settled, whose tokens become context in the same pass. Requests come and go between passes. What a request gets
 depends on itself alone, to the bit: each row of every product, each tile of context and each canvas is computed as if
-it were alone (`model.visibility.TILE`, `model.experts.grouped_product`), so its tokens are those that
+it were alone (`model.visibility.TILE`, `model.row_products`), so its tokens are those that
 `DiffusionGemma.generate` gives it alone.
 
 Every rank of a layout has an engine, is given the same calls in the same order, and so does the same.
@@ -38,7 +38,8 @@ from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
 from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import Facts
-from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Scores, Settled
+from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Settled
+from nemo_diffgemma.serving.scores import scores_of
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
 from nemo_diffgemma.transfer import HostCopy, to_device
@@ -106,6 +107,9 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise `UserError` for a request that can never be answered here, whatever its language."""
         request.check(self.network.model_config)
+        if request.adapter is not None and request.adapter not in self.network.beside:
+            known = ", ".join(self.network.beside) or "none"
+            raise UserError(f"this replica has no adapter {request.adapter!r}; those that it has: {known}")
         if not self.memory.fits(request.most_context):
             raise UserError(
                 f"{len(request.prompt)} tokens of prompt and {request.max_tokens} of answer need more context memory "
@@ -167,6 +171,7 @@ class Engine:
             text="",
             layout=layout or "one process",
             device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+            adapters=list(self.network.beside),
         )
 
     def _most_context(self) -> int:
@@ -235,7 +240,7 @@ class Engine:
             self.running.append(self.moved_out.pop(0))
         while self.waiting and self._free_slots:
             arrival, request, constraint = self.waiting[0]
-            held = self.memory.open(request.prompt)
+            held = self.memory.open(request.prompt, salt=request.adapter or "")
             if not self.memory.has_room(held, len(request.prompt)):
                 self.memory.close(held)
                 return
@@ -269,7 +274,9 @@ class Engine:
             cells = self.slots.cells(turns)
             canvas_N, soft = self.slots.inputs(cells, model.vocab_size)
             tokens = torch.cat([tokens, canvas_N])
-        hidden = self.network.run(tokens, stream, cache=cache, soft=soft, replicas_alike=True).canvas_hidden
+        adapters = [one.sequence.request.adapter for one in work]
+        result = self.network.run(tokens, stream, cache=cache, soft=soft, replicas_alike=True, adapters=adapters)
+        hidden = result.canvas_hidden
         for sequence, context, denoises in work:
             self.memory.extend(sequence.held, context)
             sequence.step += denoises
@@ -374,7 +381,7 @@ class Engine:
         new, reason = cut(request, sequence.answer, tokens, self.decode, self._markers)
         scores = None
         if scored is not None and request.logprobs is not None:
-            scores = _scores_of(scored, request.logprobs, len(new), request.canvas_length)
+            scores = scores_of(scored, request.logprobs, len(new), request.canvas_length)
         settled = Settled(request.id, sequence.canvas, live, new, scores)
         sequence.answer += new
         if reason is not None:
@@ -387,13 +394,3 @@ class Engine:
         self._free_slots.append(sequence.slot)
         (self.running if sequence in self.running else self.moved_out).remove(sequence)
         return Finished(sequence.request.id, reason, len(sequence.request.prompt), sequence.cached, error)
-
-
-def _scores_of(scored: HostCopy, top: int, tokens: int, length: int) -> list[Scores]:
-    """Scores of the first `tokens` of a canvas of `length`."""
-    rows = scored.values().view(length, -1)[:tokens].tolist()
-    kept = len(rows[0]) // 2
-    return [
-        Scores(own, [(int(id), logprob) for logprob, id in zip(best[:top], best[kept : kept + top], strict=True)])
-        for own, *best in rows
-    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nemo_diffgemma.errors import UserError
 
@@ -27,6 +27,7 @@ class ServedModel:
 
     checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo
     dtype: str = "float32"  # of a checkpoint: or bfloat16
+    adapters: dict[str, str] = field(default_factory=dict)  # name: directory of a LoRA adapter, asked for as a model
     bundle: str | None = None  # instead of checkpoint=: a directory that export/build.py has written
     provider: str = "onnxruntime"  # of a bundle: or tensorrt_rtx, tensorrt, tensorrt_llm
 
@@ -36,5 +37,7 @@ class ServedModel:
             raise UserError(f"checkpoint={self.checkpoint} bundle={self.bundle}; give one of them")
         if self.bundle is not None and self.dtype != "float32":
             raise UserError(f"dtype={self.dtype}: a bundle has the one that it was built with; leave it out")
+        if self.bundle is not None and self.adapters:
+            raise UserError("adapters=...: a bundle has none beside it; give checkpoint=... in place of bundle=")
         if self.bundle is None and self.provider != "onnxruntime":
             raise UserError(f"provider={self.provider} runs a bundle; give bundle=... in place of checkpoint=")

@@ -126,7 +126,8 @@ class Router:
             self._metrics.refused.inc(len(requests))
             raise Overloaded(f"{len(self.jobs)} requests are running or waiting; try again in {wait} s", wait)
         now = time.monotonic()
-        jobs = [Job(request, keys_of(request.prompt, self.facts.tile), now) for request in requests]
+        tile = self.facts.tile
+        jobs = [Job(one, keys_of(one.prompt, tile, salt=one.adapter or ""), now) for one in requests]
         for job in jobs:
             self.jobs[job.id] = job
             self._place(job)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model.experts import FEWEST_ROWS, grouped_product
+from nemo_diffgemma.model.row_products import FEWEST_ROWS, grouped_product
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
 from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.request import Reason, Request

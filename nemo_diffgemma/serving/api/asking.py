@@ -50,9 +50,13 @@ class Desk:
 
     def check_model(self, name: str) -> None:
         """Raises `UnknownModel`."""
-        if name not in self.settings.names:
-            names = " and ".join(repr(known) for known in self.settings.names)
+        if name not in self.settings.names and name not in self.facts.adapters:
+            names = ", ".join(repr(known) for known in [*self.settings.names, *self.facts.adapters])
             raise UnknownModel(f"there is no model {name!r}; this server has {names}", "model_not_found", "model")
+
+    def adapter_of(self, name: str) -> str | None:
+        """The adapter that a model's name means; None: the model itself."""
+        return None if name in self.settings.names else name
 
     def requests(self, prompts: Sequence[Sequence[int]], body: Common, max_tokens: int | None) -> list[Request]:
         """The answers that a body asks for, `n` for each prompt. Raises `InvalidRequest` or `UserError`."""
@@ -87,6 +91,7 @@ class Desk:
                         seed=seed + index,
                         stop=stop,
                         drafts=body.stream and body.stream_options.drafts,
+                        adapter=self.adapter_of(body.model),
                         language=body.language,
                         logprobs=body.scores,
                         chat=body.has_parts,

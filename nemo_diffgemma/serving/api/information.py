@@ -32,12 +32,13 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
             "takes_text": desk.router.text is not None,
             "takes_conversations": desk.router.text is not None and desk.router.text.takes_conversations,
         }
-        return {"id": name, "object": "model", "created": began, "owned_by": "nemo_diffgemma", "diffusion": about}
+        described = {"id": name, "object": "model", "created": began, "owned_by": "nemo_diffgemma", "diffusion": about}
+        return described if desk.adapter_of(name) is None else {**described, "parent": desk.settings.names[0]}
 
     @router.get("/v1/models", responses={200: {"model": ModelsReply}})
     async def models() -> dict[str, Any]:
-        """The names that requests may give."""
-        return {"object": "list", "data": [model(name) for name in desk.settings.names]}
+        """The names that requests may give: those of the model, and of its adapters."""
+        return {"object": "list", "data": [model(name) for name in [*desk.settings.names, *desk.facts.adapters]]}
 
     @router.get("/v1/models/{name:path}", responses={200: {"model": ModelReply}})
     async def one_model(name: str) -> dict[str, Any]:
