@@ -187,7 +187,8 @@ def test_a_replica_that_hangs_lets_every_request_end_in_its_time_limit(checkpoin
         assert b"not answered in 4 s" in read(raw)
         with ThreadPoolExecutor(1) as threads:
             last = threads.submit(server.http.post, "/v1/completions", json=body(2))
-            server.until("requests_waiting", lambda count: count == 1)
+            over = ("requests_waiting", 'requests_total{outcome="failed"}')
+            server.until("requests_running", lambda count: count + sum(map(server.metric, over)) == 3)
             assert server.stop() == 0
             assert last.result().status_code in (503, 504)
     finally:

@@ -263,6 +263,12 @@ class StreamReply(BaseModel):
     diffusion: dict[Literal["draft"], DraftReply] | None = None
 
 
+class ResponseEvent(BaseModel):
+    """Of a stream of /v1/responses, as OpenAI names them."""
+
+    type: str
+
+
 class ModelDiffusion(BaseModel):
     """What a request may ask of a model. `context_tokens` has a prompt and all canvases but the last."""
 
@@ -329,9 +335,11 @@ def failures() -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorReply, "description": what} for status, what in _FAILURES.items()}
 
 
-def responses(reply: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Of an endpoint that answers with `reply`, or with a stream of it."""
-    stream = {"text/event-stream": {"schema": _whole(StreamReply)}}
+def responses(reply: type[BaseModel], chunk: type[BaseModel] = StreamReply) -> dict[int | str, dict[str, Any]]:
+    """Of an endpoint that answers with `reply`, or with server-sent events (in OpenAPI 3.2's form) of `chunk`."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _whole(chunk)}
+    event = {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
+    stream = {"text/event-stream": {"schema": event}}
     return {200: {"model": reply, "content": stream, "description": "The answer; as a stream where `stream` is true."}}
 
 

@@ -19,7 +19,7 @@ from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.chat import prompt_of
 from nemo_diffgemma.serving.api.errors import body_of_failure, failure_of
 from nemo_diffgemma.serving.api.fields import ChatBody
-from nemo_diffgemma.serving.api.replies import ResponseReply
+from nemo_diffgemma.serving.api.replies import ResponseEvent, ResponseReply
 from nemo_diffgemma.serving.api.replies import responses as replies
 from nemo_diffgemma.serving.api.response_items import Items
 from nemo_diffgemma.serving.api.responses_body import ResponsesBody
@@ -150,7 +150,7 @@ def routes(desk: Desk) -> APIRouter:
             return JobStream(desk, jobs, response.events())
         return JSONResponse(await response.whole())
 
-    @router.post("/v1/responses", responses=replies(ResponseReply))
+    @router.post("/v1/responses", responses=replies(ResponseReply, ResponseEvent))
     async def create(body: ResponsesBody, request: Request) -> Response:
         """The next turn of a conversation, as items."""
         desk.check_model(body.model)
