@@ -14,6 +14,7 @@ import pytest
 from nemo_diffgemma.repository import ROOT
 
 FOLDERS = ("nemo_diffgemma", "launch", "export", "slurm", "benchmarks", "scripts", "tests")
+PAGE = sorted((ROOT / "nemo_diffgemma/serving/page").iterdir())
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
@@ -61,6 +62,7 @@ def test_the_whole_library_can_be_imported_from_a_wheel(tmp_path):
     subprocess.run([*command, str(copy_of_sources(tmp_path / "source"))], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    assert all((tmp_path / "installed" / file.relative_to(ROOT)).is_file() for file in PAGE)
     done = subprocess.run(
         [sys.executable, "-I", "-c", IMPORT_ALL, str(tmp_path / "installed")],
         capture_output=True,
@@ -73,7 +75,7 @@ def test_the_whole_library_can_be_imported_from_a_wheel(tmp_path):
 
 def copy_of_sources(target: Path) -> Path:
     """Building leaves `build/` and `*.egg-info` where it works."""
-    for file in [*sources("nemo_diffgemma", "export"), ROOT / "pyproject.toml", ROOT / "LICENSE"]:
+    for file in [*sources("nemo_diffgemma", "export"), *PAGE, ROOT / "pyproject.toml", ROOT / "LICENSE"]:
         copy = target / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())

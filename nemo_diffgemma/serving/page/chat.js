@@ -13,7 +13,7 @@ class Turn {
     this.text = element("p", { className: "text" });
     this.thought = element("p", { className: "text" });
     this.thinking = element("details", { hidden: true }, element("summary", {}, "Thinking"), this.thought);
-    const cells = element("div", { className: "canvas", role: "img" });
+    const cells = element("div", { className: "canvas", role: "img", "aria-label": "Canvas" });
     this.player = new Player((frame) => drawCells(cells, frame));
     this.steps = element("details", { open: true }, element("summary", {}, "Canvas, step by step"));
     this.steps.append(cells, this.player.element, legend());
@@ -73,7 +73,7 @@ export function startChat(conversations) {
     });
     turn.finish(last, outcome);
     turn.element.scrollIntoView({ block: "nearest" });
-    if (last?.text) messages = [...messages, { role: "assistant", content: last.text }];
+    if (outcome === "done" || last?.text) messages = [...messages, { role: "assistant", content: last.text }];
     else messages = before; // an answer that never began: the next message is asked without it
     if (outcome === "failed" && !last) {
       box.value ||= content;

@@ -35,11 +35,11 @@ function preview() {
   find("preview").replaceChildren(...parts);
 }
 
-// Which cells of a frame are locked: those in no hole.
-function withLocks(frame, holes) {
+// Which cells of a frame are locked: those of the text that are in no hole.
+function withLocks(frame, { holes, tokens }) {
   const first = frame.canvas * frame.token_ids.length;
   const isFree = (place) => holes.some(({ start, token_ids: ids }) => place >= start && place < start + ids.length);
-  return { ...frame, locked: frame.token_ids.map((_, cell) => !isFree(first + cell)) };
+  return { ...frame, locked: frame.token_ids.map((_, cell) => first + cell < tokens && !isFree(first + cell)) };
 }
 
 // Text with what was put into its holes marked.
@@ -51,7 +51,7 @@ function filled(parts, holes) {
 function finish(result, player, answer, parts) {
   const best = answer.tried?.reduce((a, b) => (b.logprob > a.logprob ? b : a));
   const frames = answer.frames.filter(({ key }) => !best || key === String(best.lengths));
-  player.replace(frames.map((frame) => withLocks(frame, answer.holes)));
+  player.replace(frames.map((frame) => withLocks(frame, answer)));
   const text = element("p", { className: "text filled" }, ...filled(parts, answer.holes));
   result.prepend(element("h3", {}, "Filled"), text);
   if (best) {
@@ -71,7 +71,7 @@ export function startInfill(example) {
   const fill = async () => {
     if (asking.isBusy) return;
     const parts = partsOf(box.value);
-    const cells = element("div", { className: "canvas", role: "img" });
+    const cells = element("div", { className: "canvas", role: "img", "aria-label": "Canvas" });
     const player = new Player((frame) => drawCells(cells, frame));
     result.replaceChildren(cells, player.element, legend());
     let last = null;
