@@ -6,7 +6,7 @@ PYTHON_IN_VENV := .venv/bin/python
 IN_PARALLEL := -n 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune-demo export-demo test test-slurm test-all test-gpu lint format clean
+.PHONY: help venv demo finetune-demo export-demo serve-demo test test-slurm test-all test-gpu lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ finetune-demo: venv ## Teach the model of the demo another task with LoRA, merge
 
 export-demo: venv ## Export the model of the demo: build engines, compare with PyTorch, solve a puzzle
 	$(PYTHON_IN_VENV) export/demo.py $(ARGS)
+
+serve-demo: venv ## Serve the model of the demo: five puzzles through OpenAI's client, and the page
+	$(PYTHON_IN_VENV) launch/serve_demo.py $(ARGS)
 
 test: venv ## Run the tests, without the slow ones
 	$(PYTHON_IN_VENV) -m pytest -q -m "not slow" --ignore=tests/slurm $(IN_PARALLEL) $(ARGS)
@@ -39,7 +42,7 @@ lint: venv ## Check style, formatting and types, shell scripts and the Dockerfil
 	$(PYTHON_IN_VENV) -m ruff check
 	$(PYTHON_IN_VENV) -m ruff format --check
 	$(PYTHON_IN_VENV) -m mypy
-	.venv/bin/shellcheck .ci/run scripts/*.sh slurm/testcluster/*.sh slurm/example_dgx_h100.sbatch
+	.venv/bin/shellcheck .ci/run scripts/*.sh slurm/testcluster/*.sh slurm/example_dgx_h100.sbatch slurm/serve.sbatch
 	.venv/bin/hadolint docker/Dockerfile
 
 format: venv ## Format the code and apply the safe fixes

@@ -10,9 +10,7 @@ last line is JSON: bundles, what export/check.py found of each, and the engines 
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from export.build import BuildConfig, build
 from export.check import CheckConfig, check
 from export.run import RunConfig, run
+from nemo_diffgemma.cli.demo_checkpoint import demo_checkpoint
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.schema import ParallelGroup, SamplerGroup
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNS = Path("runs") / "sudoku_cpu"
 CALIBRATION = ("1...4..3.2....1.", "................", "..3.4...1.....2.", "2..4....3...1...")
 PUZZLE = "..4.2..1.2..1..."  # one of those that are never trained on; the demo shows it too
 STEPS = 16  # of a canvas
-SHORT = ("trainer.max_steps=300", "trainer.validate_every=0", "trainer.checkpoint_every=0")
+SHORT = 300  # steps of the demo: its tokens mean something, but it does not solve much
 
 
 @dataclass
@@ -59,7 +56,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
 
 def demo(config: DemoConfig, results: Results) -> dict[str, Any]:
     """Build, compare, solve."""
-    checkpoint = config.checkpoint or newest() or train_a_short_one(results)
+    checkpoint = demo_checkpoint(config.checkpoint, results, SHORT)
     builder = "tensorrt_rtx" if importlib.util.find_spec("tensorrt_rtx") else "onnx"
     results.show(f"checkpoint: {checkpoint}\nbuilder: {builder}\n")
     user_path(config.out).mkdir(parents=True, exist_ok=True)
@@ -100,20 +97,6 @@ def one(
     verdict = check(CheckConfig(str(out), canvases=1, agreement=0.8), results)
     results.show("")
     return {"graphs": graphs, **verdict}
-
-
-def newest() -> str | None:
-    """The last checkpoint of the newest run of the Sudoku experiment."""
-    checkpoints = list(RUNS.glob("*/checkpoints/step-*"))
-    return str(max(checkpoints, key=lambda place: (place.stat().st_mtime, place.name))) if checkpoints else None
-
-
-def train_a_short_one(results: Results) -> str:
-    """Three hundred steps: enough that its tokens mean something, not enough to solve much."""
-    results.show("no checkpoint under runs/sudoku_cpu: training a short one")
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "experiment=sudoku_cpu", *SHORT]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["checkpoint"]
 
 
 if __name__ == "__main__":

@@ -23,16 +23,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nemo_diffgemma.cli.demo_checkpoint import demo_checkpoint
 from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.repository import ROOT, user_path
 from nemo_diffgemma.schema import ConfigurationError
 
-RUNS = Path("runs") / "sudoku_cpu"
 NAMES = "2341"
 BATCH = 64
 DENOISING_STEPS = 16
-SHORT = ("trainer.max_steps=800", "trainer.validate_every=0")
+SHORT = 800  # steps of the demo, where it has not run
 
 
 @dataclass
@@ -55,7 +55,7 @@ def finetune_demo(config: FinetuneDemoConfig, results: Results) -> dict[str, Any
     from nemo_diffgemma.parallel import ParallelLayout, initialize, shutdown
 
     began = time.time()
-    base = config.checkpoint or newest() or command(results, "train.py", "experiment=sudoku_cpu", *SHORT)["checkpoint"]
+    base = demo_checkpoint(config.checkpoint, results, SHORT)
     out = user_path(config.out) / time.strftime("%Y-%m-%d_%H-%M-%S")
     digest = digest_of(user_path(base))
 
@@ -113,12 +113,6 @@ def trained(results: Results, base: str, data: tuple[str, ...], steps: int, out:
         *(f"exp_manager.exp_dir={out}", "exp_manager.name=runs", "exp_manager.version=lora"),
     )
     return made["checkpoint"]
-
-
-def newest() -> str | None:
-    """The last checkpoint of the newest run of the demo."""
-    checkpoints = list(user_path(str(RUNS)).glob("*/checkpoints/step-*"))
-    return str(max(checkpoints, key=lambda place: (place.stat().st_mtime, place.name))) if checkpoints else None
 
 
 def command(results: Results, script: str, *arguments: str) -> dict[str, Any]:

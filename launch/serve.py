@@ -1,8 +1,9 @@
-"""Serve a checkpoint to many users, behind OpenAI's API.
+"""Serve a checkpoint, or a bundle of export/, to many users, behind OpenAI's API.
 
     python launch/serve.py checkpoint=google/... port=8000
     python launch/serve.py checkpoint=google/... parallel=tp2_ep2 replicas=2 dtype=bfloat16 engine.context_gb=20
     python launch/serve.py checkpoint=google/... host=0.0.0.0 api_keys_file=keys.txt
+    python launch/serve.py bundle=bundles/mine provider=tensorrt
     python launch/serve.py replicas=0 address=tcp://0.0.0.0:5570 name=gemma       # replicas join: launch/replica.py
 
 The first line of standard output, when the server is ready, is JSON: url, model, replicas. SIGTERM and Ctrl-C drain:
@@ -23,21 +24,19 @@ from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.repository import ROOT, user_path
 from nemo_diffgemma.schema import ConfigurationError, ParallelGroup
-from nemo_diffgemma.serving.engine_config import EngineConfig
+from nemo_diffgemma.serving.engine_config import EngineConfig, ServedModel
 from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 
 
 @dataclass
-class ServeConfig:
-    """Configuration of `launch/serve.py`."""
+class ServeConfig(ServedModel):
+    """Configuration of `launch/serve.py`. What is served is said of the replicas that are started here."""
 
-    checkpoint: str | None = None  # Hugging Face directory, sharded checkpoint or .nemo; of the replicas started here
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     name: str | None = None  # of the model in requests; null: the checkpoint's. `default` is one too
     replicas: int = 1  # engines started on this node, each of parallel.* processes; 0: others join
     address: str | None = None  # tcp://0.0.0.0:port, where replicas of other nodes join
-    dtype: str = "float32"  # or bfloat16
     queue_limit: int = 256  # requests that wait before others are told to come again
     request_seconds: float = 600.0  # time limit of a request, waiting included
     drain_seconds: float = 60.0  # after SIGTERM, for what is being answered
@@ -58,8 +57,12 @@ class ServeConfig:
                 f"request_seconds={self.request_seconds} drain_seconds={self.drain_seconds} "
                 f"max_body_mb={self.max_body_mb} default_max_tokens={self.default_max_tokens}; expected above 0"
             )
-        if self.replicas and self.checkpoint is None:
-            raise ConfigurationError("give checkpoint=..., or replicas=0 address=tcp://0.0.0.0:5570 for others to join")
+        if self.replicas and self.checkpoint is None and self.bundle is None:
+            raise ConfigurationError(
+                "give checkpoint=... or bundle=..., or replicas=0 address=tcp://0.0.0.0:5570 for others to join"
+            )
+        if self.replicas:
+            self.check_model()
         if not self.replicas and (self.address is None or self.name is None):
             raise ConfigurationError("replicas=0: give address=tcp://0.0.0.0:5570, where replicas join, and name=...")
         if self.parallel.replicas != 1:
@@ -76,7 +79,7 @@ def serve(config: ServeConfig, results: Results) -> dict[str, Any]:
     settings = FrontSettings(
         host=config.host,
         port=config.port,
-        names=list(dict.fromkeys([config.name or user_path(config.checkpoint or "").resolve().name, "default"])),
+        names=list(dict.fromkeys([_name(config), "default"])),
         replicas=[_command(config)] * config.replicas,
         environments=_environments(config),
         address=config.address,
@@ -97,14 +100,21 @@ def serve(config: ServeConfig, results: Results) -> dict[str, Any]:
     os.execv(sys.executable, [sys.executable, "-P", "-m", "nemo_diffgemma.serving.front", str(reader)])
 
 
+def _name(config: ServeConfig) -> str:
+    """Of the model in requests."""
+    return config.name or user_path(config.checkpoint or config.bundle or "").resolve().name
+
+
 def _command(config: ServeConfig) -> list[str]:
     """What starts a replica here."""
     axes = ("tensor", "expert", "expert_tensor", "pipeline", "context")
+    what = [f"checkpoint={config.checkpoint}", f"dtype={config.dtype}"]
+    if config.bundle is not None:
+        what = [f"bundle={config.bundle}", f"provider={config.provider}"]
     return [
         sys.executable,
         str(ROOT / "launch" / "replica.py"),
-        f"checkpoint={config.checkpoint}",
-        f"dtype={config.dtype}",
+        *what,
         *(f"parallel.{axis}={getattr(config.parallel, axis)}" for axis in axes),
         *(f"engine.{name}={value}" for name, value in vars(config.engine).items()),
     ]

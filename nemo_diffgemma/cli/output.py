@@ -20,7 +20,8 @@ class Results:
         self._stream = os.fdopen(os.dup(1), "w") if rank == 0 else None
         self.is_rank_zero = rank == 0
         self.exit_code = 0  # set on every rank, for work that was done: 1 where a check found a difference
-        self.colours = self._stream is not None and self._stream.isatty() and "NO_COLOR" not in os.environ
+        self.is_terminal = self._stream is not None and self._stream.isatty()
+        self.colours = self.is_terminal and "NO_COLOR" not in os.environ
         os.dup2(2, 1)
 
     def show(self, text: str) -> None:

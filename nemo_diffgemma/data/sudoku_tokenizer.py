@@ -4,7 +4,7 @@ Text and cells give the same prompt: `build_tokenizer()("1..4 ..3. 2... ...1").i
 `encode_puzzle([1, 0, 0, 4, 0, 0, 3, 0, 2, 0, 0, 0, 0, 0, 0, 1])`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,3 +48,13 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def is_sudoku(tokenizer: Any) -> bool:
+    """Whether a checkpoint's tokenizer is this one, so that its network reads puzzles and writes grids.
+
+    A chat template means that the characters were trained to say something else.
+    """
+    return tokenizer.chat_template is None and tokenizer.get_vocab() == {
+        token: id for id, token in enumerate(VOCABULARY)
+    }

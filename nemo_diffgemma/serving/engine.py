@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,12 +30,14 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.parallel.agreement import world_size
-from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.parallel.groups import current_layout, device
 from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, ConstrainedSequence
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
+from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
 from nemo_diffgemma.serving.markers import Markers
+from nemo_diffgemma.serving.messages import Facts
 from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Scores, Settled
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
@@ -81,7 +82,7 @@ class Engine:
         self,
         network: DiffusionGemma,
         config: EngineConfig,
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Decode | None = None,
         markers: Markers | None = None,
     ) -> None:
         model = network.model_config
@@ -139,6 +140,43 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self.moved_out)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not answered."""
+        begun = [sequence.request for sequence in [*self.running, *self.moved_out]]
+        return [*begun, *(one.request for one in self.waiting)]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many of them run, and how many wait."""
+        return len(self.running), len(self.waiting) + len(self.moved_out)
+
+    def facts(self) -> Facts:
+        """What the front end must know of the network."""
+        model = self.network.model_config
+        layout = ", ".join(f"{axis}={size}" for axis, size in vars(current_layout()).items() if size > 1)
+        return Facts(
+            vocab_size=model.vocab_size,
+            canvas_length=model.canvas_length,
+            context_tokens=self._most_context(),
+            tile=TILE,
+            cached_tiles=max(1, min(blocks.count for blocks in self.memory.blocks.values())),
+            max_running=self.config.max_running,
+            sampler=self.network.sampler_defaults,
+            text="",
+            layout=layout or "one process",
+            device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+        )
+
+    def _most_context(self) -> int:
+        """The most tokens of context that one request can have: the memory's limit, or the model's, less a canvas."""
+        model = self.network.model_config
+        low, high = 1, max(1, model.max_position_embeddings - model.canvas_length)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.memory.fits(middle) else (low, middle - 1)
+        return low
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -333,7 +371,7 @@ class Engine:
     def _settle(self, sequence: Sequence, tokens: list[int], live: int, scored: HostCopy | None) -> list[Event]:
         """The canvas of a sequence is final: it ends the answer, or becomes context of the next one."""
         request = sequence.request
-        new, reason = self._cut(request, sequence.answer, tokens)
+        new, reason = cut(request, sequence.answer, tokens, self.decode, self._markers)
         scores = None
         if scored is not None and request.logprobs is not None:
             scores = _scores_of(scored, request.logprobs, len(new), request.canvas_length)
@@ -343,26 +381,6 @@ class Engine:
             return [settled, self._finish(sequence, reason)]
         sequence.settle(tokens)
         return [settled]
-
-    def _cut(self, request: Request, answer: list[int], tokens: list[int]) -> tuple[list[int], Reason | None]:
-        """Tokens of a canvas up to what ends the answer, that included, and why it ends if it does."""
-        first = request.earliest_end - len(answer)
-        ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids and index >= first]
-        new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
-        if len(answer) + len(new) >= request.max_tokens:
-            new = new[: request.max_tokens - len(answer)]
-            is_whole = new[-1] in request.sampler.eos_ids or request.language is not None
-            reason = Reason.STOP if is_whole else Reason.LENGTH
-        if self._stops(request, answer + new):
-            fewest = next(n for n in range(1, len(new) + 1) if self._stops(request, answer + new[:n]))
-            return new[:fewest], Reason.STOP
-        return new, reason
-
-    def _stops(self, request: Request, answer: list[int]) -> bool:
-        if not request.stop or self.decode is None:
-            return False
-        texts = [self.decode(run) for run in (self._markers.said(answer) if request.chat else [answer])]
-        return any(string in text for text in texts for string in request.stop)
 
     def _finish(self, sequence: Sequence, reason: Reason, error: str | None = None) -> Finished:
         self.memory.close(sequence.held)

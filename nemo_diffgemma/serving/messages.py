@@ -27,6 +27,7 @@ class Facts(Struct, frozen=True):
     layout: str
     device: str
     adapters: list[str] = []  # that requests may name
+    task: str | None = None  # "sudoku": what prompts and answers are, where they are no language
 
 
 class TextFiles(Struct, frozen=True, tag=True):
@@ -90,10 +91,11 @@ class Accepted(Struct, frozen=True, tag=True):
 
 
 class Refused(Struct, frozen=True, tag=True):
-    """It is not, and why; nothing more is heard of it."""
+    """It is not, and why; nothing more is heard of it. `elsewhere`: by this replica, which is about to end."""
 
     id: str
     why: str
+    elsewhere: bool = False
 
 
 Event = Accepted | Refused | Draft | Settled | Finished

@@ -11,31 +11,35 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
+from typing import Any, Protocol
 
 import msgspec
 import torch
 import torch.distributed as dist
 
-from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.data.sudoku_tokenizer import is_sudoku
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero, world_size
-from nemo_diffgemma.parallel.groups import current_layout, device
+from nemo_diffgemma.serving.backend import Backend
 from nemo_diffgemma.serving.compiling import Compilation, Compiled, LanguageCompiler
 from nemo_diffgemma.serving.constraints import ConstraintError, Vocabulary, bytes_of_tokens
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
+from nemo_diffgemma.serving.ending import Decode
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
 from nemo_diffgemma.serving.mailbox import Errand, Mailbox
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import (
     Accepted,
     Cancel,
     Drain,
     Event,
     Events,
-    Facts,
     Farewell,
     Hello,
     Refused,
@@ -50,6 +54,18 @@ _IDLE_SECONDS = 1.0  # after which the ranks of an idle replica hear of each oth
 _errands = msgspec.msgpack.Decoder(list[Errand])
 
 
+class Network(Protocol):
+    """What a `backend` runs; `assets` is the folder with its tokenizer."""
+
+    model_config: ModelConfig
+
+    @property
+    def assets(self) -> Path | None: ...
+
+    @property
+    def sampler_defaults(self) -> SamplerConfig: ...
+
+
 class Replica:
     """The engine of this rank and, on rank 0, the way to the front end at `address`.
 
@@ -57,19 +73,27 @@ class Replica:
     """
 
     def __init__(
-        self, network: DiffusionGemma, config: EngineConfig, address: str, name: str, lonely_seconds: float
+        self,
+        network: Network,
+        config: EngineConfig,
+        address: str,
+        name: str,
+        lonely_seconds: float,
+        backend: Callable[[Any, EngineConfig, Decode | None, Markers | None], Backend] = Engine,
     ) -> None:
         read = Text(network.assets)
         files = files_of(read)
         text = ServedText(files) if files else None
-        self.engine = Engine(network, config, text.decode if text else None, text.part_markers if text else None)
+        self.engine = backend(network, config, text.decode if text else None, text.part_markers if text else None)
         self.draining = False
         self._signalled = False
         self._errands_of_ranks = _Errands()
         self._compilation = Compilation()
         self._compiler: LanguageCompiler | None = None
         self._mailbox: Mailbox | None = None
-        hello = Hello(name, _facts(self.engine, fingerprint(files)))
+        task = "sudoku" if read.tokenizer is not None and is_sudoku(read.tokenizer) else None
+        facts = msgspec.structs.replace(self.engine.facts(), text=fingerprint(files), task=task)
+        hello = Hello(name, facts)
         with all_or_none():
             if is_rank_zero():
                 self._mailbox = Mailbox(address, hello, files, lonely_seconds)
@@ -114,8 +138,8 @@ class Replica:
             if events:
                 self._mailbox.send(Events(list(events)))
             engine = self.engine
-            waiting = len(engine.waiting) + len(engine.moved_out) + len(self._compilation)
-            self._mailbox.passed(len(engine.running), waiting, engine.passes)
+            running, waiting = engine.counts
+            self._mailbox.passed(running, waiting + len(self._compilation), engine.passes)
 
     def _taken(self) -> list[Errand]:
         """What rank 0 has heard; others hear it from there."""
@@ -145,8 +169,7 @@ class Replica:
             return [*engine.cancel(errand.id)]
         if isinstance(errand, Unknown):
             self._compilation.forget()
-            everyone = [one.request for one in [*engine.running, *engine.moved_out]]
-            for request in [*everyone, *(one.request for one in engine.waiting)]:
+            for request in engine.requests:
                 engine.cancel(request.id)
             return []
         if not self.draining and self._mailbox is not None:
@@ -157,7 +180,7 @@ class Replica:
     def _begin(self, request: Request) -> list[Event]:
         """A request has come."""
         if self.draining:
-            return [Refused(request.id, "this replica is about to end")]
+            return [Refused(request.id, "this replica is about to end", elsewhere=True)]
         if request.language is None:
             return [self._added(request, None)]
         automaton = self._compilation.automaton(request.language)
@@ -201,7 +224,7 @@ class _Errands:
         return errands if is_rank_zero() else _errands.decode(content.numpy().tobytes())
 
 
-def _vocabulary(network: DiffusionGemma, text: Text) -> Vocabulary:
+def _vocabulary(network: Network, text: Text) -> Vocabulary:
     """What languages are spelled with. Raises `ConstraintError`."""
     if text.tokenizer is None:
         raise ConstraintError("this model has no tokenizer, so its answers cannot be held to a language")
@@ -209,38 +232,16 @@ def _vocabulary(network: DiffusionGemma, text: Text) -> Vocabulary:
     return Vocabulary(tokens, network.model_config.vocab_size, network.sampler_defaults.eos_ids)
 
 
-def _facts(engine: Engine, text: str) -> Facts:
-    model, network = engine.network.model_config, engine.network
-    layout = ", ".join(f"{axis}={size}" for axis, size in vars(current_layout()).items() if size > 1)
-    return Facts(
-        vocab_size=model.vocab_size,
-        canvas_length=model.canvas_length,
-        context_tokens=_most_context(engine),
-        tile=TILE,
-        cached_tiles=max(1, min(blocks.count for blocks in engine.memory.blocks.values())),
-        max_running=engine.config.max_running,
-        sampler=network.sampler_defaults,
-        text=text,
-        layout=layout or "one process",
-        device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
-    )
-
-
-def _most_context(engine: Engine) -> int:
-    """The most tokens of context that one request can have: the memory's limit, or the model's, less a canvas."""
-    model = engine.network.model_config
-    low, high = 1, max(1, model.max_position_embeddings - model.canvas_length)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if engine.memory.fits(middle) else (low, middle - 1)
-    return low
-
-
 def run(
-    network: DiffusionGemma, config: EngineConfig, address: str, name: str, lonely_seconds: float
+    network: Network,
+    config: EngineConfig,
+    address: str,
+    name: str,
+    lonely_seconds: float,
+    backend: Callable[[Any, EngineConfig, Decode | None, Markers | None], Backend] = Engine,
 ) -> dict[str, float]:
     """Serve until drained -> what was done."""
     began = time.monotonic()
-    replica = Replica(network, config, address, name, lonely_seconds)
+    replica = Replica(network, config, address, name, lonely_seconds, backend)
     replica.serve()
     return {"passes": replica.engine.passes, "seconds": round(time.monotonic() - began, 1)}

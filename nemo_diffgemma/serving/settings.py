@@ -23,5 +23,6 @@ class FrontSettings(Struct, frozen=True, kw_only=True):
     default_max_tokens: int = DEFAULT_MAX_TOKENS  # of an answer that asks for nothing else
     api_keys: list[str] = []  # empty: everybody may ask
     cors_origins: list[str] = []  # of pages on other hosts that may ask; ["*"]: all
-    dead_seconds: float = 5.0  # without a heartbeat, after which a replica is dead
-    stall_seconds: float = 600.0  # without an end of a pass, after which it is dead too
+    silent_seconds: float = 5.0  # without a heartbeat of a replica, after which its requests go to others
+    lost_seconds: float = 30.0  # without one, after which it is given up: killed and started again
+    stall_seconds: float = 600.0  # without an end of a pass, after which it is given up too

@@ -67,6 +67,11 @@ class ServedText:
         self.piece = functools.lru_cache(65536)(lambda id: self.decode([id]))  # what a token alone says
         self._bytes = _byte_reader(files)
 
+    @property
+    def takes_conversations(self) -> bool:
+        """Whether there is a chat template; without, a prompt is one text."""
+        return self._template is not None
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Raises `UserError` for characters that the tokenizer does not know."""
         try:

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {
     "export_show": (ShowConfig, ["bundle=x"]),
     "export_roofline": (RooflineConfig, ["bundle=x"]),
     "export_demo": (DemoConfig, []),
+    "serve_demo": (verbs.load("serve_demo").ServeDemoConfig, []),
 }
 CHECKED = {"prompt_file", "model.objective.reduction"}  # other values, or other keys beside them, are refused
 TEXT_KEYS = [

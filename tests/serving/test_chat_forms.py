@@ -173,8 +173,8 @@ def test_which_calls_an_answer_must_have(given, fine, wrong):
     [
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
          "response_format.json_schema.schema", "'not'"),
-        ({"diffusion": {"regex": "(?=a)"}}, "diffusion.regex", ""),
-        ({"diffusion": {"choice": []}}, "diffusion.choice", ""),
+        ({"diffusion": {"regex": "(?=a)"}}, "diffusion.regex", "look-around"),
+        ({"diffusion": {"choice": []}}, "diffusion.choice", "at least one"),
         ({"diffusion": {"json_schema": {"if": {}}}}, "diffusion.json_schema", "'if'"),
         ({"diffusion": {"regex": "a", "choice": ["a"]}}, "diffusion.choice", "at once"),
         ({"diffusion": {"regex": "a"}, "response_format": SCHEMA}, "response_format", "both"),
@@ -196,9 +196,9 @@ def test_what_no_answer_can_be_held_to_is_refused_by_name(given, parameter, what
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def desk_of(text: ServedText) -> Any:
+def desk_of(text: ServedText, violated: bool = False) -> Any:
     async def check(request: Request, tokens: list[int]) -> None:
-        if tokens[:1] == [499]:
+        if violated:
             raise Failure("not what was asked for", "constraint_violated")
 
     return SimpleNamespace(text=text, router=SimpleNamespace(text=text), check=check, leave=lambda jobs: None)
@@ -246,7 +246,7 @@ def test_a_stream_put_together_by_openais_package_is_the_whole_answer(text, ids,
     whole, state = ChatCompletion.model_validate(reply).choices[0], ChatCompletionStreamState()
     for chunk in chunks:
         state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
-    final = state.get_final_completion()
+    final = state.current_completion_snapshot  # the final one is an error where max_tokens have cut it
     streamed = final.choices[0]
     assert (streamed.message.content or "") == (whole.message.content or "")
     assert getattr(streamed.message, "reasoning_content", None) == getattr(whole.message, "reasoning_content", None)
@@ -274,10 +274,8 @@ def test_a_chunk_has_one_thing(text):
 
 def test_an_answer_that_is_not_what_it_must_be_is_an_error_and_never_whole(text):
     async def told() -> list[bytes]:
-        return [
-            event
-            async for event in _events(desk_of(text), [job_of([[499]], Reason.STOP)], _Chat(desk_of(text), body()))
-        ]
+        desk = desk_of(text, violated=True)
+        return [event async for event in _events(desk, [job_of([[20]], Reason.STOP)], _Chat(desk, body()))]
 
     last = json.loads(asyncio.run(told())[-1].removeprefix(b"data: "))
     assert last["error"]["code"] == "constraint_violated"

@@ -24,6 +24,8 @@ from nemo_diffgemma.serving.messages import Event
 from nemo_diffgemma.serving.request import Draft, Finished, Reason, Scores, Settled
 from nemo_diffgemma.serving.text import ServedText
 
+_LAST_WORDS = 10.0  # seconds after a request's time limit, in which its client reads that it is over
+
 
 @dataclass
 class Answer:
@@ -164,7 +166,10 @@ class JobStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._desk.settings.request_seconds + _LAST_WORDS):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:  # all was answered in time, but not read: the connection is cut
+            pass
         finally:
             self._desk.leave(self._jobs)
 

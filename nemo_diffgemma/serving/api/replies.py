@@ -263,7 +263,55 @@ class StreamReply(BaseModel):
     diffusion: dict[Literal["draft"], DraftReply] | None = None
 
 
-_FAILURES = {
+class ModelDiffusion(BaseModel):
+    """What a request may ask of a model. `context_tokens` has a prompt and all canvases but the last."""
+
+    context_tokens: int
+    canvas_length: int
+    vocab_size: int
+    sampler: dict[str, Any]
+
+
+class ModelReply(BaseModel):
+    """A name that requests may give."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    diffusion: ModelDiffusion
+
+
+class ModelsReply(BaseModel):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[ModelReply]
+
+
+class TokensReply(BaseModel):
+    """Ids of a text."""
+
+    tokens: list[int]
+    count: int
+    context_tokens: int
+
+
+class ReplicaHealth(BaseModel):
+    name: str
+    requests: int
+    layout: str
+    device: str
+
+
+class HealthReply(BaseModel):
+    """Replicas that take requests."""
+
+    status: Literal["ok", "loading", "restarting"]
+    replicas: list[ReplicaHealth]
+
+
+_FAILURES: dict[int | str, str] = {
     400: "The request can never be answered as it is.",
     401: "An API key is wanted.",
     404: "There is no such model.",
@@ -272,14 +320,34 @@ _FAILURES = {
     500: "The engine failed, or the server has a defect.",
     503: "The server loads the model, or ends.",
     504: "The answer took longer than the server allows.",
+    "4XX": "The request is none: its path, method, or time.",
 }
+
+
+def failures() -> dict[int | str, dict[str, Any]]:
+    """Of every endpoint."""
+    return {status: {"model": ErrorReply, "description": what} for status, what in _FAILURES.items()}
 
 
 def responses(reply: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Of an endpoint that answers with `reply`, or with a stream of it."""
-    stream = {"text/event-stream": {"schema": StreamReply.model_json_schema()}}
-    answer = {"model": reply, "content": stream, "description": "The answer; as a stream where `stream` is true."}
-    failures: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorReply, "description": what} for status, what in _FAILURES.items()
-    }
-    return {200: answer, **failures}
+    stream = {"text/event-stream": {"schema": _whole(StreamReply)}}
+    return {200: {"model": reply, "content": stream, "description": "The answer; as a stream where `stream` is true."}}
+
+
+def _whole(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a model without references, which would lead nowhere from where FastAPI puts it."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return inline(parts[value["$ref"].rpartition("/")[2]])
+        return {name: inline(one) for name, one in value.items()}
+
+    whole: dict[str, Any] = inline(schema)
+    return whole
