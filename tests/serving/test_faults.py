@@ -221,31 +221,35 @@ def test_five_hundred_connections_at_once_are_answered(launched, network):
 
 @pytest.mark.slow
 def test_a_replica_killed_under_load_loses_nothing(launched, network):
-    """300 requests, and kill -9 of a replica after every hundredth answer; it is started again each time."""
+    """Three times 100 requests, and kill -9 of a replica behind the thirtieth answer; it is started again each time."""
     expected = {seed: alone(network, seed, 120) for seed in range(6)}
-    count, killed = 300, []
 
     def ask(index: int) -> list[int]:
         answer = launched.http.post("/v1/completions", json=body(index % 6, 120))
         return answer.json()["choices"][0]["diffusion"]["token_ids"]
 
-    with ThreadPoolExecutor(24) as threads:
-        for index, tokens in enumerate(threads.map(ask, range(count))):
-            assert tokens == expected[index % 6]
-            if index % 100 == 50:
-                launched.until("replicas", lambda replicas: replicas == 2)
-                killed.append(launched.children()[0])
-                os.kill(killed[-1], signal.SIGKILL)
-    assert len(killed) == 3
-    assert launched.metric("requests_replayed_total") > 0 and launched.metric('requests_total{outcome="failed"}') == 0
+    for _ in range(3):
+        replicas, replays = both(launched), launched.metric("requests_replayed_total")
+        with ThreadPoolExecutor(24) as threads:
+            for index, tokens in enumerate(threads.map(ask, range(100))):
+                assert tokens == expected[index % 6]
+                if index == 30:
+                    os.kill(replicas[0], signal.SIGKILL)
+        assert launched.metric("requests_replayed_total") > replays
+    assert launched.metric('requests_total{outcome="failed"}') == 0
+
+
+def both(server: served.Server) -> list[int]:
+    """Processes of its two replicas, when they serve."""
+    server.until("replicas", lambda count: count == len(server.children()) == 2)
+    return server.children()
 
 
 @pytest.mark.slow
 def test_two_thousand_requests_leave_memory_flat(launched):
     """Of all kinds: answers whole and streamed, refusals, and clients that leave. What a process holds is what it held
     after the first few hundred."""
-    launched.until("replicas", lambda replicas: replicas == 2)
-    pids = [launched.process.pid, *launched.children()]
+    pids = [launched.process.pid, *both(launched)]
 
     def ask(index: int) -> None:
         kind, seed = index % 5, index % 50
