@@ -52,7 +52,7 @@ class RowKinds:
         return None if self.number is None or self.numbers is None else self.number == self.numbers[key]
 
 
-EVERY_ROW = RowKinds()
+NO_ADAPTERS = RowKinds(numbers={})
 
 
 @dataclass(frozen=True)

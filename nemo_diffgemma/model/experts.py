@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.model.adapter_pass import EVERY_ROW, AdapterPass, RowKinds
+from nemo_diffgemma.model.adapter_pass import NO_ADAPTERS, AdapterPass, RowKinds
 from nemo_diffgemma.model.adapters import adapters_of, has_parts, local_product
 from nemo_diffgemma.model.dispatch import Counting, Rows, SortedChoices, sum_rows, take_rows
 from nemo_diffgemma.model.routing import choose, router_input, router_logits
@@ -101,7 +101,7 @@ class Experts(nn.Module):
         self.gate_up_proj = weight(2, width, config.hidden_size, width_axis=2)
         self.down_proj = weight(config.hidden_size, width, width_axis=2)
 
-    def forward(self, x_RH: Tensor, weights_R: Tensor, ends_L: Tensor, kinds: RowKinds = EVERY_ROW) -> Tensor:
+    def forward(self, x_RH: Tensor, weights_R: Tensor, ends_L: Tensor, kinds: RowKinds = NO_ADAPTERS) -> Tensor:
         """Rows sorted by expert -> weighted expert outputs [R, H]; those behind the last expert's are undefined.
 
         Expert-tensor ranks return partial sums. `kinds` of the rows are for adapters.
@@ -221,7 +221,7 @@ class MixtureOfExperts(nn.Module):
     def _kinds(self, x_TH: Tensor, adapters: AdapterPass | None) -> RowKinds:
         """Of the tokens; only adapters that differ between context and canvas ask for the canvas tokens."""
         if adapters is None:
-            return EVERY_ROW
+            return NO_ADAPTERS
         parts = any(has_parts(adapter) for _, adapter in adapters_of(self.experts, adapters.chosen))
         return adapters.kinds_of(x_TH, with_canvas=parts)
 
@@ -267,7 +267,7 @@ class MixtureOfExperts(nn.Module):
         weights_TK: Tensor,
         local_TK: Tensor,
         call: ExpertPass,
-        kinds: RowKinds = EVERY_ROW,
+        kinds: RowKinds = NO_ADAPTERS,
     ) -> Tensor:
         """Without gradient: a row for every choice, some tokens at a time."""
         step = max(1, UNCOUNTED // local_TK.shape[1])
@@ -279,7 +279,7 @@ class MixtureOfExperts(nn.Module):
             parts.append(self._compute(x_TH[cut], weights_TK[cut], rows, of_part))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _compute(self, x_TH: Tensor, weights_TK: Tensor, rows: Rows, kinds: RowKinds = EVERY_ROW) -> Tensor:
+    def _compute(self, x_TH: Tensor, weights_TK: Tensor, rows: Rows, kinds: RowKinds = NO_ADAPTERS) -> Tensor:
         """Weighted sum of this rank's experts for each token, [T, H]."""
         weights_R = weights_TK.flatten().index_select(0, rows.choices_R)
         if rows.absent is not None and weights_R.requires_grad:  # the gradient of undefined rows is undefined

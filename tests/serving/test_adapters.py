@@ -48,6 +48,7 @@ def test_adapters_change_answers_and_prompts_are_not_shared_between_them(single,
             assert cached == (768 if turn else 0)
             assert answers.setdefault(name, answer) == answer
     assert len({tuple(answer) for answer in answers.values()}) == 4
+    assert answers[None] == cases.alone(cases.network(), Request("", prompt, 8, 8))[0]
 
 
 def test_passes_without_adapters_compute_nothing_for_them(single, paths, monkeypatch):
