@@ -42,7 +42,7 @@ lint: venv ## Check style, formatting and types, shell scripts and the Dockerfil
 	$(PYTHON_IN_VENV) -m ruff check
 	$(PYTHON_IN_VENV) -m ruff format --check
 	$(PYTHON_IN_VENV) -m mypy
-	.venv/bin/shellcheck .ci/run scripts/*.sh slurm/testcluster/*.sh slurm/example_dgx_h100.sbatch
+	.venv/bin/shellcheck .ci/run scripts/*.sh slurm/testcluster/*.sh slurm/example_dgx_h100.sbatch slurm/serve.sbatch
 	.venv/bin/hadolint docker/Dockerfile
 
 format: venv ## Format the code and apply the safe fixes

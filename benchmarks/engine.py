@@ -60,8 +60,8 @@ def one_step(engine: Engine, ids: torch.Tensor) -> Callable[[], object]:
     inputs = {
         "canvas": torch.randint(engine.model_config.vocab_size, canvas),
         "soft": engine.no_signal(rows),
-        "temperature": torch.tensor(0.8),
-        "entropy_bound": torch.tensor(0.1),
+        "temperature": torch.full((rows,), 0.8),
+        "entropy_bound": torch.full((rows,), 0.1),
         "uniforms": torch.rand(canvas),
         "replacements": torch.randint(engine.model_config.vocab_size, canvas),
     }

@@ -2,6 +2,7 @@
 
     python launch/replica.py checkpoint=google/... front=tcp://node0:5570 parallel=tp2_ep2
     srun --ntasks=4 python launch/replica.py checkpoint=google/... front=tcp://node0:5570 parallel=tp2_ep2
+    python launch/replica.py bundle=bundles/mine provider=tensorrt front=tcp://node0:5570
 
 launch/serve.py starts those of its own node by itself, and takes others where it is given an address to listen at:
 address=tcp://0.0.0.0:5570. The port is for a network of trusted machines: whoever reaches it can serve answers.
@@ -24,34 +25,45 @@ from nemo_diffgemma.cli.child_process import end_with_parent
 from nemo_diffgemma.cli.output import Results
 from nemo_diffgemma.cli.start import start
 from nemo_diffgemma.schema import ParallelGroup
-from nemo_diffgemma.serving.engine_config import EngineConfig
+from nemo_diffgemma.serving.engine_config import EngineConfig, ServedModel
 from nemo_diffgemma.serving.supervisor import STARTED_BY
 
 
 @dataclass
-class ReplicaConfig:
+class ReplicaConfig(ServedModel):
     """Configuration of `launch/replica.py`."""
 
-    checkpoint: str = MISSING  # Hugging Face directory, sharded checkpoint or .nemo
     front: str = MISSING  # the front end's address: tcp://host:port
-    dtype: str = "float32"  # or bfloat16
     name: str = ""  # in messages; empty: of this machine and process
     lonely_seconds: float = 60.0  # without a word of the front end, after which it ends
     parallel: ParallelGroup = field(default_factory=ParallelGroup)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        self.check_model()
 
 
 def replica(config: ReplicaConfig, results: Results) -> dict[str, Any]:
     """Serve until drained."""
     import socket
 
-    from nemo_diffgemma import DiffusionGemma
-    from nemo_diffgemma.checkpoint.open import dtype_of
     from nemo_diffgemma.serving.replica import run
 
-    network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
     name = config.name or f"{socket.gethostname()}-{os.getpid()}"
-    return run(network, config.engine, config.front, name, config.lonely_seconds)
+    where = config.front, name, config.lonely_seconds
+    if config.bundle is not None:
+        from export import open_bundle
+        from export.engine.batching import BundleEngine
+
+        return run(open_bundle(config.bundle, config.provider), config.engine, *where, BundleEngine)
+    from nemo_diffgemma import DiffusionGemma
+    from nemo_diffgemma.checkpoint.open import dtype_of
+    from nemo_diffgemma.lora.opening import load_beside
+
+    assert config.checkpoint is not None
+    network = DiffusionGemma.from_checkpoint(config.checkpoint, dtype_of(config.dtype))
+    load_beside(network, config.adapters)
+    return run(network, config.engine, *where)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_diffgemma.checkpoint import huggingface
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.diffusion.generate import Denoised, Generation, Settled, StepInputs, generate
+from nemo_diffgemma.diffusion.locked import check_locked
 from nemo_diffgemma.diffusion.noise import KeyedNoise, Noise
 from nemo_diffgemma.diffusion.sampler import accept
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
@@ -28,7 +29,12 @@ from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.serving.constraints.constraint import Constraint
 from nemo_diffgemma.serving.constraints.sequence import ConstrainedBatch
+from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 from nemo_diffgemma.transfer import to_device
+
+if TYPE_CHECKING:
+    from nemo_diffgemma.serving.constraints.languages import Language
+    from nemo_diffgemma.serving.local_chat import ChatAnswer, ChatDraft
 
 
 class DiffusionGemma(Network):
@@ -114,14 +120,21 @@ class DiffusionGemma(Network):
         observe: Callable[[Denoised], None] | None = None,
         canvas_length: int | None = None,
         constraints: Sequence[Constraint | None] | None = None,
+        locked: Sequence[Mapping[int, int] | None] | None = None,
     ) -> Generation:
         """Generate whole canvases after [B, S] prompts (left padded by `attention_mask`).
 
         `canvas_length` None is the model's; a short answer costs less with shorter canvases.
 
         `sampler` None takes the checkpoint's settings. `noise` replaces the noise keyed by `seed`: an int keys row r by
-        (seed, r); one int a row keys each row as if it were alone. `observe` sees every denoising step. Raises
-        `UserError` for ids outside of the vocabulary, masks that are no left padding, and settings that mean nothing.
+        (seed, r); one int a row keys each row as if it were alone. `observe` sees every denoising step.
+
+        `constraints` say what texts the rows' answers must be. `locked` has for each row ids that stand in its answer
+        from the first step on, by their places in it, from 0: `diffusion.locked` says what that means. An
+        end-of-sequence id before the last of them ends nothing.
+
+        Raises `UserError` for ids outside of the vocabulary, masks that are no left padding, settings that mean
+        nothing, and constraints that no text fulfils with what is locked.
         """
         self.check_ids(input_ids)
         if max_new_tokens < 1:
@@ -134,10 +147,11 @@ class DiffusionGemma(Network):
         sampler.check_ids(self.model_config.vocab_size)
         if noise is None:
             noise = KeyedNoise.for_rows(seed, input_ids.shape[0], length, self.model_config.vocab_size, device())
+        held = self._checked_locks(locked, input_ids.shape[0], max_new_tokens)
         told = None
         if constraints is not None:
             canvases = -(-max_new_tokens // length)
-            told = ConstrainedBatch(constraints, input_ids.shape[0], length, canvases, sampler.eos_ids, device())
+            told = ConstrainedBatch(constraints, input_ids.shape[0], length, canvases, sampler.eos_ids, device(), held)
         with reused_scratch():
             return generate(
                 self,
@@ -149,7 +163,52 @@ class DiffusionGemma(Network):
                 noise=noise,
                 observe=observe,
                 constraints=told,
+                locked=held,
             )
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        seed: int = 0,
+        canvas_length: int | None = None,
+        sampler: SamplerConfig | None = None,
+        on_draft: Callable[[ChatDraft], None] | None = None,
+        language: Language | None = None,
+        **template: Any,
+    ) -> ChatAnswer:
+        """The next turn of a conversation: a text, or messages with `role` and `content`, in the chat template.
+
+        A server's answer (/v1/chat/completions) to the same messages, settings and seed has the same tokens. `on_draft`
+        sees the canvas after every denoising step, on every rank. The answer is of a `language` of
+        `serving.constraints`, where one is given; `template` are variables of the chat template: `tools`,
+        `enable_thinking` and others. Collective. Raises `UserError` without a tokenizer, and for what the template, the
+        language or `generate` refuses.
+        """
+        from nemo_diffgemma.serving.local_chat import chat
+
+        return chat(
+            self,
+            messages,
+            max_tokens=max_tokens,
+            seed=seed,
+            canvas_length=canvas_length,
+            sampler=sampler,
+            on_draft=on_draft,
+            language=language,
+            **template,
+        )
+
+    def _checked_locks(
+        self, locked: Sequence[Mapping[int, int] | None] | None, rows: int, tokens: int
+    ) -> list[Mapping[int, int]]:
+        if locked is not None and len(locked) != rows:
+            raise UserError(f"locked has {len(locked)} entries for {rows} rows; give one, or None, for each row")
+        held = [row or {} for row in locked or ()]
+        for row in held:
+            check_locked(row, tokens, self.model_config.vocab_size)
+        return held
 
     def start(self, first_positions: Sequence[int]) -> Cache:
         """A cache of sequences without context, whose first tokens will have these positions."""
@@ -188,6 +247,7 @@ class DiffusionGemma(Network):
             inputs.uniforms.flatten(),
             soft_embedding=not inputs.last,
             constraint=inputs.constraint,
+            locked_N=None if inputs.locked is None else inputs.locked.flatten(),
         )
         assert statistics.sample_N is not None
         soft, entropy = statistics.soft_embedding_NH, statistics.entropy_N.view(shape)

@@ -28,9 +28,13 @@ class HostCopy:
 
     def numbers(self) -> list[float]:
         """The numbers."""
+        return self.values().tolist()
+
+    def values(self) -> Tensor:
+        """The copy, flat."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._values.tolist()
+        return self._values
 
 
 class LateFlag(HostCopy):

@@ -42,7 +42,19 @@ GROUPS = {
         "tests/lora/",
         "tests/parallel/",
         "tests/model/",
-        "tests/serving/test_generation",
+        *(
+            f"tests/serving/test_{name}"
+            for name in (
+                "adapters",
+                "constrained",
+                "engine",
+                "held",
+                "ranks",
+                "replica_languages",
+                "responses",
+                "scores",
+            )
+        ),
         "tests/training/test_archive",
         "tests/training/test_run",
         "tests/parity/test_joint",

@@ -40,8 +40,7 @@ from nemo_diffgemma.parallel.team import ALONE, Team
 from nemo_diffgemma.repository import user_path
 from nemo_diffgemma.scratch import follow_umask, scratch_directory
 
-FORMAT = 3
-_READ = (2, FORMAT)  # the graphs of format 2 compute their experts densely
+FORMAT = 4
 CHECKPOINT, TRITON = "checkpoint", "triton"
 CONFIG, WEIGHTS, PROFILES, BUILD_INFO = "config.json", "weights.json", "profiles.json", "build_info.json"
 QUANTIZED = "quantized.rank{rank}.safetensors"
@@ -300,10 +299,10 @@ def read_bundle(path: str | Path) -> Bundle:
     info = read_object(place / BUILD_INFO, BundleError)
     with _naming(place / BUILD_INFO):
         files = {name: int(expected["bytes"]) for name, expected in info["files"].items()}
-    if info.get("format") not in _READ:
+    if info.get("format") != FORMAT:
         raise BundleError(
-            f"{path} is a bundle of format {info.get('format')}, this version reads formats "
-            f"{' and '.join(map(str, _READ))}; build it again from its checkpoint directory with export/build.py"
+            f"{path} is a bundle of format {info.get('format')}, this version reads format "
+            f"{FORMAT}; build it again from its checkpoint directory with export/build.py"
         )
     for name, size in files.items():
         file = place / name
@@ -352,7 +351,7 @@ def _settings_of(described: Mapping[str, Any]) -> Settings:
         graphs=tuple(build["graphs"]),
         steps=described["diffusion_config"]["steps"],
         weights=build["weights"],
-        experts=build.get("experts", "dense"),
+        experts=build["experts"],
         quantization=next((scheme for scheme, name in ALGORITHMS.items() if name == algorithm), None),
         limits=Limits(build["max_batch_size"], build["max_seq_len"], build["max_input_len"]),
     )

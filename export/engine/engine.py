@@ -53,21 +53,48 @@ class EngineError(UserError):
 
 @dataclass(frozen=True)
 class Context:
-    """What the canvases see: `length` columns of left-padded rows, in the buffers of each rank of this process.
+    """What the canvases see: so many columns of each row, in the buffers of each rank of this process.
 
-    `left_padding` counts the columns before each row's first token; the graphs call this input `first`.
+    `left_padding` counts those of a row before its first token; the graphs call this input `first`, and `lengths`
+    `past_length`.
     """
 
     left_padding: tuple[int, ...]
-    length: int
+    lengths: tuple[int, ...]
     past: tuple[dict[str, Tensor], ...]
+
+    @property
+    def length(self) -> int:
+        """Columns of the longest row."""
+        return max(self.lengths)
+
+    @staticmethod
+    def of(contexts: Sequence[Context]) -> Context:
+        """The rows of several contexts, each at the right end of buffers that have room for all of them."""
+        if len(contexts) == 1:
+            return contexts[0]
+        past = tuple(
+            {name: _beside([context.past[rank][name] for context in contexts]) for name in buffers}
+            for rank, buffers in enumerate(contexts[0].past)
+        )
+        return Context(
+            tuple(columns for context in contexts for columns in context.left_padding),
+            tuple(length for context in contexts for length in context.lengths),
+            past,
+        )
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
         """What the graphs are given besides the buffers: sent to the device once a context, not once a step."""
         device = next(iter(self.past[0].values())).device
-        numbers = {"first": torch.tensor(self.left_padding), "past_length": torch.tensor(self.length)}
+        numbers = {"first": torch.tensor(self.left_padding), "past_length": torch.tensor(self.lengths)}
         return {name: to_device(number, device) for name, number in numbers.items()}
+
+
+def _beside(buffers: Sequence[Tensor]) -> Tensor:
+    """[B, G, P, D] of buffers [_, G, _, D]."""
+    columns = max(buffer.shape[2] for buffer in buffers)
+    return torch.cat([F.pad(buffer, (0, 0, columns - buffer.shape[2], 0)) for buffer in buffers])
 
 
 @dataclass(frozen=True)
@@ -174,7 +201,8 @@ class Engine:
                 [{**rank, **past} for rank, past in zip(self._ranks, context.past, strict=True)],
             )
             past = tuple(self._append(old, new, context.length) for old, new in zip(context.past, fresh, strict=True))
-            context = Context(context.left_padding, context.length + chunk.shape[1], past)
+            lengths = tuple(length + chunk.shape[1] for length in context.lengths)
+            context = Context(context.left_padding, lengths, past)
         return context
 
     def step(self, context: Context, inputs: Tensors) -> dict[str, Tensor]:
@@ -221,20 +249,25 @@ class Engine:
             for layer, pair in enumerate(buffers)
             for name, buffer in zip(past_names(layer), pair, strict=True)
         }
-        return Context(tuple(first_positions), 0, tuple(dict(past) for _ in self._ranks))
+        return Context(tuple(first_positions), (0,) * len(first_positions), tuple(dict(past) for _ in self._ranks))
 
     def sampling_step(self, inputs: StepInputs, cache: Context) -> Settled:
-        """One denoising step of [B, C] canvases; new context is encoded first."""
+        """One denoising step of [B, C] canvases; new context is encoded first.
+
+        `inputs.entropy_bound` may be one for each sequence, [B], as temperatures may.
+        """
         if inputs.constraint is not None:
             raise EngineError("engines keep no logits, so they cannot be constrained; generate from the checkpoint")
-        cache = self._extended(cache, inputs.context)
+        if inputs.locked is not None:
+            raise EngineError("engines cannot hold tokens in their places (locked); generate from the checkpoint")
+        cache, rows = self._extended(cache, inputs.context), inputs.canvas.shape[0]
         outputs = self.step(
             cache,
             {
                 "canvas": inputs.canvas,
-                "soft": self.no_signal(inputs.canvas.shape[0]) if inputs.soft is None else inputs.soft,
-                "temperature": torch.as_tensor(inputs.temperature, dtype=torch.float32, device=self.device),
-                "entropy_bound": torch.as_tensor(inputs.entropy_bound, dtype=torch.float32, device=self.device),
+                "soft": self.no_signal(rows) if inputs.soft is None else inputs.soft,
+                "temperature": self._of_rows(inputs.temperature, rows),
+                "entropy_bound": self._of_rows(inputs.entropy_bound, rows),
                 "uniforms": inputs.uniforms,
                 "replacements": inputs.replacements,
             },
@@ -274,6 +307,11 @@ class Engine:
             "or for the quantisation: build with dtype=bfloat16 or float32, or without quantization="
         )
 
+    def _of_rows(self, setting: float | Tensor, rows: int) -> Tensor:
+        """float32 [..., B] of one number for all rows, or of one for each."""
+        numbers = torch.as_tensor(setting, dtype=torch.float32, device=self.device)
+        return numbers.expand(*numbers.shape[:-1], rows).contiguous()
+
     def _extended(self, cache: Context, context: Sequence[Tensor] | None) -> Context:
         """Extend the context by every row's new ids, left-padded to equal columns as the graphs take them."""
         if not context:
@@ -285,14 +323,15 @@ class Engine:
     def _denoise_canvas(self, inputs: CanvasInputs, cache: Context) -> DenoisedCanvas:
         """All steps of a canvas in one call of `loop`; its randomness is drawn beforehand."""
         cache, noise = self._extended(cache, inputs.context), inputs.noise
+        rows = noise.initial.shape[0]
         outputs = self._denoise(
             "loop",
             cache,
             {
                 "canvas": noise.initial,
-                "soft": self.no_signal(noise.initial.shape[0]),
-                "temperatures": inputs.temperatures_N.float(),
-                "entropy_bound": inputs.entropy_bound.float(),
+                "soft": self.no_signal(rows),
+                "temperatures": self._of_rows(inputs.temperatures_N[:, None], rows),
+                "entropy_bound": self._of_rows(inputs.entropy_bound, rows),
                 "uniforms": noise.uniforms,
                 "replacements": noise.replacements,
             },

@@ -98,9 +98,10 @@ def check_input(name: str, slot: Slot, tensor: Tensor) -> None:
         raise EngineError(f"input {name} has shape {shape}; expected {_range(slot)}")
     for axis, (size, least, most) in enumerate(zip(shape, slot.least, slot.most, strict=True)):
         if not least <= size <= most:
+            allowed = least if least == most else f"{least} to {most}"
             raise EngineError(
                 f"input {name} has shape {shape}, but the engine takes {_range(slot)}: axis {axis} has {size}, and "
-                f"{least if least == most else f'{least} to {most}'} is allowed; {_how_to_rebuild(name, axis, size)}"
+                f"{allowed} is allowed; {_how_to_rebuild(name, len(shape), axis, size)}"
             )
 
 
@@ -109,14 +110,15 @@ def _range(slot: Slot) -> str:
     return f"[{', '.join(sizes)}]"
 
 
-def _how_to_rebuild(name: str, axis: int, size: int) -> str:
+def _how_to_rebuild(name: str, axes: int, axis: int, size: int) -> str:
+    stacked = name == "temperatures" or (name in ("uniforms", "replacements") and axes == 3)  # of all steps of `loop`
     if name.startswith("past_key_values.") and axis == 2:
         return f"shorten the context, or build with max_context={size} or more"
     if name == "input_ids" and axis == 1:
         return f"send the prompt in smaller chunks, or build with max_chunk={size}"
-    if name in ("temperatures", "uniforms", "replacements") and axis == 0:
+    if stacked and axis == 0:
         return f"ask for a number of steps that the engine has, or build with steps={size} (or steps=null)"
-    if not name.startswith("model.") and axis == 0:
+    if not name.startswith("model.") and axis == int(stacked):
         return f"send fewer rows, or build with max_batch_size={size}"
     return "the engine belongs to a model of other sizes: build it from this checkpoint"
 

@@ -22,7 +22,7 @@ OUTPUTS = (*CARRIED.values(), "argmax", *OF_EVERY_STEP)
 def to_loop(step: ModelProto, steps: int | None) -> ModelProto:
     """`step` repeated `steps` times; None: as often as the stacks are long.
 
-    Inputs `temperatures` [N], `uniforms` and `replacements` [N, B, C] instead of one step's. Outputs: `next_canvas`,
+    Inputs `temperatures` [N, B], `uniforms` and `replacements` [N, B, C] instead of one step's. Outputs: `next_canvas`,
     `next_soft` and `argmax` after the last step, and of every step `entropy` [N, B, C] and `accepted_count` [N, B].
     """
     graph = step.graph
@@ -85,7 +85,8 @@ def _count(steps: int | None) -> list[NodeProto]:
         return [helper.make_node("Constant", [], ["loop.count"], value_int=steps)]
     return [
         helper.make_node("Shape", [STACKED["temperature"]], ["loop.shape"]),
-        helper.make_node("Squeeze", ["loop.shape"], ["loop.count"]),
+        helper.make_node("Constant", [], ["loop.first_axis"], value_int=0),
+        helper.make_node("Gather", ["loop.shape", "loop.first_axis"], ["loop.count"], axis=0),
     ]
 
 

@@ -2,8 +2,9 @@
 
 Everything that decides a number is the function that training and serving use: norms, rotary tables, routing, inverse
 CDF, acceptance. What differs is the form. Nothing depends on Python numbers that change between calls; contexts are
-buffers of which `past_length` columns count, from the right; experts are computed as `export.graph.experts` says; over
-several ranks every exchange is a sum.
+buffers of which `past_length` columns of a row count, from the right; experts are computed as `export.graph.experts`
+says; over several ranks every exchange is a sum. The rows of a call have nothing in common: each has a context, a
+temperature and a bound of its own.
 
 Shapes: B rows, C canvas positions, S new context columns, P columns of a context buffer, N query heads, G key/value
 heads, D head width, H hidden, V vocabulary, T = B * C positions, K chunks of c ids. Heads, experts and rows of the
@@ -117,9 +118,10 @@ class Model:
     ) -> list[KeyValue]:
         """[B, S] ids behind the cached context -> their keys and values, [B, G, S, D] for each layer.
 
-        `first` [B] is the left padding, `past_length` [] how many columns the context has; the buffers in `past` hold
-        the last of them at their right end, and anything before that.
+        `first` [B] is the left padding, `past_length` [B] how many columns the context of a row has; the buffers in
+        `past` hold the last of them at their right end, and anything before that.
         """
+        past_length = past_length.view(-1, 1)
         positions = past_length + torch.arange(input_ids.shape[1])
         x = self._embed(weights, input_ids, rank)
         _, fresh = self._layers(weights, x, positions, first, past_length, past, rank, causal=True)
@@ -142,7 +144,7 @@ class Model:
         """One denoising step -> next canvas, next soft embedding, arg-max, entropy, accepted, accepted count.
 
         `canvas`, `uniforms`, `replacements` are [B, C]; `soft` [B, C, H] is the expected row of the table under the
-        last step's distribution, zero at the first step; `temperature` and `entropy_bound` are float32 scalars.
+        last step's distribution, zero at the first step; `temperature` and `entropy_bound` are float32, [B].
         """
         rows, length = canvas.shape
         embedded = self._embed(weights, canvas, rank)
@@ -151,12 +153,14 @@ class Model:
         )
         signal = self._reduce_dense(self._mlp(weights, DECODER + "self_conditioning.", signal))
         x = rms_norm(embedded + signal, None, self._eps)
+        past_length = past_length.view(-1, 1)
         positions = past_length + torch.arange(length)
         x, _ = self._layers(weights, x, positions, first, past_length, past, rank, causal=False)
         hidden_TH = self._norm(x, weights[DECODER + "norm.weight"]).reshape(rows * length, -1)
-        argmax, sample, entropy, next_soft = self._settle(weights, hidden_TH, temperature, uniforms.flatten(), rank)
+        temperature_T1 = temperature.view(-1, 1).expand(rows, length).reshape(-1, 1)
+        argmax, sample, entropy, next_soft = self._settle(weights, hidden_TH, temperature_T1, uniforms.flatten(), rank)
         entropy_BC = entropy.view(rows, length)
-        accepted = accept(entropy_BC, entropy_bound)
+        accepted = accept(entropy_BC, entropy_bound.view(-1, 1))
         next_canvas = torch.where(accepted, sample.view(rows, length), replacements)
         return (
             next_canvas,
@@ -225,17 +229,20 @@ class Model:
     def _mask(
         self, kind: str, columns: int, positions: Tensor, left_padding: Tensor, past_length: Tensor, causal: bool
     ) -> Tensor:
-        """Additive float32 mask [B, 1, 1, S or 1, P + S] over a buffer of `columns` and the new tokens."""
-        new = positions.shape[0]
+        """Additive float32 mask [B, 1, 1, S or 1, P + S] over a buffer of `columns` and the new tokens.
+
+        `positions` are [B, S], `past_length` is [B, 1]; or one row stands for all.
+        """
+        new = positions.shape[1]
         key = past_length - columns + torch.arange(columns + new)
         seen = (key >= left_padding[:, None])[:, None]  # [B, 1, P + S]; what lies before column 0 is no context at all
         if causal:
-            band = key <= positions[:, None]
+            band = key[:, None] <= positions[..., None]
             if kind != GLOBAL:
-                band = band & (key > positions[:, None] - self.config.sliding_window)
+                band = band & (key[:, None] > positions[..., None] - self.config.sliding_window)
             seen = seen & band
         elif kind != GLOBAL:  # anchored at the canvas, not at its tokens
-            seen = seen & (key > past_length - self.config.sliding_window)
+            seen = seen & (key > past_length - self.config.sliding_window)[:, None]
         return torch.where(seen, 0.0, MASKED_LOGIT)[:, None, None]
 
     def _attention(
@@ -317,12 +324,12 @@ class Model:
     # -- vocabulary ------------------------------------------------------------------------------------------------
 
     def _settle(
-        self, weights: Weights, hidden_TH: Tensor, temperature: Tensor, uniforms_T: Tensor, rank: Tensor
+        self, weights: Weights, hidden_TH: Tensor, temperature_T1: Tensor, uniforms_T: Tensor, rank: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Arg-max [T], sample [T], entropy [T] float32 and soft embedding [T, H] of the tempered distribution."""
         table, softcap = weights[TABLE], self.config.final_logit_softcapping
         rows = table.shape[0]
-        z = torch.tanh(F.linear(hidden_TH, table).float() * (1.0 / softcap)) * (softcap / temperature)
+        z = torch.tanh(F.linear(hidden_TH, table).float() * (1.0 / softcap)) * (softcap / temperature_T1)
         if self.config.vocab_size % self.layout.tensor:  # zero rows at the end of the last ranks
             z = torch.where(rank * rows + torch.arange(rows) < self.config.vocab_size, z, MASKED_LOGIT)
         chunk = min(CHUNK, rows)

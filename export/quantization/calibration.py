@@ -88,10 +88,10 @@ def _denoise(model: Model, weights: Weights, prompt: Sequence[int], steps: int, 
             canvas=canvas,
             soft=soft,
             first=torch.zeros(1, dtype=torch.int64),
-            past_length=torch.tensor(len(prompt)),
+            past_length=torch.tensor([len(prompt)]),
             rank=torch.tensor(0),
-            temperature=torch.tensor(sampler.temperature(remaining)),
-            entropy_bound=torch.tensor(sampler.entropy_bound),
+            temperature=torch.tensor([sampler.temperature(remaining)]),
+            entropy_bound=torch.tensor([sampler.entropy_bound]),
             uniforms=noise.uniforms(0, remaining),
             replacements=noise.replacements(0, remaining),
             past=past,
@@ -101,5 +101,5 @@ def _denoise(model: Model, weights: Weights, prompt: Sequence[int], steps: int, 
 def _encode(model: Model, weights: Weights, prompt: Sequence[int]) -> list[KeyValue]:
     """Keys and values of a whole prompt; the masks of the graph see to the window."""
     empty = empty_context(model.config, model.layout, 1, model.dtype)
-    start = torch.zeros(1, dtype=torch.int64), torch.tensor(0), torch.tensor(0)
+    start = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.tensor(0)
     return model.encode(weights, torch.tensor([list(prompt)]), *start, empty)

@@ -66,6 +66,8 @@ def register(schema: type, name: str, documentation: str = "") -> None:
     if "cluster" in node:  # names that are not ours to list
         OmegaConf.set_struct(node.cluster.environment, False)
         OmegaConf.set_struct(node.cluster.sbatch, False)
+    if "adapters" in node:
+        OmegaConf.set_struct(node.adapters, False)
     ConfigStore.instance().store(group="schema", name="entry_point", node=node)
     groups = "Groups (group=option):\n\n$APP_CONFIG_GROUPS\n" if "model" in node else ""
     template = f"{documentation}\n{groups}Keys, as composed now (key=value):\n\n$CONFIG"

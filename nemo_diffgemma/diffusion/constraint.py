@@ -6,7 +6,8 @@ the device, equal on every rank; nobody waits for it. `serving.constraints` has 
 
 `Constraints` is what generation asks for from canvas to canvas, `StepConstraint` what the steps of one canvas are told.
 
-Shapes: B sequences, n of them constrained, C canvas positions, K classes, V ids.
+Shapes: B sequences, n of them constrained, C canvas positions (of the longest canvas that is constrained), N positions
+of all canvases of the step, one behind the other, K classes, V ids.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from torch import Tensor
 
 
 class Allowed(NamedTuple):
-    """The most probable canvases that are allowed, [B, C]; `is_argmax` [B]: the arg-max canvas was allowed already."""
+    """The most probable canvases that are allowed, [B, C] or [N]; `is_argmax` [B]: the arg-max canvas was allowed."""
 
     tokens: Tensor
     is_argmax: Tensor
 
 
 class StepConstraint(Protocol):
-    """Constraints of the sequences `rows_n` of a batch on one canvas, the same for all its steps.
+    """Constraints of some sequences of a batch, each on one canvas, the same for all its steps.
 
-    A canvas has `length` tokens; `class_of_id_nV` int32 has values below `classes`.
+    `cells_nC` int64 are the positions of their canvases among all those of a step; behind the end of a canvas that is
+    shorter than the longest stands any. `class_of_id_nV` int32 has values below `classes`.
     """
 
     @property
-    def rows_n(self) -> Tensor: ...
+    def cells_nC(self) -> Tensor: ...
 
     @property
     def class_of_id_nV(self) -> Tensor: ...
@@ -39,14 +41,11 @@ class StepConstraint(Protocol):
     @property
     def classes(self) -> int: ...
 
-    @property
-    def length(self) -> int: ...
-
     def choose(self, maxima_nCK: Tensor) -> Tensor:
         """The class of each position, [n, C] int64, from the largest logit of each class."""
 
-    def allowed(self, argmax_BC: Tensor, tokens_nC: Tensor) -> Allowed:
-        """The canvases from the arg-max ones and, for the constrained sequences, the tokens of the chosen classes."""
+    def allowed(self, argmax: Tensor, tokens_nC: Tensor) -> Allowed:
+        """The canvases from the arg-max ones, [B, C] or [N], and the tokens of the chosen classes."""
 
     @property
     def geometry(self) -> Hashable:

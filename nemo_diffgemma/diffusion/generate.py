@@ -8,7 +8,7 @@ Shapes: B rows, S prompt columns, C canvas positions, H hidden, N denoising step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.diffusion.constraint import Allowed, Constraints, StepConstraint
+from nemo_diffgemma.diffusion.locked_places import LockedPlaces
 from nemo_diffgemma.diffusion.noise import CanvasNoise, Noise
 from nemo_diffgemma.diffusion.progress import Denoised, Lookout, Progress
-from nemo_diffgemma.diffusion.sampler import is_eos, pad_after_eos
+from nemo_diffgemma.diffusion.sampler import is_eos, pad_after
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.transfer import to_device
 
@@ -34,7 +35,8 @@ class StepInputs:
     first); `context` are ids that each sequence gets before its canvas, none for some or all. `temperature` and
     `entropy_bound` (nats) are the sampler's, numbers or float64 tensors: [], or a temperature for each sequence, [B]. A
     candidate is read at `uniforms` [B, C], what is not accepted becomes `replacements` [B, C]. After the `last` step
-    nobody needs a signal. With a `constraint` the step says what it allows as well.
+    nobody needs a signal. With a `constraint` the step says what it allows as well. `locked` [B, C] are ids that stand
+    in the canvas, -1 where none does (`diffusion.locked`).
     """
 
     canvas: Tensor
@@ -46,6 +48,7 @@ class StepInputs:
     context: Sequence[Tensor] | None = None
     last: bool = False
     constraint: StepConstraint | None = None
+    locked: Tensor | None = None
 
 
 class Settled(NamedTuple):
@@ -88,7 +91,7 @@ class CanvasInputs:
 
     `context` are the ids that each sequence gets before it, `finished_B` the sequences that have met an EOS id;
     `noise` are the numbers of all its steps, `temperatures_N` [N] and `entropy_bound` [] float64 on the device. Some of
-    the sequences may have a `constraint`.
+    the sequences may have a `constraint`, or ids `locked` [B, C], -1 where none is.
     """
 
     index: int
@@ -99,6 +102,7 @@ class CanvasInputs:
     temperatures_N: Tensor
     entropy_bound: Tensor
     constraint: StepConstraint | None = None
+    locked: Tensor | None = None
 
 
 class DenoisedCanvas(NamedTuple):
@@ -134,12 +138,14 @@ def generate(
     noise: Noise,
     observe: Callable[[Denoised], None] | None = None,
     constraints: Constraints | None = None,
+    locked: Sequence[Mapping[int, int]] = (),
     denoise_canvas: Callable[[CanvasInputs, Any], DenoisedCanvas] | None = None,
 ) -> Generation:
     """Generate whole canvases until `max_new_tokens` are reached (rounded up) or every row has met an EOS id.
 
     Left padding ends here: a row behind three columns of it is a sequence that starts at position 3. `observe` is
-    called after every step. With `constraints` a denoiser's steps must say what they allow. `denoise_canvas` is for an
+    called after every step. With `constraints` a denoiser's steps must say what they allow. `locked` has for each row
+    ids by their place behind the prompt; an EOS id before the last of them ends nothing. `denoise_canvas` is for an
     engine that runs all steps of a canvas in one call; it gives what `stepwise` does. NaN and infinity, in weights or
     activations, end in the error of `Denoiser.raise_non_finite`.
     """
@@ -150,18 +156,20 @@ def generate(
     scalars = to_device(torch.tensor([*sampler.temperatures, sampler.entropy_bound], dtype=torch.float64), device)
     cache = network.start(left_padding)
     context = [row[columns:] for row, columns in zip(input_ids.unbind(), left_padding, strict=True)]
-    sequences = input_ids
+    sequences, places = input_ids, LockedPlaces(locked, canvas_length, device)
     for index in range(-(-max_new_tokens // canvas_length)):
         drawn = CanvasNoise.of(noise, index, sampler.max_denoising_steps, device)
         told = None if constraints is None else constraints.of_canvas()
-        inputs = CanvasInputs(index, context, finished_B, sampler, drawn, scalars[:-1], scalars[-1], told)
+        given = (scalars[:-1], scalars[-1], told, places.of_canvas(index))
+        inputs = CanvasInputs(index, context, finished_B, sampler, drawn, *given)
         denoise = denoise_canvas or partial(stepwise, network, observe=observe)
         again = partial(denoise, inputs, cache)
         final_BC, cache, live_B, finite = again()
         forwards_B += live_B
         if constraints is not None:
             constraints.advance(final_BC)
-        final_BC, finished_B = _ended(final_BC, finished_B, sampler)
+        ends_BC = places.may_end(index, is_eos(final_BC, sampler.eos_ids))
+        final_BC, finished_B = _ended(final_BC, ends_BC, finished_B, sampler)
         sequences, context = torch.cat([sequences, final_BC], dim=1), list(final_BC.unbind())
         # the one wait of a canvas
         all_finished, all_finite = network.agreed(torch.stack([finished_B.all(), finite])).tolist()
@@ -176,13 +184,13 @@ def generate(
     return Generation(sequences, forwards_B, emitted_B / forwards_B.clamp_min(1))
 
 
-def _ended(final_BC: Tensor, finished_B: Tensor, sampler: SamplerConfig) -> tuple[Tensor, Tensor]:
-    """The canvases with padding behind EOS ids and in rows that were finished before, and the rows finished now."""
+def _ended(final_BC: Tensor, ends_BC: Tensor, finished_B: Tensor, sampler: SamplerConfig) -> tuple[Tensor, Tensor]:
+    """The canvases with padding behind `ends_BC` and in rows that were finished before, and the rows finished now."""
     if not sampler.eos_ids:
         return final_BC, finished_B
-    finished_now_B = finished_B | is_eos(final_BC, sampler.eos_ids).any(-1)
+    finished_now_B = finished_B | ends_BC.any(-1)
     if sampler.pad_token_id is not None:
-        final_BC = pad_after_eos(final_BC, sampler.eos_ids, sampler.pad_token_id)
+        final_BC = pad_after(final_BC, ends_BC, sampler.pad_token_id)
         final_BC = final_BC.masked_fill(finished_B[:, None], sampler.pad_token_id)
     return final_BC, finished_now_B
 
@@ -194,7 +202,9 @@ def stepwise(
     steps, noise = inputs.sampler.max_denoising_steps, inputs.noise
     progress = Progress(inputs.sampler, noise.initial, inputs.finished_B, network.agreed)
     lookout = Lookout(observe, Lookout.steps_behind(noise.initial.device))
-    canvas_BC, soft = noise.initial, None
+    canvas_BC, soft, locked = noise.initial, None, inputs.locked
+    if locked is not None:
+        canvas_BC = torch.where(locked < 0, canvas_BC, locked)
     for step in range(steps):
         given = StepInputs(
             canvas=canvas_BC,
@@ -206,6 +216,7 @@ def stepwise(
             context=inputs.context if step == 0 else None,
             last=step == steps - 1,
             constraint=inputs.constraint,
+            locked=locked,
         )
         settled = network.sampling_step(given, cache) if step == 0 else network.canvas_step(given, cache)
         soft, cache = settled.soft, settled.cache

@@ -2,18 +2,22 @@
 
 A locked cell is no question any more, so at every step the network's distribution there is taken to have all its mass
 on the given id: it is the arg-max and the sample, its entropy is 0 (it is accepted and uses none of the entropy bound),
-and its self-conditioning signal is its own row of the token table, as it would be of a network that is sure of it.
+and its self-conditioning signal is its own row of the token table, as it would be of a network that is sure of it. As
+everywhere, a canvas has no signal at its first step.
+
+What is locked is part of the answer: an end-of-sequence token, locked or not, ends it only behind the last locked place
+or in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from nemo_diffgemma.errors import UserError
 
 
-def check_locked(locked: Mapping[int, int], tokens: int, vocab_size: int, eos_ids: Sequence[int]) -> None:
-    """Raise `UserError` unless each place is one of `tokens`, each id is a token, and nothing follows an end."""
+def check_locked(locked: Mapping[int, int], tokens: int, vocab_size: int) -> None:
+    """Raise `UserError` unless each place is one of `tokens` and each id is a token."""
     if not locked:
         return
     first, last = min(locked), max(locked)
@@ -23,7 +27,3 @@ def check_locked(locked: Mapping[int, int], tokens: int, vocab_size: int, eos_id
     for place, id in locked.items():
         if not 0 <= id < vocab_size:
             raise UserError(f"locked position {place} has id {id}; expected an id from 0 to {vocab_size - 1}")
-        if id in eos_ids and place < last:
-            raise UserError(
-                f"locked position {last} lies behind position {place}, where a token that ends the answer is locked"
-            )

@@ -81,6 +81,10 @@ def is_eos(canvas_BC: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
 
 def pad_after_eos(canvas_BC: Tensor, eos_ids: tuple[int, ...], pad_token_id: int) -> Tensor:
     """Replace everything after the first end-of-sequence id of a row; the id itself stays."""
-    is_eos_BC = is_eos(canvas_BC, eos_ids)
-    after_BC = (is_eos_BC.cumsum(-1) - is_eos_BC.long()) > 0
+    return pad_after(canvas_BC, is_eos(canvas_BC, eos_ids), pad_token_id)
+
+
+def pad_after(canvas_BC: Tensor, ends_BC: Tensor, pad_token_id: int) -> Tensor:
+    """Replace everything after the first token of a row that ends it."""
+    after_BC = (ends_BC.cumsum(-1) - ends_BC.long()) > 0
     return canvas_BC.masked_fill(after_BC, pad_token_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +21,38 @@ from nemo_diffgemma.parallel.agreement import is_rank_zero
 from nemo_diffgemma.parallel.sharding import shard_of
 
 NAME = "default"  # of the adapter of a network that has one
+_BESIDE = "beside"
 _log = logging.getLogger(__name__)
 
 
 def attach(network: Network, adapted: Adapted) -> None:
     """Give linears and experts their adapters, without values, and freeze everything else."""
-    assert network.lora is None, "a network has one set of adapters"
+    assert network.lora is None and not network.beside, "a network has one set of adapters, or several by name"
     for parameter in network.parameters():
         parameter.requires_grad_(False)
+    _attach(network, adapted, NAME)
+    network.lora = adapted
+
+
+def attach_beside(network: Network, name: str, adapted: Adapted) -> None:
+    """Adapters, without values, that sequences may have by `name`, beside others (`Network.run`)."""
+    assert network.lora is None, "a network has one set of adapters, or several by name"
+    network.beside[name] = key = f"{_BESIDE}{len(network.beside)}"  # names may have what those of modules may not
+    _attach(network, adapted, key)
+
+
+def _attach(network: Network, adapted: Adapted, key: str) -> None:
     for module, size in adapted.sizes.items():
         owner, matrix = _owner(network, module)
         adapter = _made(network, owner, matrix, module, size, adapted.dropout)
         adapters = owner._modules.setdefault(CHILD, nn.ModuleDict())
         assert isinstance(adapters, nn.ModuleDict)
         if matrix is None:
-            adapters[NAME] = adapter
+            adapters[key] = adapter.requires_grad_(key == NAME)
         else:
-            if NAME not in adapters:
-                adapters[NAME] = nn.ModuleDict()
-            adapters[NAME].add_module(matrix, adapter)
-    network.lora = adapted
+            if key not in adapters:
+                adapters[key] = nn.ModuleDict()
+            adapters[key].add_module(matrix, adapter.requires_grad_(key == NAME))
 
 
 def _owner(network: Network, module: str) -> tuple[nn.Module, str | None]:
@@ -63,9 +75,16 @@ def _made(
 
 def adapters(network: Network) -> Iterator[tuple[str, Adapter | ExpertAdapter, Tensor]]:
     """(module name, adapter, weight beside which it stands) of every adapter."""
-    for module in network.lora.sizes if network.lora is not None else ():
+    yield from adapters_at(network, network.lora.sizes if network.lora is not None else (), NAME)
+
+
+def adapters_at(
+    network: Network, modules: Iterable[str], key: str
+) -> Iterator[tuple[str, Adapter | ExpertAdapter, Tensor]]:
+    """The same of the adapters of one key."""
+    for module in modules:
         owner, matrix = _owner(network, module)
-        adapter = owner.get_submodule(f"{CHILD}.{NAME}" + (f".{matrix}" if matrix else ""))
+        adapter = owner.get_submodule(f"{CHILD}.{key}" + (f".{matrix}" if matrix else ""))
         assert isinstance(adapter, Adapter | ExpertAdapter)
         yield module, adapter, getattr(owner, matrix or "weight")
 

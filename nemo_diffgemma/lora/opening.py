@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from nemo_diffgemma.checkpoint import manifest
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.errors import ConfigurationError
 from nemo_diffgemma.lora import base as bases
-from nemo_diffgemma.lora.attach import attach, check_mergeable, freeze, initialise, log_report
+from nemo_diffgemma.lora.attach import attach, attach_beside, check_mergeable, freeze, initialise, log_report
 from nemo_diffgemma.lora.peft_files import CONFIG, WEIGHTS, AdapterDirectory, fill, is_adapter
 from nemo_diffgemma.model.adapter_size import AdapterSize
 from nemo_diffgemma.model.adapter_size import is_adapter as is_of_adapter
@@ -58,6 +59,40 @@ def _load_onto(network: DiffusionGemma, directory: AdapterDirectory, base: Path)
         sizes = directory.sizes(network.model_config)
         attach(network, Adapted(sizes, base=str(base.absolute()), fingerprint=found))
     fill(network, directory)
+
+
+def load_beside(network: DiffusionGemma, paths: Mapping[str, str]) -> None:
+    """Adapters that sequences may have by name, each from a directory of its own; where the base lies is no matter.
+
+    Collective. Raises `CheckpointError` for files that are no adapter of this network, and `ConfigurationError` for a
+    network with an adapter of its own.
+    """
+    if not paths:
+        return
+    with all_or_none():
+        if network.lora is not None:
+            raise ConfigurationError(
+                f"the checkpoint is an adapter itself, so none of adapters={list(paths)} can stand beside it; give its "
+                f"base, checkpoint={network.lora.base}, and the adapter among adapters=..."
+            )
+        directories = {name: _directory_of(name, path) for name, path in paths.items()}
+    found = bases.fingerprint(network) if any(one.fingerprint for one in directories.values()) else ""
+    for name, directory in directories.items():
+        verify(directory)
+        with all_or_none():
+            bases.check(directory.fingerprint, found, str(directory.directory), "the checkpoint that is served")
+            attach_beside(network, name, Adapted(directory.sizes(network.model_config)))
+        fill(network, directory, network.beside[name])
+
+
+def _directory_of(name: str, path: str) -> AdapterDirectory:
+    place = user_path(path)
+    if not is_adapter(place):
+        raise CheckpointError(
+            f"adapters.{name}={path} is no adapter; give a directory with {CONFIG} and {WEIGHTS}, as PEFT and "
+            "launch/train.py write it"
+        )
+    return AdapterDirectory(place)
 
 
 # -- training --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from nemo_diffgemma.checkpoint.huggingface import gathered
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.lora import peft_config
-from nemo_diffgemma.lora.attach import adapters
+from nemo_diffgemma.lora.attach import NAME, adapters, adapters_at
 from nemo_diffgemma.lora.targets import DECODER, ENCODER, EXPERTS, expert_matrices, is_tied, linears, paths
 from nemo_diffgemma.model.adapter_size import AdapterSize
 from nemo_diffgemma.model.adapter_size import is_adapter as is_of_adapter
@@ -249,11 +249,17 @@ class AdapterDirectory:
 
 
 @torch.no_grad()
-def fill(network: Network, directory: AdapterDirectory) -> None:
-    """Fill the adapters of a network from files of the same sizes. Collective; raises `CheckpointError`."""
+def fill(network: Network, directory: AdapterDirectory, key: str = NAME) -> None:
+    """Fill the adapters of a network from files of the same sizes. Collective; raises `CheckpointError`.
+
+    `key` is that of adapters which stand beside others.
+    """
     experts = network.model_config.num_experts
     with all_or_none():
-        for module, adapter, _ in adapters(network):
+        filled = adapters(network)
+        if key != NAME:
+            filled = adapters_at(network, directory.sizes(network.model_config), key)
+        for module, adapter, _ in filled:
             pair = directory.pair(module, adapter.size, experts)
             for parameter, whole in _with_our_shapes(module, adapter, pair, directory):
                 parameter.copy_(whole[shard_of(parameter).slices(tuple(parameter.shape))])

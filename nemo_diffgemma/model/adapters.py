@@ -17,7 +17,7 @@ Shapes: T tokens, R rows of this rank's experts, L experts of this rank, E of al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,36 +31,13 @@ from torch.nn import functional as F
 
 from nemo_diffgemma.diffusion.noise import DROPOUT, crossed_uniforms, keyed_bits
 from nemo_diffgemma.diffusion.seeds import seed_of
+from nemo_diffgemma.model.adapter_pass import AdapterPass
 from nemo_diffgemma.model.adapter_size import CHILD, AdapterSize
 from nemo_diffgemma.model.gathered import gather_tokens
+from nemo_diffgemma.model.row_products import added_product, grouped_product, product
 from nemo_diffgemma.model.segments import Kind, Stream
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import Cut, Shard, declare, over_experts, over_tensor
-
-
-@dataclass(frozen=True)
-class AdapterPass:
-    """What adapters know of the tokens of a pass: which are canvas tokens, and keys of dropout's noise.
-
-    `is_canvas` is [T, 1] of all tokens, or one bool; `noise_T` int64, None without dropout. `first` and `mine` say
-    which part of them are this rank's.
-    """
-
-    is_canvas: Tensor | bool
-    noise_T: Tensor | None
-    first: int
-    mine: int
-
-    def canvas_of(self, x: Tensor) -> Tensor | bool:
-        """Which rows of `x`, all tokens or this rank's, are canvas tokens."""
-        return self.is_canvas if isinstance(self.is_canvas, bool) else self._of(self.is_canvas, x)
-
-    def noise_of(self, x: Tensor) -> Tensor | None:
-        """Keys of the rows of `x`."""
-        return None if self.noise_T is None else self._of(self.noise_T, x)
-
-    def _of(self, values_T: Tensor, x: Tensor) -> Tensor:
-        return values_T if x.shape[0] == values_T.shape[0] else values_T[self.first : self.first + self.mine]
 
 
 @dataclass(frozen=True)
@@ -101,9 +78,12 @@ class Adapted:
     fingerprint: str = ""
 
 
-def adapters_of(linear: nn.Module) -> Iterator[nn.Module]:
-    """The adapters of a linear or of experts."""
-    yield from linear._modules.get(CHILD, nn.ModuleDict()).values()  # type: ignore[union-attr, operator]
+def adapters_of(linear: nn.Module, chosen: Container[str] | None) -> Iterator[tuple[str, nn.Module]]:
+    """The adapters of a linear or of experts with their keys; of the `chosen` ones, where not None."""
+    adapters = linear._modules.get(CHILD)
+    for key, adapter in () if adapters is None else adapters._modules.items():
+        if adapter is not None and (chosen is None or key in chosen):
+            yield key, adapter
 
 
 def has_parts(adapters: nn.Module) -> bool:
@@ -176,11 +156,15 @@ class Adapter(_Sized):
 
     def middle(self, x: Tensor, call: AdapterPass) -> Tensor:
         """`A x` of the tokens of `x`; of an input that is cut, this rank's share of the sum."""
-        return F.linear(self._dropped(x, call.noise_of(x)), self.A)
+        return product(self._dropped(x, call.noise_of(x)), self.A)
 
-    def added(self, product: Tensor, middle: Tensor, call: AdapterPass) -> Tensor:
-        """`product + scale * B middle`."""
-        return torch.addmm(product, self.scaled(middle, call.canvas_of(middle)), self.B[self.rows].t())
+    def added(self, whole: Tensor, middle: Tensor, call: AdapterPass, key: str) -> Tensor:
+        """`whole + scale * B middle` in the rows that are this adapter's; without gradient perhaps in place."""
+        scaled, b = self.scaled(middle, call.canvas_of(middle)), self.B[self.rows]
+        rows = call.rows_of(key, middle)
+        if rows is None:
+            return added_product(whole, scaled, b)
+        return whole.index_copy_(0, rows, added_product(whole.index_select(0, rows), scaled.index_select(0, rows), b))
 
     def _dropped(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """Dropout: whether an entry is kept is a function of the token's key, the linear and the feature."""
@@ -196,31 +180,35 @@ def add_to_products(
 ) -> list[Tensor]:
     """Add what adapters have to products of all tokens, from this rank's tokens `x`, or all of them (`is_whole`)."""
     for index, linear in enumerate(linears):
-        for adapter in adapters_of(linear):
+        for key, adapter in adapters_of(linear, call.chosen):
             assert isinstance(adapter, Adapter)
             middle = adapter.middle(x, call)
             middle = middle if is_whole else gather_tokens(middle, adapter.group)
-            products[index] = adapter.added(products[index], middle, call)
+            products[index] = adapter.added(products[index], middle, call, key)
     return products
 
 
 def row_product(linear: nn.Module, x: Tensor, call: AdapterPass | None) -> Tensor:
     """A row-parallel linear and its adapters: all tokens, features of this rank -> this rank's tokens."""
     product = linear(x)[0]
-    for adapter in adapters_of(linear):
-        assert isinstance(adapter, Adapter) and call is not None
+    if call is None:
+        return product
+    for key, adapter in adapters_of(linear, call.chosen):
+        assert isinstance(adapter, Adapter)
         middle = adapter.middle(x, call)
         if adapter.group.size() > 1:
             middle = reduce_scatter_to_sequence_parallel_region(middle, group=adapter.group)
-        product = adapter.added(product, middle, call)
+        product = adapter.added(product, middle, call, key)
     return product
 
 
 def local_product(linear: nn.Module, product: Tensor, x: Tensor, call: AdapterPass | None) -> Tensor:
     """What adapters add to a product of any tokens by a weight that is whole on every rank."""
-    for adapter in adapters_of(linear):
-        assert isinstance(adapter, Adapter) and call is not None
-        product = adapter.added(product, adapter.middle(x, call), call)
+    if call is None:
+        return product
+    for key, adapter in adapters_of(linear, call.chosen):
+        assert isinstance(adapter, Adapter)
+        product = adapter.added(product, adapter.middle(x, call), call, key)
     return product
 
 
@@ -262,18 +250,25 @@ class ExpertAdapter(_Sized):
         self.A = learned(size.rank, features, width_axis=2 if is_input_cut else None)
         self.B = learned(*out, size.rank, width_axis=None if is_input_cut else 2)
 
-    def added(self, product: Tensor, x: Tensor, ends_L: Tensor, is_canvas: Tensor | bool) -> Tensor:
-        """`product` [R, out] and what the adapter has, of rows [R, in] sorted by expert; widths may be padded."""
+    def added(
+        self, product: Tensor, x: Tensor, ends_L: Tensor, is_canvas: Tensor | bool, rows_R1: Tensor | None
+    ) -> Tensor:
+        """`product` [R, out] and what the adapter has, of rows [R, in] sorted by expert; widths may be padded.
+
+        `rows_R1` bool are the rows that are this adapter's, None: all.
+        """
         a, b = self._aligned(x.shape[1], product.shape[1])
         if x.shape[0] == 0:  # as in Experts
             return product + F.linear(F.linear(x, a[0]), b[0])
-        middle = F.grouped_mm(x, a.transpose(-2, -1), offs=ends_L)
+        middle = grouped_product(x, a.transpose(-2, -1), ends_L)
         padding = middle.shape[1] - self.size.rank
         if self.size.parts is not None and padding:
             middle = F.pad(self.scaled(middle[:, : self.size.rank], is_canvas), (0, padding))
         else:
             middle = self.scaled(middle, is_canvas)
-        return product + F.grouped_mm(middle, b.transpose(-2, -1), offs=ends_L)
+        if rows_R1 is not None:
+            middle = torch.where(rows_R1, middle, 0.0)
+        return product + grouped_product(middle, b.transpose(-2, -1), ends_L)
 
     def of_experts(self) -> tuple[Tensor, Tensor]:
         """A [L, r, in] and B [L, *out, r] of this rank's experts."""

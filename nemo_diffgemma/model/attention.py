@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_diffgemma.config import GLOBAL, ModelConfig
-from nemo_diffgemma.model.adapters import AdapterPass, add_to_products, row_product
+from nemo_diffgemma.model.adapter_pass import AdapterPass
+from nemo_diffgemma.model.adapters import add_to_products, row_product
 from nemo_diffgemma.model.cache import KeyValue
 from nemo_diffgemma.model.gathered import products_of_all
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm

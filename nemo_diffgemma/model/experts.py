@@ -15,7 +15,6 @@ W expert width of this rank, R rows of this rank's experts.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,16 +30,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_diffgemma.model.adapters import AdapterPass, adapters_of, has_parts, local_product
+from nemo_diffgemma.model.adapter_pass import EVERY_ROW, AdapterPass, RowKinds
+from nemo_diffgemma.model.adapters import adapters_of, has_parts, local_product
 from nemo_diffgemma.model.dispatch import Counting, Rows, SortedChoices, sum_rows, take_rows
 from nemo_diffgemma.model.routing import choose, router_input, router_logits
+from nemo_diffgemma.model.row_products import grouped_product
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.parallel.sharding import declare, over_experts
 from nemo_diffgemma.transfer import HostCopy
 
-# From so many rows on a row of a product does not depend on their number, on CPUs (tests/serving): 4 are enough in
-# float32, 5 in bfloat16.
-FEWEST_ROWS = 8
 # Choices at a time where the number of rows is not asked for and most may be other ranks'; at the released size
 UNCOUNTED = 1 << 16  # 1 GB of rows
 UNCOUNTED_WITH_GRADIENT = 1 << 14  # 0.25 GB of rows and as much of gradients
@@ -103,25 +101,26 @@ class Experts(nn.Module):
         self.gate_up_proj = weight(2, width, config.hidden_size, width_axis=2)
         self.down_proj = weight(config.hidden_size, width, width_axis=2)
 
-    def forward(self, x_RH: Tensor, weights_R: Tensor, ends_L: Tensor, is_canvas: Tensor | bool = False) -> Tensor:
+    def forward(self, x_RH: Tensor, weights_R: Tensor, ends_L: Tensor, kinds: RowKinds = EVERY_ROW) -> Tensor:
         """Rows sorted by expert -> weighted expert outputs [R, H]; those behind the last expert's are undefined.
 
-        Expert-tensor ranks return partial sums. `is_canvas` [R, 1], or one bool, is for adapters.
+        Expert-tensor ranks return partial sums. `kinds` of the rows are for adapters.
         """
         gate_up, down = self._aligned()
-        hidden = self._product("gate_up_proj", x_RH, gate_up, ends_L, is_canvas)
+        hidden = self._product("gate_up_proj", x_RH, gate_up, ends_L, kinds)
         # the product is linear in the weight, so weighting before the down projection touches W columns instead of H
         active = _GatedActivation.apply(hidden, weights_R)
-        return self._product("down_proj", active, down, ends_L, is_canvas)
+        return self._product("down_proj", active, down, ends_L, kinds)
 
-    def _product(self, name: str, x: Tensor, weight: Tensor, ends_L: Tensor, is_canvas: Tensor | bool) -> Tensor:
+    def _product(self, name: str, x: Tensor, weight: Tensor, ends_L: Tensor, kinds: RowKinds) -> Tensor:
         if x.shape[0] == 0:  # grouped_mm has no gradient for no rows; the graph must still reach the other ranks
             product = F.linear(x, weight[0])
         else:
             product = grouped_product(x, weight.transpose(-2, -1), ends_L)
-        for adapters in adapters_of(self):
+        for key, adapters in adapters_of(self, kinds.numbers):
             if name in adapters._modules:
-                product = adapters._modules[name].added(product, x, ends_L, is_canvas)  # type: ignore[union-attr, operator]
+                given = (product, x, ends_L, kinds.is_canvas, kinds.rows_of(key))
+                product = adapters._modules[name].added(*given)  # type: ignore[union-attr, operator]
         return product
 
     def _aligned(self) -> tuple[Tensor, Tensor]:
@@ -132,23 +131,6 @@ class Experts(nn.Module):
         if missing:
             gate_up, down = F.pad(gate_up, (0, 0, 0, missing)), F.pad(down, (0, missing))
         return gate_up.flatten(1, 2), down
-
-
-def grouped_product(x_RK: Tensor, weights_LKN: Tensor, ends_L: Tensor) -> Tensor:
-    """Rows sorted by expert times the matrix of their expert, [R, N]; those behind the last expert's are undefined.
-
-    Without gradient, what a row gets does not depend on how many other rows its expert has: other tokens of the same
-    pass may be another request's. CPU libraries compute fewer than `FEWEST_ROWS` rows by another kernel, which adds up
-    in another order; there such rows are padded with zeros.
-    """
-    product = F.grouped_mm(x_RK, weights_LKN, offs=ends_L)
-    if product.device.type != "cpu" or torch.is_grad_enabled():
-        return product
-    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends_L.tolist()])):
-        if 0 < end - start < FEWEST_ROWS:
-            rows = F.pad(x_RK[start:end], (0, 0, 0, FEWEST_ROWS - (end - start)))
-            product[start:end] = torch.mm(rows, weights_LKN[expert])[: end - start]
-    return product
 
 
 class _GatedActivation(torch.autograd.Function):
@@ -226,30 +208,29 @@ class MixtureOfExperts(nn.Module):
             chosen = chosen_TK[: call.counted].flatten()
             call.loads.scatter_add_(0, chosen, call.counting.ones(chosen.shape[0]))
             call.loads = None  # recomputation comes here again
-        is_canvas = self._canvas_tokens(expert_input_TH, adapters)
+        kinds = self._kinds(expert_input_TH, adapters)
         if self.group.size() == 1:
-            return self._compute(expert_input_TH, weights_TK, self._sorted(chosen_TK, call).all(), is_canvas)
+            return self._compute(expert_input_TH, weights_TK, self._sorted(chosen_TK, call).all(), kinds)
         if self.needs_whole_stream(call):
             local_TK = self._local(chosen_TK)
-            return self._sum_of_alike(self._uncounted(expert_input_TH, weights_TK, local_TK, call, is_canvas))
+            return self._sum_of_alike(self._uncounted(expert_input_TH, weights_TK, local_TK, call, kinds))
         tokens = expert_input_TH.shape[0]
-        everything = self._over_group(expert_input_TH, weights_TK, chosen_TK, call, is_canvas)
+        everything = self._over_group(expert_input_TH, weights_TK, chosen_TK, call, kinds)
         return reduce_scatter_to_sequence_parallel_region(everything, group=self.group)[:tokens]
 
-    def _canvas_tokens(self, x_TH: Tensor, adapters: AdapterPass | None) -> Tensor | bool:
-        """[T, 1] or one bool; only adapters that differ between context and canvas ask for it."""
-        if adapters is None or not any(has_parts(adapter) for adapter in adapters_of(self.experts)):
-            return False
-        return adapters.canvas_of(x_TH)
+    def _kinds(self, x_TH: Tensor, adapters: AdapterPass | None) -> RowKinds:
+        """Of the tokens; only adapters that differ between context and canvas ask for the canvas tokens."""
+        if adapters is None:
+            return EVERY_ROW
+        parts = any(has_parts(adapter) for _, adapter in adapters_of(self.experts, adapters.chosen))
+        return adapters.kinds_of(x_TH, with_canvas=parts)
 
     def _over_group(
-        self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass, is_canvas: Tensor | bool
+        self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, call: ExpertPass, kinds: RowKinds
     ) -> Tensor:
         """This rank's share of the outputs for all tokens of the expert group, one rank's after the other."""
         missing = call.tokens - x_TH.shape[0]
-        if isinstance(is_canvas, Tensor):
-            is_canvas = F.pad(is_canvas.to(x_TH.dtype), (0, 0, 0, missing))
-            is_canvas = gather_from_sequence_parallel_region(is_canvas, group=self.group).bool()
+        kinds = kinds.each(lambda values: self._gathered(F.pad(values, (0, 0, 0, missing))))
         if missing:
             x_TH, weights_TK = (F.pad(x, (0, 0, 0, missing)) for x in (x_TH, weights_TK))
             chosen_TK = F.pad(chosen_TK, (0, 0, 0, missing), value=self.num_experts)  # no expert at all
@@ -257,17 +238,21 @@ class MixtureOfExperts(nn.Module):
         chosen_TK = self._local(gather_from_sequence_parallel_region(chosen_TK, group=self.group))
         if not torch.is_grad_enabled():
             x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)
-            return self._uncounted(x_TH, weights_TK, chosen_TK, call, is_canvas)
+            return self._uncounted(x_TH, weights_TK, chosen_TK, call, kinds)
         choices = self._sorted(chosen_TK, call)
         if call.recomputed and chosen_TK.numel() <= UNCOUNTED_WITH_GRADIENT:
             x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)
-            return self._compute(x_TH, weights_TK, choices.uncounted(), is_canvas)
+            return self._compute(x_TH, weights_TK, choices.uncounted(), kinds)
         count = HostCopy(choices.count) if call.rows is None else None
         x_TH = gather_from_sequence_parallel_region(x_TH, group=self.group)  # meanwhile
         if count is not None:
             call.rows = int(count.numbers()[0])
         assert call.rows is not None
-        return self._compute(x_TH, weights_TK, choices.counted(call.rows), is_canvas)
+        return self._compute(x_TH, weights_TK, choices.counted(call.rows), kinds)
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Small whole numbers of all tokens of the group."""
+        return gather_from_sequence_parallel_region(values.float(), group=self.group).to(values.dtype)
 
     def _local(self, chosen_TK: Tensor) -> Tensor:
         """Experts counted from the first of this rank: those of other ranks, and number E, come after its own."""
@@ -282,26 +267,25 @@ class MixtureOfExperts(nn.Module):
         weights_TK: Tensor,
         local_TK: Tensor,
         call: ExpertPass,
-        is_canvas: Tensor | bool = False,
+        kinds: RowKinds = EVERY_ROW,
     ) -> Tensor:
         """Without gradient: a row for every choice, some tokens at a time."""
         step = max(1, UNCOUNTED // local_TK.shape[1])
         parts = []
         for start in range(0, max(1, x_TH.shape[0]), step):
             cut = slice(start, start + step)
-            canvas = is_canvas if isinstance(is_canvas, bool) else is_canvas[cut]
+            of_part = kinds.each(lambda values: values[cut])  # noqa: B023  called at once
             rows = self._sorted(local_TK[cut], call).uncounted()
-            parts.append(self._compute(x_TH[cut], weights_TK[cut], rows, canvas))
+            parts.append(self._compute(x_TH[cut], weights_TK[cut], rows, of_part))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _compute(self, x_TH: Tensor, weights_TK: Tensor, rows: Rows, is_canvas: Tensor | bool = False) -> Tensor:
+    def _compute(self, x_TH: Tensor, weights_TK: Tensor, rows: Rows, kinds: RowKinds = EVERY_ROW) -> Tensor:
         """Weighted sum of this rank's experts for each token, [T, H]."""
         weights_R = weights_TK.flatten().index_select(0, rows.choices_R)
         if rows.absent is not None and weights_R.requires_grad:  # the gradient of undefined rows is undefined
             weights_R = weights_R.masked_fill(rows.is_undefined, 0.0)
-        if isinstance(is_canvas, Tensor):
-            is_canvas = is_canvas.index_select(0, rows.tokens_R)
-        return sum_rows(self.experts(take_rows(x_TH, rows), weights_R, rows.ends_L, is_canvas), rows)
+        kinds = kinds.each(lambda values: values.index_select(0, rows.tokens_R))
+        return sum_rows(self.experts(take_rows(x_TH, rows), weights_R, rows.ends_L, kinds), rows)
 
     def _sum_of_alike(self, x_TH: Tensor) -> Tensor:
         """Sum over the expert group of what each rank has for all tokens -> this rank's tokens."""

@@ -61,6 +61,7 @@ class Geometry(NamedTuple):
     length: int  # of a canvas
     columns: tuple[tuple[str, Columns], ...]  # of each kind of layer
     constraint: Hashable = None  # its own geometry, where there is one
+    locked: bool = False  # whether there are ids that stand in the canvases
 
 
 def bucket(columns: int) -> int:
@@ -129,7 +130,7 @@ class FixedSteps:
 
     def run(self, compute: Compute, inputs: StepInputs, cache: Cache, network: Network) -> Settled:
         """One step of canvases behind the contexts of `cache`; `compute` computes it, with the weights of `network`."""
-        key = geometry(cache, network.model_config, inputs.canvas.shape[1])
+        key = geometry(cache, network.model_config, inputs.canvas.shape[1])._replace(locked=inputs.locked is not None)
         if inputs.constraint is not None:
             key = key._replace(constraint=inputs.constraint.geometry)
         if key not in self._steps:
@@ -172,7 +173,7 @@ class _FixedStep:
         self._cache: Callable[[], Cache | None] = lambda: None
         self._constraint = constraint  # the one that the buffers hold
         with torch.inference_mode(False):  # buffers are written in later passes of either mode
-            self._inputs = self._input_buffers(shape.rows, network)
+            self._inputs = self._input_buffers(shape, network)
             if constraint is not None:
                 self._inputs = replace(self._inputs, constraint=constraint.buffer())
             self._layers = tuple(
@@ -184,7 +185,8 @@ class _FixedStep:
     def _buffer(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(sizes, dtype=dtype, device=self.device)
 
-    def _input_buffers(self, rows: int, network: Network) -> StepInputs:
+    def _input_buffers(self, shape: Geometry, network: Network) -> StepInputs:
+        rows = shape.rows
         return StepInputs(
             canvas=self._buffer(rows, self._length, dtype=torch.long),
             uniforms=self._buffer(rows, self._length, dtype=torch.float32),
@@ -192,6 +194,7 @@ class _FixedStep:
             temperature=self._buffer(rows, dtype=torch.float64),
             entropy_bound=self._buffer(dtype=torch.float64),
             soft=self._buffer(rows, self._length, network.model_config.hidden_size, dtype=network.dtype),
+            locked=self._buffer(rows, self._length, dtype=torch.long) if shape.locked else None,
         )
 
     def _context_buffers(self, past: KeyValue, rows: int, columns: int) -> KeyValue:
@@ -244,7 +247,8 @@ class _FixedStep:
 
     def fill(self, inputs: StepInputs) -> None:
         """Copy the inputs of a step into the buffers; no signal is one of zeros, which adds exactly nothing."""
-        for name in ("canvas", "uniforms", "replacements", "temperature", "entropy_bound", "soft"):
+        names = ("canvas", "uniforms", "replacements", "temperature", "entropy_bound", "soft", "locked")
+        for name in names if inputs.locked is not None else names[:-1]:
             buffer, given = getattr(self._inputs, name), getattr(inputs, name)
             if isinstance(given, Tensor):
                 buffer.copy_(given)

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.model.adapters import AdapterPass, add_to_products, row_product
+from nemo_diffgemma.model.adapter_pass import AdapterPass
+from nemo_diffgemma.model.adapters import add_to_products, row_product
 from nemo_diffgemma.model.attention import Attention, column_parallel, row_parallel
 from nemo_diffgemma.model.cache import KeyValue
 from nemo_diffgemma.model.experts import ExpertPass, MixtureOfExperts

@@ -25,7 +25,8 @@ from nemo_diffgemma.diffusion.constraint import StepConstraint
 from nemo_diffgemma.diffusion.levels import Shift
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model import likelihood, loss, vocabulary
-from nemo_diffgemma.model.adapters import Adapted, AdapterPass, DropoutNoise
+from nemo_diffgemma.model.adapter_pass import AdapterPass
+from nemo_diffgemma.model.adapters import Adapted, DropoutNoise
 from nemo_diffgemma.model.cache import Cache, KeyValue
 from nemo_diffgemma.model.dispatch import Counting, most_of_all
 from nemo_diffgemma.model.embedding import TokenTable
@@ -36,6 +37,7 @@ from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
 from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
+from nemo_diffgemma.model.token_scores import token_scores
 from nemo_diffgemma.parallel.agreement import agreed
 from nemo_diffgemma.parallel.groups import current_layout, device, process_groups
 from nemo_diffgemma.parallel.layout import ParallelLayout
@@ -74,6 +76,7 @@ class Network(MegatronModule):
         self.self_conditioning = SelfConditioning(model, config, groups)
         self.assets: Path | None = None  # directory with tokenizer and carried tensors, if the model came from one
         self.lora: Adapted | None = None  # what its adapters are (nemo_diffgemma.lora)
+        self.beside: dict[str, str] = {}  # several instead, of which each sequence may have one: keys by name
         self.dropout_of: DropoutNoise | None = None  # keys of the rows of a training step
         self.finish_gather: Callable[[], None] = lambda: None  # weights are whole afterwards; training sets it
         self.file_dtypes: dict[str, str] = {}  # of the tensors on disk, so that writing gives the same bytes back
@@ -91,6 +94,7 @@ class Network(MegatronModule):
         soft: Tensor | None = None,
         need_context_hidden: bool = False,
         replicas_alike: bool = False,
+        adapters: Sequence[str | None] | None = None,
     ) -> Pass:
         """Run the tokens of a stream without its padding, that is new context and then canvases, in one pass.
 
@@ -98,10 +102,11 @@ class Network(MegatronModule):
         self-conditioning signal, unscaled; None is no signal. With gradient enabled the returned cache carries
         gradient.
         `replicas_alike` says that all replicas run the same stream, without gradient: then experts exchange less.
+        Without gradient, `adapters` may name one of `self.beside` for each sequence.
         """
-        adapters = None if self.lora is None else self._adapter_pass(stream)
-        x, is_canvas = self._embed(stream, tokens, None if soft is None else soft.flatten(0, -2), adapters)
-        x, layers = self._run_layers(x, is_canvas, stream, cache, replicas_alike, adapters)
+        call = self._adapter_pass(stream, adapters)
+        x, is_canvas = self._embed(stream, tokens, None if soft is None else soft.flatten(0, -2), call)
+        x, layers = self._run_layers(x, is_canvas, stream, cache, replicas_alike, call)
         return self._finish(self.norm(x), stream, layers, need_context_hidden)
 
     def stream(
@@ -176,15 +181,13 @@ class Network(MegatronModule):
         tokens = stream.context_tokens + stream.canvas_tokens
         return min(held, max(0, tokens - held * self.groups.tp.rank()))
 
-    def _adapter_pass(self, stream: Stream) -> AdapterPass:
-        is_canvas: Tensor | bool = bool(stream.canvases)
-        if stream.canvases and stream.contexts:
-            is_canvas = stream.canvas_mask(device())[:, None]
-        noise = None
-        if self.dropout_of is not None and self.training and torch.is_grad_enabled():
-            noise = to_device(self.dropout_of.of_tokens(stream), device())
-        mine = stream.tokens // self.groups.tp.size()
-        return AdapterPass(is_canvas, noise, mine * self.groups.tp.rank(), mine)
+    def _adapter_pass(self, stream: Stream, names: Sequence[str | None] | None) -> AdapterPass | None:
+        keys = [None if name is None else self.beside[name] for name in names or ()]
+        if self.lora is None and not any(keys):
+            return None
+        dropout = self.dropout_of if self.training and torch.is_grad_enabled() else None
+        call = AdapterPass.of(stream, None if dropout is None else dropout.of_tokens(stream), self.groups.tp, device())
+        return call if self.lora is not None else call.with_chosen(keys, stream, device())
 
     def _most_tokens(self, x: Tensor, replicas_alike: bool) -> int:
         """The most tokens that a rank of the expert group holds. Ranks of a replica hold equal parts of its stream."""
@@ -253,6 +256,7 @@ class Network(MegatronModule):
         uniforms_N: Tensor,
         soft_embedding: bool,
         constraint: StepConstraint | None = None,
+        locked_N: Tensor | None = None,
     ) -> vocabulary.Statistics:
         """What a denoising step needs of the tempered distribution of some positions."""
         return vocabulary.statistics(
@@ -264,7 +268,14 @@ class Network(MegatronModule):
             uniforms_N=uniforms_N,
             soft_embedding=soft_embedding,
             constraint=constraint,
+            locked_N=locked_N,
         )
+
+    @torch.no_grad()
+    def scores(self, hidden_NH: Tensor, ids_N: Tensor, top: int) -> Tensor:
+        """Untempered log-probabilities of ids at some positions and the `top` largest there (`model.token_scores`)."""
+        table = self.embed_tokens
+        return token_scores(hidden_NH, ids_N, table.weight, table.shard, self.model_config.final_logit_softcapping, top)
 
     def agreed(self, flags: Tensor) -> Tensor:
         """Which of the flags hold on every rank: ranks of an expert group must leave a loop together."""

@@ -24,10 +24,10 @@ def inverse_frequencies(config: ModelConfig, kind: str, device: torch.device) ->
 
 
 def cosine_and_sine(positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tables [T, 1, D] for `rotate`: the sine of the first half is negative, as the rotation has it."""
-    angles = positions_T.float()[:, None] * frequencies
+    """Tables [..., T, 1, D] for `rotate`: the sine of the first half is negative, as the rotation has it."""
+    angles = positions_T.float()[..., None] * frequencies
     cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat([cosine, cosine], dim=-1)[:, None], torch.cat([-sine, sine], dim=-1)[:, None]
+    return torch.cat([cosine, cosine], dim=-1)[..., None, :], torch.cat([-sine, sine], dim=-1)[..., None, :]
 
 
 def rotate(x_TND: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_diffgemma.config import ModelConfig
-from nemo_diffgemma.model.adapters import AdapterPass
+from nemo_diffgemma.model.adapter_pass import AdapterPass
 from nemo_diffgemma.model.layer import GatedMLP
 from nemo_diffgemma.model.norm import RMSNorm, rms_norm
 from nemo_diffgemma.parallel.groups import device

@@ -30,7 +30,7 @@ class ClassMaxima:
         self, constraint: StepConstraint, shard: Any, logits_kNc: Tensor, interleaved: bool | None = None
     ) -> None:
         self._constraint, self._shard, self._logits_kNc = constraint, shard, logits_kNc
-        rows, classes, device = len(constraint.class_of_id_nV), constraint.classes, logits_kNc.device
+        classes, device = constraint.classes, logits_kNc.device
         self._interleaved = device.type == "cuda" if interleaved is None else interleaved
         self._ids = slice(shard.first_id, shard.first_id + shard.size)
         self._class_nv = constraint.class_of_id_nV[:, self._ids].long()
@@ -38,16 +38,18 @@ class ClassMaxima:
         if self._interleaved:  # parts by id, not by its place on this rank
             ids = torch.arange(shard.first_id, shard.first_id + shard.size, device=device)
             self._index_nv = self._class_nv + ids % PARTS * classes
-        each = (rows, constraint.length)
+        self._cells_nC = constraint.cells_nC
+        each = self._cells_nC.shape
         sizes = (*each, PARTS * classes) if self._interleaved else (PARTS, *each, classes)
         self._parts = torch.full(sizes, -torch.inf, dtype=torch.float32, device=device)
         self._chunks_of_part = -(-len(logits_kNc) // PARTS)
 
     def add(self, index: int, z_Nc: Tensor) -> None:
         """Take the logits of chunk `index`, [N, its ids]."""
-        z_nCc = z_Nc.unflatten(0, (-1, self._constraint.length))
-        if z_nCc.shape[0] > 1:
-            z_nCc = z_nCc.index_select(0, self._constraint.rows_n)
+        rows, length = self._cells_nC.shape
+        if z_Nc.shape[0] > length:  # else the cells are those of the one canvas that there is
+            z_Nc = z_Nc.index_select(0, self._cells_nC.flatten())
+        z_nCc = z_Nc.unflatten(0, (rows, length))
         first = index * self._logits_kNc.shape[2]
         index_nCc = self._index_nv[:, None, first : first + z_nCc.shape[2]].expand(z_nCc.shape)
         part = self._parts if self._interleaved else self._parts[index // self._chunks_of_part]
@@ -71,9 +73,9 @@ class ClassMaxima:
         size, chunk = self._shard.size, self._logits_kNc.shape[2]
         if size == 0:
             return self._first_of_all(torch.zeros_like(part_nC), torch.full_like(part_nC, PARTS))
-        device, rows, length = part_nC.device, *part_nC.shape
-        rows_n1 = torch.arange(rows, device=device)[:, None]
-        stream_nC1 = (self._constraint.rows_n[:, None] * length + torch.arange(length, device=device))[..., None]
+        device = part_nC.device
+        rows_n1 = torch.arange(len(part_nC), device=device)[:, None]
+        stream_nC1 = self._cells_nC[..., None]
         if self._interleaved:
             first_nC1 = (part_nC[..., None] - self._shard.first_id) % PARTS
             place_nCW = first_nC1 + torch.arange(-(-size // PARTS) + 1, device=device) * PARTS

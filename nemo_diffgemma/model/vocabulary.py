@@ -29,6 +29,7 @@ from nemo_diffgemma.diffusion.sampler import choose_chunk, choose_inside
 from nemo_diffgemma.model.token_classes import ClassMaxima
 
 CHUNK = 1024  # ids; a chunk of 256 positions is 1 MiB and stays in a core's cache (benchmarks/vocabulary.py)
+POSITIONS = 256  # at a time on CPUs, so that it does for any number of positions; or up to twice as many: no short rest
 GPU_CHUNK_BYTES = 32 << 20  # of float32 logits: 32768 ids of 256 positions; a GPU waits for launches, not for a cache
 
 
@@ -82,18 +83,21 @@ def statistics(
     uniforms_N: Tensor | None = None,
     soft_embedding: bool = True,
     constraint: StepConstraint | None = None,
+    locked_N: Tensor | None = None,
     chunk: int | None = None,
 ) -> Statistics:
     """Statistics of softmax(softcap * tanh(hidden @ weight.T / softcap) / temperature).
 
     `temperature` is a number, or a float64 tensor: [] or, one a position, [N, 1]. `sample_N` is the inverse CDF at
     `uniforms_N`: the smallest id whose cumulative probability exceeds the uniform. Gradient-free.
+
+    Where `locked_N` [N] int64 has an id and not -1, all mass is on that id, whatever the logits (`diffusion.locked`).
     """
     with torch.no_grad():
         gain = softcap / temperature
         gain = gain.float() if isinstance(gain, Tensor) else gain
         sweep = _Sweep(
-            hidden_NH, weight, shard, softcap, gain, chunk or _chunk_of(hidden_NH), soft_embedding, constraint
+            hidden_NH, weight, shard, softcap, gain, chunk or chunk_of(hidden_NH), soft_embedding, constraint
         )
         maximum_NK, reference_NK, mass_NK, moment_NK = sweep.of_all_ranks()
         top_N1 = maximum_NK.amax(1, keepdim=True)
@@ -103,16 +107,28 @@ def statistics(
         log_sum_exp_N = top_N1[:, 0] + total_N.log()
         entropy_N = (log_sum_exp_N - moment_NK.sum(1) / total_N).clamp_min(0.0)
         ids = sweep.search(maximum_NK, mass_NK, top_N1, uniforms_N)
-        soft_NH = sweep.soft_embedding(top_N1, total_N[:, None]) if soft_embedding else None
+        if locked_N is not None:
+            ids = torch.where(locked_N < 0, ids, locked_N)
+            entropy_N = torch.where(locked_N < 0, entropy_N, 0.0)
+        soft_NH = sweep.soft_embedding(top_N1, total_N[:, None], weight, locked_N) if soft_embedding else None
         allowed_nC = None if sweep.class_maxima is None else sweep.class_maxima.tokens()
     return Statistics(log_sum_exp_N, entropy_N, ids[0], None if uniforms_N is None else ids[1], soft_NH, allowed_nC)
 
 
-def _chunk_of(hidden_NH: Tensor) -> int:
+def chunk_of(hidden_NH: Tensor) -> int:
     """Ids at a time, where the caller does not say."""
     if hidden_NH.device.type == "cpu":
         return CHUNK
     return max(CHUNK, GPU_CHUNK_BYTES // (4 * hidden_NH.shape[0]) // 128 * 128)
+
+
+def _tiles(hidden_NH: Tensor) -> list[slice]:
+    """Positions that a chunk is computed for at a time. What a position gets does not depend on its tile."""
+    positions = hidden_NH.shape[0]
+    if hidden_NH.device.type != "cpu" or positions < 2 * POSITIONS:
+        return [slice(0, positions)]
+    starts = range(0, positions - POSITIONS + 1, POSITIONS)
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], positions], strict=True)]
 
 
 class _Sweep:
@@ -149,38 +165,50 @@ class _Sweep:
         self._run(hidden_NH, weight[: shard.size], softcap, gain)
 
     def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float | Tensor) -> None:
-        exponentials = torch.empty_like(self.logits_kNc[0])
+        tiles = _tiles(hidden_NH)
+        exponentials = self.logits_kNc.new_empty(max(tile.stop - tile.start for tile in tiles), self.chunk)
         for index in range(-(-self.shard.size // self.chunk)):
             rows = weight[index * self.chunk : (index + 1) * self.chunk]
-            z_Nc, e_Nc = self.logits_kNc[index], exponentials
             if rows.shape[0] < self.chunk:
-                z_Nc.fill_(-torch.inf)
-                z_Nc, e_Nc = z_Nc[:, : rows.shape[0]], exponentials[:, : rows.shape[0]]
-            capped_logits(hidden_NH, rows, softcap, gain, out=z_Nc)
-            maximum_N, reference_N, mass_N, moment_N = self.numbers_4kN[:, index]
-            torch.amax(z_Nc, dim=1, out=maximum_N)
+                self.logits_kNc[index].fill_(-torch.inf)
+            z_Nc = self.logits_kNc[index, :, : rows.shape[0]]
+            for tile in tiles:
+                of_tile = gain[tile] if isinstance(gain, Tensor) and gain.dim() else gain
+                capped_logits(hidden_NH[tile], rows, softcap, of_tile, out=z_Nc[tile])
+                self._add(index, tile, z_Nc[tile], exponentials[: tile.stop - tile.start, : rows.shape[0]], rows)
             if self.class_maxima is not None:
                 self.class_maxima.add(index, z_Nc)
-            torch.maximum(self._reference_N1[:, 0], maximum_N, out=reference_N)
-            torch.sub(z_Nc, reference_N[:, None], out=e_Nc).exp_()
-            torch.sum(e_Nc, dim=1, out=mass_N)
-            if self._soft_NH is not None:
-                self._add_soft(self._soft_NH, e_Nc, reference_N[:, None], rows)
-            torch.sum(e_Nc.mul_(z_Nc), dim=1, out=moment_N)
-            self._reference_N1 = reference_N[:, None]
 
-    def _add_soft(self, soft_NH: Tensor, e_Nc: Tensor, reference_N1: Tensor, rows: Tensor) -> None:
-        """soft += e @ rows, so far relative to the last reference."""
-        soft_NH.mul_((self._reference_N1 - reference_N1).exp_())
+    def _add(self, index: int, tile: slice, z_nc: Tensor, e_nc: Tensor, rows: Tensor) -> None:
+        """Maximum, reference, mass and moment of a chunk for some positions, and its part of their soft embedding."""
+        maximum_n, reference_n, mass_n, moment_n = self.numbers_4kN[:, index, tile]
+        before_n1 = self._reference_N1[tile]
+        torch.amax(z_nc, dim=1, out=maximum_n)
+        torch.maximum(before_n1[:, 0], maximum_n, out=reference_n)
+        torch.sub(z_nc, reference_n[:, None], out=e_nc).exp_()
+        torch.sum(e_nc, dim=1, out=mass_n)
+        if self._soft_NH is not None:
+            self._add_soft(self._soft_NH[tile], e_nc, before_n1, reference_n[:, None], rows)
+        torch.sum(e_nc.mul_(z_nc), dim=1, out=moment_n)
+        before_n1.copy_(reference_n[:, None])
+
+    def _add_soft(self, soft_nH: Tensor, e_nc: Tensor, before_n1: Tensor, reference_n1: Tensor, rows: Tensor) -> None:
+        """soft += e @ rows, so far relative to the reference before."""
+        soft_nH.mul_((before_n1 - reference_n1).exp_())
         if rows.dtype == torch.float32:
-            soft_NH.addmm_(e_Nc, rows)
+            soft_nH.addmm_(e_nc, rows)
         else:  # transformers casts the probabilities to the dtype of the table as well
-            soft_NH.add_(torch.mm(e_Nc.to(rows.dtype), rows))
+            soft_nH.add_(torch.mm(e_nc.to(rows.dtype), rows))
 
-    def soft_embedding(self, top_N1: Tensor, total_N1: Tensor) -> Tensor:
-        """Expected table row over all ranks, [N, H] in the table's dtype."""
+    def soft_embedding(self, top_N1: Tensor, total_N1: Tensor, weight: Tensor, locked_N: Tensor | None) -> Tensor:
+        """Expected table row over all ranks, [N, H] in the table's dtype; that of a locked id where there is one."""
         assert self._soft_NH is not None
         soft_NH = self._soft_NH.mul_(torch.exp(self._reference_N1 - top_N1) / total_N1)
+        if locked_N is not None:
+            own_N = locked_N - self.shard.first_id
+            is_own_N1 = ((own_N >= 0) & (own_N < self.shard.size))[:, None]
+            rows_NH = weight.index_select(0, own_N.clamp(0, weight.shape[0] - 1)).float()
+            soft_NH = torch.where((locked_N < 0)[:, None], soft_NH, torch.where(is_own_N1, rows_NH, 0.0))
         if self.shard.parallel:
             dist.all_reduce(soft_NH, group=self.shard.group)
         return soft_NH.to(self._dtype)
@@ -192,7 +220,9 @@ class _Sweep:
             parts = numbers_4kN.new_empty(self.shard.group.size() * 4, *numbers_4kN.shape[1:])
             dist.all_gather_into_tensor(parts, numbers_4kN, group=self.shard.group)
             numbers_4kN = parts.unflatten(0, (-1, 4)).transpose(0, 1).flatten(1, 2)
-        return numbers_4kN.transpose(1, 2)
+        # sums over an axis with gaps add up in another order at the end of a vector of positions: a row's would depend
+        # on how many there are
+        return numbers_4kN.transpose(1, 2).contiguous()
 
     def search(self, maximum_NK: Tensor, mass_NK: Tensor, top_N1: Tensor, uniforms_N: Tensor | None) -> Tensor:
         """Id of the largest logit and, with uniforms, the smallest whose cumulative probability exceeds its uniform.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nemo_diffgemma.serving.answer_text import AnswerText
-from nemo_diffgemma.serving.markers import Markers
+from nemo_diffgemma.serving.markers import Kind, Markers
 from nemo_diffgemma.serving.tool_syntax import MalformedCall, calls_of
 
 _LABEL = "thought\n"  # the name of the channel, in front of a thought
@@ -52,7 +52,8 @@ Part = Said | Thought | ToolCall
 class AnswerParts:
     """Collects the tokens of one answer: what `push` returns is the same in the end, however tokens come.
 
-    Strings of `stop` end the answer where they stand in what the model says. `most_calls` may be made; None: any number.
+    Strings of `stop` end the answer where they stand in what the model says. `most_calls` may be made; None: any
+    number.
     """
 
     def __init__(
@@ -62,40 +63,33 @@ class AnswerParts:
         stop: Sequence[str] = (),
         most_calls: int | None = 0,
     ) -> None:
+        self.tokens: list[int] = []
         self.thought_tokens = 0
         self.calls = 0
         self._decode, self._markers, self._stop, self._most_calls = decode, markers, stop, most_calls
-        self._ends = {id for id in (markers.thought_end, markers.call_end) if id is not None}
-        self._begins = {id for id in (markers.thought, markers.call) if id is not None}
-        self._open: AnswerText | _Thinking | _Calling = AnswerText(decode, stop)
+        self._kind, self._open = Kind.SAID, self._opened(Kind.SAID)
         self._newline = ""  # at the end of the thought before: shown if there is another one
         self._is_stopped = False
 
     def push(self, tokens: Sequence[int], is_last: bool) -> list[Part]:
         """What `tokens` add. What may still change is held back until `is_last`."""
+        self.tokens += tokens
         parts: list[Part] = []
         start = 0
         for place, id in enumerate(tokens):
-            if id in self._begins or id in self._ends:
-                is_switch = id in self._begins or id == self._open_end()
-                parts += self._add(tokens[start:place], ends=is_switch)
+            if self._markers.are_boundaries(id):
+                kind = self._markers.after(id, self._kind)
+                parts += self._add(tokens[start:place], ends=kind is not None)
                 start = place + 1
-                if is_switch:
-                    self._open = self._opened(id)
+                if kind is not None:
+                    self._kind, self._open = kind, self._opened(kind)
         parts += self._add(tokens[start:], ends=is_last)
         return _joined(parts)
 
-    def _open_end(self) -> int | None:
-        """The marker that ends the part that is open."""
-        if isinstance(self._open, _Thinking):
-            return self._markers.thought_end
-        return self._markers.call_end if isinstance(self._open, _Calling) else None
-
-    def _opened(self, id: int) -> AnswerText | _Thinking | _Calling:
-        """The part that begins at a marker."""
-        if id == self._markers.thought:
+    def _opened(self, kind: Kind) -> AnswerText | _Thinking | _Calling:
+        if kind is Kind.THOUGHT:
             return _Thinking(self._decode, self._newline)
-        return _Calling() if id == self._markers.call else AnswerText(self._decode, self._stop)
+        return _Calling() if kind is Kind.CALL else AnswerText(self._decode, self._stop)
 
     def _add(self, tokens: Sequence[int], ends: bool) -> list[Part]:
         if self._is_stopped:

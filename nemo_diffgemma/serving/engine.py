@@ -8,7 +8,7 @@
 A pass mixes requests that encode a piece of their prompt, denoise at different steps, and begin a canvas behind the one
 that has settled, whose tokens become context in the same pass. Requests come and go between passes. What a request gets
 depends on itself alone, to the bit: each row of every product, each tile of context and each canvas is computed as if
-it were alone (`model.visibility.TILE`, `model.experts.grouped_product`), so its tokens are those that
+it were alone (`model.visibility.TILE`, `model.row_products`), so its tokens are those that
 `DiffusionGemma.generate` gives it alone.
 
 Every rank of a layout has an engine, is given the same calls in the same order, and so does the same.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,10 +30,16 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.model.vocabulary import reused_scratch
 from nemo_diffgemma.parallel.agreement import world_size
-from nemo_diffgemma.parallel.groups import device
+from nemo_diffgemma.parallel.groups import current_layout, device
+from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, ConstrainedSequence
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
+from nemo_diffgemma.serving.ending import Decode, cut
 from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
-from nemo_diffgemma.serving.request import Draft, Event, Finished, Reason, Request, Settled
+from nemo_diffgemma.serving.markers import Markers
+from nemo_diffgemma.serving.messages import Facts
+from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Settled
+from nemo_diffgemma.serving.scores import scores_of
 from nemo_diffgemma.serving.sequence import Sequence
 from nemo_diffgemma.serving.slots import Outcome, Slots
 from nemo_diffgemma.transfer import HostCopy, to_device
@@ -48,27 +53,48 @@ class Work(NamedTuple):
     denoises: bool
 
 
+class Waiting(NamedTuple):
+    """A request that has not begun."""
+
+    arrival: int
+    request: Request
+    constraint: ConstrainedSequence | None
+
+
 class _Results(NamedTuple):
-    """Numbers of a pass on their way to the host: of each turn done, finite, steps and tokens; drafts where wanted."""
+    """Numbers of a pass on their way to the host: of each turn done, finite, steps and tokens.
+
+    Drafts and scores (of one canvas [L, 1 + 2 T]) are those of the turns that want them.
+    """
 
     turns: list[tuple[Sequence, int, int]]  # with its canvas and the steps that were enqueued of it
     numbers: HostCopy
     drafts: HostCopy | None
+    scores: list[HostCopy]
 
 
 class Engine:
-    """Continuous batching by denoising step. `decode` makes text of the ids of an answer, for stop strings."""
+    """Continuous batching by denoising step.
+
+    For stop strings, `decode` makes text of the ids of an answer, and `markers` tell what is said in it from the rest.
+    """
 
     def __init__(
-        self, network: DiffusionGemma, config: EngineConfig, decode: Callable[[list[int]], str] | None = None
+        self,
+        network: DiffusionGemma,
+        config: EngineConfig,
+        decode: Decode | None = None,
+        markers: Markers | None = None,
     ) -> None:
         model = network.model_config
-        self.network, self.config, self.decode = network, config, decode
+        self.network, self.config = network, config
+        self.decode, self._markers = decode, markers or Markers()
         longest_step = max(TILE * max(1, config.tokens_per_pass // TILE), model.canvas_length)
         self.memory = ContextMemory(network, config.context_gb, config.typical_tokens, longest_step)
         self.slots = Slots(config.max_running, model.canvas_length, model.hidden_size, network.dtype, device())
         self._free_slots = list(reversed(range(config.max_running)))
-        self.waiting: deque[tuple[int, Request]] = deque()
+        self._constraints = CanvasConstraints(device())
+        self.waiting: deque[Waiting] = deque()
         self.running: list[Sequence] = []
         self.moved_out: list[Sequence] = []  # by arrival
         self._arrivals = itertools.count()
@@ -78,22 +104,38 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `UserError` for one that can never be answered here."""
+    def check(self, request: Request) -> None:
+        """Raise `UserError` for a request that can never be answered here, whatever its language."""
         request.check(self.network.model_config)
+        if request.adapter is not None and request.adapter not in self.network.beside:
+            known = ", ".join(self.network.beside) or "none"
+            raise UserError(f"this replica has no adapter {request.adapter!r}; those that it has: {known}")
         if not self.memory.fits(request.most_context):
             raise UserError(
                 f"{len(request.prompt)} tokens of prompt and {request.max_tokens} of answer need more context memory "
                 "than this server has; ask for less, or start it with more context_gb"
             )
-        self.waiting.append((next(self._arrivals), request))
+
+    def add(self, request: Request, automaton: TokenAutomaton | None = None) -> None:
+        """Queue a request; `automaton` is that of its language. Raises `UserError` for one that can never be answered.
+
+        A `ConstraintError` is one: no text of the language fits.
+        """
+        self.check(request)
+        constraint = None
+        if request.language is not None:
+            if automaton is None:
+                raise UserError("the request has a language, and add() no automaton of it; compile it first")
+            given = (request.canvas_length, request.max_tokens, request.sampler.eos_ids, request.locked)
+            constraint = ConstrainedSequence(automaton, *given, device())
+        self.waiting.append(Waiting(next(self._arrivals), request, constraint))
 
     def cancel(self, id: str) -> list[Event]:
         """End a request at once, wherever it is; unknown ones are over already."""
-        for index, (_, request) in enumerate(self.waiting):
-            if request.id == id:
+        for index, one in enumerate(self.waiting):
+            if one.request.id == id:
                 del self.waiting[index]
-                return [Finished(id, Reason.CANCELLED, len(request.prompt), 0)]
+                return [Finished(id, Reason.CANCELLED, len(one.request.prompt), 0)]
         for sequence in [*self.running, *self.moved_out]:
             if sequence.request.id == id:
                 return [self._finish(sequence, Reason.CANCELLED)]
@@ -102,6 +144,44 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self.moved_out)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not answered."""
+        begun = [sequence.request for sequence in [*self.running, *self.moved_out]]
+        return [*begun, *(one.request for one in self.waiting)]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many of them run, and how many wait."""
+        return len(self.running), len(self.waiting) + len(self.moved_out)
+
+    def facts(self) -> Facts:
+        """What the front end must know of the network."""
+        model = self.network.model_config
+        layout = ", ".join(f"{axis}={size}" for axis, size in vars(current_layout()).items() if size > 1)
+        return Facts(
+            vocab_size=model.vocab_size,
+            canvas_length=model.canvas_length,
+            context_tokens=self._most_context(),
+            tile=TILE,
+            cached_tiles=max(1, min(blocks.count for blocks in self.memory.blocks.values())),
+            max_running=self.config.max_running,
+            sampler=self.network.sampler_defaults,
+            text="",
+            layout=layout or "one process",
+            device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+            adapters=list(self.network.beside),
+        )
+
+    def _most_context(self) -> int:
+        """The most tokens of context that one request can have: the memory's limit, or the model's, less a canvas."""
+        model = self.network.model_config
+        low, high = 1, max(1, model.max_position_embeddings - model.canvas_length)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.memory.fits(middle) else (low, middle - 1)
+        return low
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -159,13 +239,15 @@ class Engine:
                 return
             self.running.append(self.moved_out.pop(0))
         while self.waiting and self._free_slots:
-            arrival, request = self.waiting[0]
-            held = self.memory.open(request.prompt)
+            arrival, request, constraint = self.waiting[0]
+            held = self.memory.open(request.prompt, salt=request.adapter or "")
             if not self.memory.has_room(held, len(request.prompt)):
                 self.memory.close(held)
                 return
             self.waiting.popleft()
-            self.running.append(Sequence(request, held, self._free_slots.pop(), held.end, arrival))
+            self.running.append(
+                Sequence(request, held, self._free_slots.pop(), held.end, arrival, constraint=constraint)
+            )
 
     def _reserve(self, sequence: Sequence, context: int) -> None:
         """Blocks for new context; where there are none the youngest sequence gives its own, perhaps this one."""
@@ -179,7 +261,8 @@ class Engine:
         """Enqueue a pass."""
         model = self.network.model_config
         cache = self.memory.cache([one.sequence.held for one in work], [one.context for one in work])
-        turns = [one.sequence.turn() for one in work if one.denoises]
+        denoising = [one.sequence for one in work if one.denoises]
+        turns = [sequence.turn() for sequence in denoising]
         places = [
             (index, sequence.held.end + context) for index, (sequence, context, denoises) in enumerate(work) if denoises
         ]
@@ -191,18 +274,29 @@ class Engine:
             cells = self.slots.cells(turns)
             canvas_N, soft = self.slots.inputs(cells, model.vocab_size)
             tokens = torch.cat([tokens, canvas_N])
-        hidden = self.network.run(tokens, stream, cache=cache, soft=soft, replicas_alike=True).canvas_hidden
+        adapters = [one.sequence.request.adapter for one in work]
+        result = self.network.run(tokens, stream, cache=cache, soft=soft, replicas_alike=True, adapters=adapters)
+        hidden = result.canvas_hidden
         for sequence, context, denoises in work:
             self.memory.extend(sequence.held, context)
             sequence.step += denoises
         if hidden is None:
             return None
-        found = self.network.statistics(hidden, cells.temperature_N1, cells.uniforms(), soft_embedding=True)
-        assert found.sample_N is not None and found.soft_embedding_NH is not None
-        outcomes = self.slots.advance(
-            cells, found.argmax_N, found.sample_N, found.entropy_N, found.soft_embedding_NH, model.vocab_size
+        constraint = self._constraints.of([one.constraint for one in denoising], [turn.length for turn in turns])
+        found = self.network.statistics(
+            hidden,
+            cells.temperature_N1,
+            cells.uniforms(),
+            soft_embedding=True,
+            constraint=constraint,
+            locked_N=cells.locked_N,
         )
-        return self._results([one.sequence for one in work if one.denoises], outcomes)
+        allowed = None
+        if constraint is not None:
+            assert found.allowed_nC is not None
+            allowed = constraint.allowed(found.argmax_N, found.allowed_nC)
+        outcomes = self.slots.advance(cells, found, allowed, model.vocab_size)
+        return self._results(denoising, outcomes, hidden)
 
     def _context_tokens(self, work: list[Work]) -> Tensor:
         """Ids of the new context of a pass: parts of prompts, and canvases that have settled."""
@@ -223,7 +317,7 @@ class Engine:
             [next(from_host) if isinstance(part, list) else part for part in parts] or [self.slots.best[:0]]
         )
 
-    def _results(self, sequences: list[Sequence], outcomes: list[Outcome]) -> _Results:
+    def _results(self, sequences: list[Sequence], outcomes: list[Outcome], hidden_NH: Tensor) -> _Results:
         """Send what the host must know of a pass on its way."""
         numbers = torch.cat(
             [
@@ -237,7 +331,23 @@ class Engine:
         if any(sequence.request.drafts for sequence in sequences):
             drafts = HostCopy(torch.cat([torch.cat([o.accepted, o.entropy], dim=1).flatten() for o in outcomes]))
         order = [sequences[turn] for outcome in outcomes for turn in outcome.turns]
-        return _Results([(sequence, sequence.canvas, sequence.step) for sequence in order], HostCopy(numbers), drafts)
+        turns = [(sequence, sequence.canvas, sequence.step) for sequence in order]
+        return _Results(turns, HostCopy(numbers), drafts, self._scores(sequences, outcomes, hidden_NH))
+
+    def _scores(self, sequences: list[Sequence], outcomes: list[Outcome], hidden_NH: Tensor) -> list[HostCopy]:
+        """Log-probabilities of the canvases of those that ask, should this step be their last."""
+        cells = hidden_NH.split([sequence.request.canvas_length for sequence in sequences])
+        asked = [
+            (cells[turn], outcome.best[row])
+            for outcome in outcomes
+            for row, turn in enumerate(outcome.turns)
+            if sequences[turn].request.logprobs is not None
+        ]
+        if not asked:
+            return []
+        hidden, ids = (torch.cat(parts) for parts in zip(*asked, strict=True))
+        scores = self.network.scores(hidden, ids, MOST_SCORES)
+        return [HostCopy(part) for part in scores.split([len(best) for _, best in asked])]
 
     # -- results ---------------------------------------------------------------------------------------------------
 
@@ -246,12 +356,14 @@ class Engine:
         events: list[Event] = []
         numbers = iter(results.numbers.numbers())
         drafts = iter(results.drafts.numbers()) if results.drafts else None
+        scores = iter(results.scores)
         for sequence, canvas, step in results.turns:
             request = sequence.request
             length = request.canvas_length
             done, finite, live = (int(number) for number in itertools.islice(numbers, 3))
             tokens = [int(number) for number in itertools.islice(numbers, length)]
             accepted, entropy = (list(itertools.islice(drafts or (), length)) for _ in range(2))
+            scored = None if request.logprobs is None else next(scores)
             if sequence not in self.running + self.moved_out or canvas != sequence.canvas:
                 continue
             if request.drafts:
@@ -260,38 +372,22 @@ class Engine:
             if not finite:
                 events.append(self._finish(sequence, Reason.ERROR, "the network gave NaN or infinity"))
             elif done or step == request.sampler.max_denoising_steps:
-                events += self._settle(sequence, tokens, live)
+                events += self._settle(sequence, tokens, live, scored)
         return events
 
-    def _settle(self, sequence: Sequence, tokens: list[int], live: int) -> list[Event]:
+    def _settle(self, sequence: Sequence, tokens: list[int], live: int, scored: HostCopy | None) -> list[Event]:
         """The canvas of a sequence is final: it ends the answer, or becomes context of the next one."""
         request = sequence.request
-        new, reason = self._cut(request, sequence.answer, tokens)
-        settled = Settled(request.id, sequence.canvas, live, new)
+        new, reason = cut(request, sequence.answer, tokens, self.decode, self._markers)
+        scores = None
+        if scored is not None and request.logprobs is not None:
+            scores = scores_of(scored, request.logprobs, len(new), request.canvas_length)
+        settled = Settled(request.id, sequence.canvas, live, new, scores)
         sequence.answer += new
         if reason is not None:
             return [settled, self._finish(sequence, reason)]
-        sequence.canvas, sequence.step = sequence.canvas + 1, 0
+        sequence.settle(tokens)
         return [settled]
-
-    def _cut(self, request: Request, answer: list[int], tokens: list[int]) -> tuple[list[int], Reason | None]:
-        """Tokens of a canvas up to what ends the answer, that included, and why it ends if it does."""
-        first = request.earliest_end - len(answer)
-        ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids and index >= first]
-        new, reason = (tokens[: ends[0] + 1], Reason.STOP) if ends else (tokens, None)
-        if len(answer) + len(new) >= request.max_tokens:
-            new = new[: request.max_tokens - len(answer)]
-            reason = Reason.STOP if new[-1] in request.sampler.eos_ids else Reason.LENGTH
-        if self._stops(request, answer + new):
-            fewest = next(n for n in range(1, len(new) + 1) if self._stops(request, answer + new[:n]))
-            return new[:fewest], Reason.STOP
-        return new, reason
-
-    def _stops(self, request: Request, answer: list[int]) -> bool:
-        if not request.stop or self.decode is None:
-            return False
-        text = self.decode(answer)
-        return any(string in text for string in request.stop)
 
     def _finish(self, sequence: Sequence, reason: Reason, error: str | None = None) -> Finished:
         self.memory.close(sequence.held)

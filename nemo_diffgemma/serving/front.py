@@ -13,6 +13,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import resource
 import signal
@@ -33,6 +34,7 @@ from nemo_diffgemma.serving.router import Router
 from nemo_diffgemma.serving.settings import FrontSettings
 from nemo_diffgemma.serving.supervisor import StartError, Supervisor
 
+_LAST_WORDS = 5.0  # seconds after the time to drain, in which those that are not answered hear so
 _KEEP_ALIVE = 65  # seconds; longer than clients keep idle connections, or one may close as a request comes
 
 
@@ -63,7 +65,7 @@ async def serve(settings: FrontSettings, listener: socket.socket, folder: Path) 
         access_log=False,
         ws="none",
         timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=int(settings.drain_seconds) or 1,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds + _LAST_WORDS),
     )
     server = _Server(config)
     stopped = asyncio.Event()
@@ -76,7 +78,9 @@ async def serve(settings: FrontSettings, listener: socket.socket, folder: Path) 
     try:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
+        late = asyncio.get_running_loop().call_later(settings.drain_seconds, router.abandon)
         await http
+        late.cancel()
     finally:
         for task in (ends[0], announced):
             task.cancel()
@@ -103,11 +107,12 @@ async def _announce(settings: FrontSettings, listener: socket.socket, router: Ro
     print(json.dumps({"url": url, "model": settings.names[0], "replicas": len(router.replicas)}), flush=True)
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+def _listener(settings: FrontSettings) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
+    if sys.platform == "linux":  # the kernel cuts off clients that read nothing for so long
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * settings.request_seconds))
+    listener.bind((settings.host, settings.port))
     return listener
 
 
@@ -120,7 +125,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one file a connection
     gc.freeze()
     try:
-        listener = _listener(settings.host, settings.port)
+        listener = _listener(settings)
     except OSError as error:
         print_error(f"host={settings.host} port={settings.port} cannot be listened at ({error}); port=0 takes any")
         return USER_ERROR

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+
+import msgspec
 
 from nemo_diffgemma.serving.failures import Failure
 from nemo_diffgemma.serving.messages import Accepted, Beat, Event, Facts, Refused
@@ -16,19 +19,24 @@ _DRAFTS_AHEAD = 64  # events that a slow reader may be behind before drafts are 
 
 
 class Job:
-    """`next` gives its events: `Accepted` first, `Finished` last.
+    """`next` gives its events: `Accepted` first, `Finished` last. `request` is as its replica knows it.
 
     A request that begins again elsewhere gives the same tokens: what its client has had already is not told twice.
     """
 
     def __init__(self, request: Request, keys: Sequence[Key], began: float) -> None:
-        self.request, self.keys, self.began = request, keys, began
+        self.id, self.request, self.keys, self.began = request.id, request, keys, began
         self.replica: Replica | None = None
-        self.replays = 0
+        self.replays = 0  # since a replica ended
+        self.moves = 0  # since a replica was silent
         self.is_over = False
         self.last_told = began  # when its client last heard of a canvas
         self._events: asyncio.Queue[Event | Failure] = asyncio.Queue()
         self._accepted, self._canvas, self._remaining = False, 0, math.inf
+
+    def renew(self) -> None:
+        """It begins again, with another name: what a replica still says of its former life is of nobody."""
+        self.replica, self.request = None, msgspec.structs.replace(self.request, id=uuid.uuid4().hex)
 
     def tell(self, event: Event) -> bool:
         """Hand an event of a replica on; False if its client knows it."""
@@ -69,9 +77,14 @@ class Replica:
     def __init__(self, identity: bytes, name: str, facts: Facts, now: float) -> None:
         self.identity, self.name, self.facts = identity, name, facts
         self.heard, self.beat = now, Beat(0, 0, 0, 0.0)
-        self.draining = False
+        self.draining = self.is_silent = self.is_cut = False
         self.jobs: dict[str, Job] = {}
         self._prefixes: OrderedDict[Key, None] = OrderedDict()  # of prompts that it was sent, the longest unused first
+
+    @property
+    def is_able(self) -> bool:
+        """It takes requests."""
+        return not (self.draining or self.is_silent or self.is_cut)
 
     @property
     def has_free_slot(self) -> bool:

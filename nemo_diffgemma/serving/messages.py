@@ -91,10 +91,11 @@ class Accepted(Struct, frozen=True, tag=True):
 
 
 class Refused(Struct, frozen=True, tag=True):
-    """It is not, and why; nothing more is heard of it."""
+    """It is not, and why; nothing more is heard of it. `elsewhere`: by this replica, which is about to end."""
 
     id: str
     why: str
+    elsewhere: bool = False
 
 
 Event = Accepted | Refused | Draft | Settled | Finished

@@ -64,6 +64,7 @@ class Metrics:
 
     def show(self, router: Router) -> None:
         """What is now."""
+        self.replicas.set(sum(not replica.is_silent for replica in router.replicas.values()))
         beats = [replica.beat for replica in router.replicas.values()]
         self.slots.set(sum(beat.running for beat in beats))
         self.passes.set(sum(beat.passes for beat in beats))

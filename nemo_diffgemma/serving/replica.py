@@ -3,6 +3,7 @@
 Rank 0 speaks with the front end (mailbox.py). Before each pass it tells the others what has come, so that the engines
 of all ranks are given the same calls in the same order. SIGTERM drains: what is being answered is answered, nothing
 new is taken. An error of one request ends that request; any other ends the replica, which tells the front end why.
+A request with a language is accepted when that is compiled (compiling.py); passes go on meanwhile.
 """
 
 from __future__ import annotations
@@ -10,40 +11,59 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from types import FrameType
+from typing import Any, Protocol
 
 import msgspec
 import torch
 import torch.distributed as dist
 
+from nemo_diffgemma.config import ModelConfig
 from nemo_diffgemma.data.sudoku_tokenizer import is_sudoku
-from nemo_diffgemma.diffusion_gemma import DiffusionGemma
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero, world_size
-from nemo_diffgemma.parallel.groups import current_layout, device
+from nemo_diffgemma.serving.backend import Backend
+from nemo_diffgemma.serving.compiling import Compilation, Compiled, LanguageCompiler
+from nemo_diffgemma.serving.constraints import ConstraintError, Vocabulary, bytes_of_tokens
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
+from nemo_diffgemma.serving.ending import Decode
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
 from nemo_diffgemma.serving.mailbox import Errand, Mailbox
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import (
     Accepted,
     Cancel,
     Drain,
     Event,
     Events,
-    Facts,
     Farewell,
     Hello,
     Refused,
     Unknown,
     encode,
 )
-from nemo_diffgemma.serving.request import Request
+from nemo_diffgemma.serving.request import Finished, Reason, Request
 from nemo_diffgemma.serving.text import ServedText, files_of, fingerprint
 from nemo_diffgemma.tokenizer import Text
 
 _IDLE_SECONDS = 1.0  # after which the ranks of an idle replica hear of each other
 _errands = msgspec.msgpack.Decoder(list[Errand])
+
+
+class Network(Protocol):
+    """What a `backend` runs; `assets` is the folder with its tokenizer."""
+
+    model_config: ModelConfig
+
+    @property
+    def assets(self) -> Path | None: ...
+
+    @property
+    def sampler_defaults(self) -> SamplerConfig: ...
 
 
 class Replica:
@@ -53,27 +73,37 @@ class Replica:
     """
 
     def __init__(
-        self, network: DiffusionGemma, config: EngineConfig, address: str, name: str, lonely_seconds: float
+        self,
+        network: Network,
+        config: EngineConfig,
+        address: str,
+        name: str,
+        lonely_seconds: float,
+        backend: Callable[[Any, EngineConfig, Decode | None, Markers | None], Backend] = Engine,
     ) -> None:
-        own = Text(network.assets)
-        files = files_of(own)
+        read = Text(network.assets)
+        files = files_of(read)
         text = ServedText(files) if files else None
-        self.engine = Engine(network, config, decode=text.decode if text else None)
+        self.engine = backend(network, config, text.decode if text else None, text.part_markers if text else None)
         self.draining = False
         self._signalled = False
         self._errands_of_ranks = _Errands()
+        self._compilation = Compilation()
+        self._compiler: LanguageCompiler | None = None
         self._mailbox: Mailbox | None = None
-        task = "sudoku" if own.tokenizer is not None and is_sudoku(own.tokenizer) else None
-        hello = Hello(name, _facts(self.engine, fingerprint(files), task))
+        task = "sudoku" if read.tokenizer is not None and is_sudoku(read.tokenizer) else None
+        facts = msgspec.structs.replace(self.engine.facts(), text=fingerprint(files), task=task)
+        hello = Hello(name, facts)
         with all_or_none():
             if is_rank_zero():
                 self._mailbox = Mailbox(address, hello, files, lonely_seconds)
+                self._compiler = LanguageCompiler(partial(_vocabulary, network, read), self._mailbox.post)
 
     def serve(self) -> None:
         """Until it is drained. Raises what ends it before."""
         before = {number: signal.signal(number, self._drain_at_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            while not (self.draining and not self.engine.has_work):
+            while not (self.draining and not self.engine.has_work and not self._compilation):
                 self._turn()
             self._close(Farewell(False, "drained"))
         except Exception as error:
@@ -90,6 +120,8 @@ class Replica:
         if self._mailbox is not None:
             self._mailbox.send(farewell)
             self._mailbox.close()
+        if self._compiler is not None:
+            self._compiler.close()
 
     def _turn(self) -> None:
         """What has come, then a pass."""
@@ -106,7 +138,8 @@ class Replica:
             if events:
                 self._mailbox.send(Events(list(events)))
             engine = self.engine
-            self._mailbox.passed(len(engine.running), len(engine.waiting) + len(engine.moved_out), engine.passes)
+            running, waiting = engine.counts
+            self._mailbox.passed(running, waiting + len(self._compilation), engine.passes)
 
     def _taken(self) -> list[Errand]:
         """What rank 0 has heard; others hear it from there."""
@@ -124,24 +157,49 @@ class Replica:
         """The same on every rank."""
         engine = self.engine
         if isinstance(errand, Request):
-            if self.draining:
-                return [Refused(errand.id, "this replica is about to end")]
-            try:
-                engine.add(errand)
-            except UserError as error:
-                return [Refused(errand.id, str(error))]
-            return [Accepted(errand.id)]
+            return self._begin(errand)
+        if isinstance(errand, Compiled):
+            requests, automaton = self._compilation.take(errand)
+            if automaton is None:
+                return [Refused(request.id, errand.why) for request in requests]
+            return [self._added(request, automaton) for request in requests]
         if isinstance(errand, Cancel):
+            if (request := self._compilation.cancel(errand.id)) is not None:
+                return [Finished(request.id, Reason.CANCELLED, len(request.prompt), 0)]
             return [*engine.cancel(errand.id)]
         if isinstance(errand, Unknown):
-            everyone = [one.request for one in [*engine.running, *engine.moved_out]]
-            for request in [*everyone, *(request for _, request in engine.waiting)]:
+            self._compilation.forget()
+            for request in engine.requests:
                 engine.cancel(request.id)
             return []
         if not self.draining and self._mailbox is not None:
             self._mailbox.send(Farewell(True, "draining"))
         self.draining = True
         return []
+
+    def _begin(self, request: Request) -> list[Event]:
+        """A request has come."""
+        if self.draining:
+            return [Refused(request.id, "this replica is about to end", elsewhere=True)]
+        if request.language is None:
+            return [self._added(request, None)]
+        automaton = self._compilation.automaton(request.language)
+        if automaton is not None:
+            return [self._added(request, automaton)]
+        try:
+            self.engine.check(request)
+        except UserError as error:
+            return [Refused(request.id, str(error))]
+        if self._compilation.wait(request, request.language) and self._compiler is not None:
+            self._compiler.submit(request.language)
+        return []
+
+    def _added(self, request: Request, automaton: TokenAutomaton | None) -> Event:
+        try:
+            self.engine.add(request, automaton)
+        except UserError as error:
+            return Refused(request.id, str(error))
+        return Accepted(request.id)
 
 
 class _Errands:
@@ -166,39 +224,24 @@ class _Errands:
         return errands if is_rank_zero() else _errands.decode(content.numpy().tobytes())
 
 
-def _facts(engine: Engine, text: str, task: str | None) -> Facts:
-    model, network = engine.network.model_config, engine.network
-    layout = ", ".join(f"{axis}={size}" for axis, size in vars(current_layout()).items() if size > 1)
-    return Facts(
-        vocab_size=model.vocab_size,
-        canvas_length=model.canvas_length,
-        context_tokens=_most_context(engine),
-        tile=TILE,
-        cached_tiles=max(1, min(blocks.count for blocks in engine.memory.blocks.values())),
-        max_running=engine.config.max_running,
-        sampler=network.sampler_defaults,
-        text=text,
-        layout=layout or "one process",
-        device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
-        task=task,
-    )
-
-
-def _most_context(engine: Engine) -> int:
-    """The most tokens of context that one request can have: the memory's limit, or the model's, less a canvas."""
-    model = engine.network.model_config
-    low, high = 1, max(1, model.max_position_embeddings - model.canvas_length)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if engine.memory.fits(middle) else (low, middle - 1)
-    return low
+def _vocabulary(network: Network, text: Text) -> Vocabulary:
+    """What languages are spelled with. Raises `ConstraintError`."""
+    if text.tokenizer is None:
+        raise ConstraintError("this model has no tokenizer, so its answers cannot be held to a language")
+    tokens = bytes_of_tokens(text.tokenizer)
+    return Vocabulary(tokens, network.model_config.vocab_size, network.sampler_defaults.eos_ids)
 
 
 def run(
-    network: DiffusionGemma, config: EngineConfig, address: str, name: str, lonely_seconds: float
+    network: Network,
+    config: EngineConfig,
+    address: str,
+    name: str,
+    lonely_seconds: float,
+    backend: Callable[[Any, EngineConfig, Decode | None, Markers | None], Backend] = Engine,
 ) -> dict[str, float]:
     """Serve until drained -> what was done."""
     began = time.monotonic()
-    replica = Replica(network, config, address, name, lonely_seconds)
+    replica = Replica(network, config, address, name, lonely_seconds, backend)
     replica.serve()
     return {"passes": replica.engine.passes, "seconds": round(time.monotonic() - began, 1)}

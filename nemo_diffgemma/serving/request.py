@@ -17,6 +17,8 @@ from nemo_diffgemma.diffusion.seeds import check_seed
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.constraints.languages import Language
 
+MOST_SCORES = 20  # of the most probable ids at a place, as OpenAI's API has it
+
 
 class Request(Struct, frozen=True, tag=True):
     """A prompt and everything that its answer depends on; nothing else does.
@@ -27,13 +29,14 @@ class Request(Struct, frozen=True, tag=True):
     `locked` maps positions of the answer, from 0, to ids that stand there from the first step on. An end-of-sequence
     token before the last of them does not end the answer.
 
-    The answer is a text of `language`, whole: it ends within `max_tokens`, and then the reason is STOP in every case.
-    `stop` would cut it, so there is either. A replica compiles the language before it accepts the request; it refuses
-    what cannot be compiled in time, what has no text of `max_tokens` or fewer with the `locked` tokens in their places,
-    and every language where it has no tokenizer. `serving.answer_check` reads a finished answer once more.
+    The answer is a text of `language`, whole: it ends within `max_tokens`, and the reason is STOP in every case. With
+    either there is no `stop`, which would cut it. A replica compiles the language before it accepts the request; it
+    refuses what cannot be compiled in time, what has no text of `max_tokens` or fewer with the `locked` tokens in their
+    places, and every language where it has no tokenizer. `serving.answer_check` reads a finished answer once more.
 
     `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
-    of a settled canvas, and of so many of the most probable ids at its place.
+    of a settled canvas, and of so many of the most probable ids at its place. With `chat` the answer may have thoughts
+    and calls of tools, in which `stop` is not looked for.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Request(Struct, frozen=True, tag=True):
     language: Language | None = None
     adapter: str | None = None
     logprobs: int | None = None
+    chat: bool = False
 
     def check(self, model: ModelConfig) -> None:
         """Raise `UserError` for what this network can never answer."""
@@ -61,13 +65,13 @@ class Request(Struct, frozen=True, tag=True):
         if not 1 <= self.canvas_length <= model.canvas_length:
             raise UserError(f"canvas_length={self.canvas_length}; expected 1 to {model.canvas_length}")
         check_seed(self.seed)
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_SCORES:
+            raise UserError(f"logprobs={self.logprobs}; expected 0 to {MOST_SCORES}, or none")
         self.sampler.check_ids(model.vocab_size)
-        check_locked(self.locked, self.max_tokens, model.vocab_size, self.sampler.eos_ids)
-        if self.language is not None and self.stop:
-            raise UserError(
-                f"stop={self.stop[0]!r} would cut an answer that must be whole ({self.language.kind}); leave one of "
-                "them out"
-            )
+        check_locked(self.locked, self.max_tokens, model.vocab_size)
+        if self.stop and (self.language is not None or self.locked):
+            what = "locked places" if self.language is None else f"a language ({self.language.kind})"
+            raise UserError(f"stop={self.stop[0]!r} would cut an answer with {what}; leave one of them out")
 
     @property
     def earliest_end(self) -> int:

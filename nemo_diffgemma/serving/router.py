@@ -1,8 +1,12 @@
 """The front end's half of ZeroMQ: which replica gets a request, and what happens when one dies. asyncio, no torch.
 
 A request goes to a replica with a free slot, of these to the one that has most of its prompt in its prefix cache, of
-these to the one with the fewest requests. A replica that is silent for some seconds, stuck in a pass, or whose process
-has ended, is dead: its requests begin again on another one, or wait for it to come back.
+these to the one with the fewest requests.
+
+A replica whose process or connection has ended, which is noticed within a second, is lost: its requests begin again on
+another one, or wait for the next. One that is silent for some seconds may be busy, stopped or cut off: its requests
+move to another, where there is one, and stay with it where there is none. Only silence that lasts, or a pass that does
+not end, gives it up.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ from nemo_diffgemma.serving.settings import FrontSettings
 from nemo_diffgemma.serving.text import ServedText
 
 _TICK = 0.5  # seconds
-_REPLAYS = 2  # of one request: it may be what the replicas die of
+_REPLAYS = 2  # of one request, after ends of replicas: it may be what they die of
+_MOVES = 2  # of one request, away from replicas that are silent: where all are slow, it must stay somewhere
 _log = logging.getLogger(__name__)
 
 
@@ -77,6 +82,7 @@ class Router:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.sndhwm = self._socket.rcvhwm = 0  # the queue is limited; nothing may be dropped
+        self._socket.router_mandatory = True  # to send to a peer whose connection has ended is an error
         self._socket.linger = 500
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -88,16 +94,20 @@ class Router:
 
     async def close(self) -> None:
         """Tell the replicas to end, and end."""
-        self._closing = True
+        self.abandon()
         for replica in self.replicas.values():
             self._send(replica.identity, Drain())
-        for job in list(self.jobs.values()):
-            self._end(job, Unavailable("the server ends"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close()
         self._context.term()
+
+    def abandon(self) -> None:
+        """Take nothing more; what is not answered never will be."""
+        self._closing = True
+        for job in list(self.jobs.values()):
+            self._end(job, Unavailable("the server ends"))
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -116,9 +126,10 @@ class Router:
             self._metrics.refused.inc(len(requests))
             raise Overloaded(f"{len(self.jobs)} requests are running or waiting; try again in {wait} s", wait)
         now = time.monotonic()
-        jobs = [Job(request, keys_of(request.prompt, self.facts.tile), now) for request in requests]
+        tile = self.facts.tile
+        jobs = [Job(one, keys_of(one.prompt, tile, salt=one.adapter or ""), now) for one in requests]
         for job in jobs:
-            self.jobs[job.request.id] = job
+            self.jobs[job.id] = job
             self._place(job)
         return jobs
 
@@ -136,7 +147,7 @@ class Router:
         return min(60, max(1, math.ceil(excess / rate)))
 
     def _place(self, job: Job) -> None:
-        able = [replica for replica in self.replicas.values() if not replica.draining]
+        able = [replica for replica in self.replicas.values() if replica.is_able]
         if not able:
             self._unplaced.append(job)
             return
@@ -147,7 +158,7 @@ class Router:
     def _remove(self, job: Job) -> None:
         """It is over, or must be where it is."""
         job.is_over = True
-        self.jobs.pop(job.request.id, None)
+        self.jobs.pop(job.id, None)
         with contextlib.suppress(ValueError):
             self._unplaced.remove(job)
         if job.replica is not None and job.replica.jobs.pop(job.request.id, None) is not None:
@@ -161,7 +172,10 @@ class Router:
     # -- replicas --------------------------------------------------------------------------------------------------
 
     def _send(self, identity: bytes, message: ToReplica) -> None:
-        self._socket.send_multipart([identity, encode(message)])  # queued at once: there is no limit to wait for
+        # done at once: there is no limit to wait for
+        sent = asyncio.ensure_future(self._socket.send_multipart([identity, encode(message)]))
+        if sent.done() and sent.exception() is not None and identity in self.replicas:
+            self.replicas[identity].is_cut = True
 
     async def _hear(self) -> None:
         while True:
@@ -183,7 +197,7 @@ class Router:
             if not isinstance(message, Farewell):
                 self._send(identity, Unknown())
         else:
-            replica.heard = time.monotonic()
+            self._heard(replica)
             if isinstance(message, Beat):
                 replica.beat = message
             elif isinstance(message, Events):
@@ -192,7 +206,7 @@ class Router:
             elif message.draining:
                 replica.draining = True
             else:
-                self._lost(replica, message.why)
+                self._give_up(replica, message.why)
 
     async def _read(self, files: TextFiles) -> None:
         if self.text is None:
@@ -200,7 +214,7 @@ class Router:
         self.ready.set()
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
-        """A replica begins, or one that was given up comes back: it has forgotten its requests."""
+        """A replica begins, or one that was given up or cut off comes back: it has forgotten its requests."""
         if identity in self.replicas:  # it said so again before it heard that it is welcome
             return
         if hello.name in self._ended:
@@ -215,11 +229,13 @@ class Router:
             _log.error("replica %s has another model than this server; it gets no requests", hello.name)
             return
         self.replicas[identity] = Replica(identity, hello.name, hello.facts, time.monotonic())
-        self._metrics.replicas.set(len(self.replicas))
         self._on_ready(hello.name)
         self._send(identity, Welcome(wants_text=bool(hello.facts.text) and self.text is None))
         if not hello.facts.text:
             self.ready.set()
+        self._place_waiting()
+
+    def _place_waiting(self) -> None:
         waiting, self._unplaced = self._unplaced, deque()
         for job in waiting:
             self._place(job)
@@ -230,7 +246,8 @@ class Router:
             return
         if isinstance(event, Refused):
             replica.jobs.pop(event.id)
-            if replica.draining:
+            if event.elsewhere:
+                replica.draining = True
                 self._place(job)
             else:
                 self._end(job, InvalidRequest(event.why))
@@ -240,7 +257,7 @@ class Router:
             if event.reason is Reason.ERROR:
                 self._end(job, Failure(event.error or "the engine failed", "engine_error"))
                 return
-            self.jobs.pop(event.id)
+            self.jobs.pop(job.id)
             self._finished.append(time.monotonic())
             self._metrics.finished(job, event)
         if job.tell(event) and isinstance(event, Settled):
@@ -249,19 +266,43 @@ class Router:
     def ended(self, name: str, why: str) -> None:
         """The process of a replica has ended; ranks that it may have left are not to come back."""
         self._ended.add(name)
-        for replica in [one for one in self.replicas.values() if one.name == name]:
+        for replica in [] if self._closing else [one for one in self.replicas.values() if one.name == name]:
             self._lost(replica, why)
 
-    def _lost(self, replica: Replica, why: str) -> None:
-        """A replica is given up; its requests begin again."""
-        del self.replicas[replica.identity]
-        self._metrics.replicas.set(len(self.replicas))
-        jobs, replica.jobs = list(replica.jobs.values()), {}
-        _log.warning("replica %s: %s; %d requests begin again", replica.name, why, len(jobs))
+    def _heard(self, replica: Replica) -> None:
+        replica.heard = time.monotonic()
+        if replica.is_silent:
+            replica.is_silent = False
+            _log.warning("replica %s is heard again", replica.name)
+            self._place_waiting()
+
+    def _move(self, replica: Replica, seconds: float) -> None:
+        """A replica is silent: its requests go where somebody may answer sooner, should it not come back."""
+        if not replica.is_silent:
+            replica.is_silent = True
+            _log.warning("replica %s: silent for %.1f s, with %d requests", replica.name, seconds, len(replica.jobs))
+        if any(other.is_able for other in self.replicas.values()):
+            for job in [one for one in replica.jobs.values() if one.moves < _MOVES]:
+                del replica.jobs[job.request.id]
+                self._send(replica.identity, Cancel(job.request.id))
+                job.renew()
+                job.moves += 1
+                self._metrics.replays.inc()
+                self._place(job)
+
+    def _give_up(self, replica: Replica, why: str) -> None:
+        """Its process may still be there."""
         if not replica.draining:  # else it ends by itself
             self._on_dead(replica.name)
+        self._lost(replica, why)
+
+    def _lost(self, replica: Replica, why: str) -> None:
+        """A replica is gone; its requests begin again."""
+        del self.replicas[replica.identity]
+        jobs, replica.jobs = list(replica.jobs.values()), {}
+        _log.warning("replica %s: %s; %d requests begin again", replica.name, why, len(jobs))
         for job in jobs:
-            job.replica = None
+            job.renew()
             job.replays += 1
             if job.replays > _REPLAYS:
                 self._end(job, Failure(f"{job.replays} replicas failed while they answered: {why}", "replica_failed"))
@@ -284,12 +325,16 @@ class Router:
     def _look(self, now: float, late: float) -> None:
         for replica in list(self.replicas.values()):
             replica.heard += max(0.0, late)  # what came while we did not listen is not read yet
-            if now - replica.heard > self._settings.dead_seconds:
-                self._lost(replica, f"silent for {now - replica.heard:.1f} s")
-            elif replica.beat.stalled > self._settings.stall_seconds:
-                self._lost(replica, f"one pass has taken {replica.beat.stalled:.0f} s")
-            else:
-                self._send(replica.identity, Ping())
+            silent, stalled = now - replica.heard, replica.beat.stalled
+            self._send(replica.identity, Ping())
+            if replica.is_cut:
+                self._give_up(replica, "its connection has ended")
+            elif silent > self._settings.lost_seconds:
+                self._give_up(replica, f"silent for {silent:.1f} s")
+            elif stalled > self._settings.stall_seconds:
+                self._give_up(replica, f"one pass has taken {stalled:.0f} s")
+            elif silent > self._settings.silent_seconds:
+                self._move(replica, silent)
         for job in [one for one in self.jobs.values() if now - one.began > self._settings.request_seconds]:
             self._end(job, TimedOut(f"not answered in {self._settings.request_seconds:g} s", "timeout"))
         self._metrics.show(self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nemo_diffgemma.diffusion.locked_places import cells_of
+from nemo_diffgemma.serving.constraints.sequence import ConstrainedSequence
 from nemo_diffgemma.serving.context_memory import Held
 from nemo_diffgemma.serving.request import Request
 from nemo_diffgemma.serving.slots import Turn
@@ -21,6 +23,11 @@ class Sequence:
     canvas: int = 0  # which is being denoised
     step: int = 0  # steps of it that have been enqueued
     answer: list[int] = field(default_factory=list)
+    constraint: ConstrainedSequence | None = None
+    locked: list[int] | None = field(init=False)  # ids that stand in the canvas, -1 where none does
+
+    def __post_init__(self) -> None:
+        self.locked = cells_of(self.request.locked, self.canvas, self.request.canvas_length)
 
     @property
     def context(self) -> int:
@@ -44,4 +51,13 @@ class Sequence:
     def turn(self) -> Turn:
         """Its next denoising step."""
         request = self.request
-        return Turn(self.slot, request.canvas_length, self.canvas, self.step, request.seed, request.sampler)
+        return Turn(
+            self.slot, request.canvas_length, self.canvas, self.step, request.seed, request.sampler, self.locked
+        )
+
+    def settle(self, tokens: list[int]) -> None:
+        """Go on behind a canvas that has settled and does not end the answer."""
+        if self.constraint is not None:
+            self.constraint.settle(tokens)
+        self.canvas, self.step = self.canvas + 1, 0
+        self.locked = cells_of(self.request.locked, self.canvas, self.request.canvas_length)

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_diffgemma.diffusion.constraint import Allowed
 from nemo_diffgemma.diffusion.noise import INITIAL, REPLACEMENT, UNIFORM, keyed_bits, to_ids, to_uniforms
 from nemo_diffgemma.diffusion.sampler import accept
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
+from nemo_diffgemma.model.vocabulary import Statistics
 from nemo_diffgemma.transfer import to_device
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One step of the canvas in a slot: `step` counts from 0, as `canvas` does."""
+    """One step of the canvas in a slot: `step` counts from 0, as `canvas` does. `locked` are ids that stand in it."""
 
     slot: int
     length: int
@@ -30,6 +32,7 @@ class Turn:
     step: int
     seed: int
     sampler: SamplerConfig
+    locked: Sequence[int] | None = None  # one a cell, -1 where none stands
 
     @property
     def remaining(self) -> int:
@@ -59,6 +62,10 @@ class Cells:
         reals = [(turn.sampler.temperature(turn.remaining), turn.sampler.entropy_bound) for turn in turns]
         numbers = to_device(torch.tensor(reals, dtype=torch.float64)[turn_N], device)
         self.temperature_N1, self.bound_N1 = numbers[:, :1], numbers[:, 1:].float()
+        self.locked_N: Tensor | None = None  # -1 where none stands; None: nowhere
+        if any(turn.locked for turn in turns):
+            ids = [turn.locked or [-1] * turn.length for turn in turns]
+            self.locked_N = to_device(torch.tensor([id for turn in ids for id in turn]), device)
 
     def initial(self, vocab_size: int) -> Tensor:
         """First ids of the canvases, [N]."""
@@ -111,8 +118,10 @@ class Slots:
         self.canvas = make(count * width, dtype=torch.long)  # noised ids
         self.best = make(count * width, dtype=torch.long)  # arg-max of the last step, or of that which settled it
         self.soft = make(count * width, hidden, dtype=dtype)  # self-conditioning signal
-        self.unchanged = make(count, dtype=torch.long)  # steps before the last that had its arg-max
+        self.watched = make(count * width, dtype=torch.long)  # what must not change for it to be done
+        self.unchanged = make(count, dtype=torch.long)  # steps before the last that had the same
         self.done = make(count, dtype=torch.bool)
+        self.guided = make(count, dtype=torch.bool)  # by its constraint
         self.live = make(count, dtype=torch.long)  # steps until it was done
 
     def cells(self, turns: Sequence[Turn]) -> Cells:
@@ -122,6 +131,8 @@ class Slots:
         """Ids [N] and signals [N, H] of a step; a canvas that begins is noise, and has no signal."""
         first_N = cells.is_first_N
         tokens_N = torch.where(first_N, cells.initial(vocab_size), self.canvas.index_select(0, cells.index_N))
+        if cells.locked_N is not None:
+            tokens_N = torch.where(cells.locked_N < 0, tokens_N, cells.locked_N)
         soft_NH = self.soft.index_select(0, cells.index_N).masked_fill_(first_N[:, None], 0.0)
         return tokens_N, soft_NH
 
@@ -129,47 +140,71 @@ class Slots:
         """Tokens of a canvas after its last step, [length]."""
         return self.best[slot * self.width : slot * self.width + length]
 
-    def advance(
-        self, cells: Cells, argmax_N: Tensor, sample_N: Tensor, entropy_N: Tensor, soft_NH: Tensor, vocab_size: int
-    ) -> list[Outcome]:
-        """Keep the result of a step; the rules are those of `diffusion.sampler` and `diffusion.progress`."""
+    def advance(self, cells: Cells, found: Statistics, allowed: Allowed | None, vocab_size: int) -> list[Outcome]:
+        """Keep the result of a step; the rules are those of `diffusion.sampler` and `diffusion.progress`.
+
+        `allowed` is what constraints of some of the turns allow, [N], and of each turn whether that is its arg-max.
+        """
+        assert found.sample_N is not None and found.soft_embedding_NH is not None
         replacements_N = cells.replacements(vocab_size)
-        self.soft.index_copy_(0, cells.index_N, soft_NH)
+        self.soft.index_copy_(0, cells.index_N, found.soft_embedding_NH)
+        allowed_N = found.argmax_N if allowed is None else allowed.tokens
         outcomes = []
         for length, turns, offsets in cells.by_length():
             chosen = to_device(torch.tensor(offsets), self.device)[:, None] + torch.arange(length, device=self.device)
-            entropy, sample, argmax, other = (x[chosen] for x in (entropy_N, sample_N, argmax_N, replacements_N))
+            argmax, best, entropy, sample, other = (
+                x[chosen] for x in (found.argmax_N, allowed_N, found.entropy_N, found.sample_N, replacements_N)
+            )
             accepted = accept(entropy, cells.bound_N1[chosen[:, 0]])
-            index = cells.index_N[chosen]
-            self.canvas.index_copy_(0, index.flatten(), torch.where(accepted, sample, other).flatten())
-            outcomes.append(self._progress(cells, length, turns, index, argmax, entropy, accepted))
+            group = _Group(cells, turns, cells.index_N[chosen], self.device)
+            outcome, guided = self._progress(group, argmax, best, entropy, accepted, allowed)
+            canvas = torch.where(accepted, torch.where(guided[:, None], best, sample), other)
+            self.canvas.index_copy_(0, group.index.flatten(), canvas.flatten())
+            outcomes.append(outcome)
         return outcomes
 
     def _progress(
         self,
-        cells: Cells,
-        length: int,
-        turns: list[int],
-        index: Tensor,
+        group: _Group,
         argmax: Tensor,
+        best: Tensor,
         entropy: Tensor,
         accepted: Tensor,
-    ) -> Outcome:
-        """Whether the canvases of one length are done, and what they are so far."""
-        of = [cells.turns[turn] for turn in turns]
-        numbers = [(turn.slot, turn.step == 0, turn.sampler.stability_threshold) for turn in of]
-        slot, first, wanted = to_device(torch.tensor(numbers), self.device).unbind(1)
-        is_first = first.bool()
-        threshold = to_device(torch.tensor([turn.sampler.confidence_threshold for turn in of]), self.device)
-        done = self.done[slot] & ~is_first
-        before = self.best[index]
-        best = torch.where(done[:, None], before, argmax)
-        same = (best == before).all(-1) & ~is_first
+        allowed: Allowed | None,
+    ) -> tuple[Outcome, Tensor]:
+        """Whether the canvases of one length are done, what they are so far, and which their constraint guides."""
+        slot, is_first, index = group.slot, group.is_first, group.index
+        done, guided = self.done[slot] & ~is_first, self.guided[slot] & ~is_first
+        before, watched_before = self.best[index], self.watched[index]
+        watched = torch.where(done[:, None], before, torch.where(guided[:, None], best, argmax))
+        best = torch.where(done[:, None], before, best)
+        same = (watched == watched_before).all(-1) & ~is_first
         unchanged = torch.where(same, self.unchanged[slot] + 1, 0)
         live = torch.where(is_first, 0, self.live[slot]) + ~done
         finite = entropy.isfinite().all(-1) | done
-        done = done | ((unchanged >= wanted) & (entropy.mean(-1) < threshold))
-        for state, value in ((self.done, done), (self.unchanged, unchanged), (self.live, live)):
+        stable = (unchanged >= group.wanted) & (entropy.mean(-1) < group.threshold)
+        if allowed is None:
+            done = done | stable
+        else:
+            done = done | (stable & (guided | allowed.is_argmax[group.turn]))
+            guided = guided | (stable & ~done)
+        states = ((self.done, done), (self.guided, guided), (self.unchanged, unchanged), (self.live, live))
+        for state, value in states:
             state.index_copy_(0, slot, value)
         self.best.index_copy_(0, index.flatten(), best.flatten())
-        return Outcome(turns, done, finite, live, best, accepted, entropy)
+        self.watched.index_copy_(0, index.flatten(), watched.flatten())
+        return Outcome(group.turns, done, finite, live, best, accepted, entropy), guided
+
+
+class _Group:
+    """The turns of one canvas length, and the numbers of each on the device, [m]; their cells in the slots [m, L]."""
+
+    def __init__(self, cells: Cells, turns: list[int], index: Tensor, device: torch.device) -> None:
+        of = [cells.turns[turn] for turn in turns]
+        numbers = [
+            (turn, one.slot, one.step == 0, one.sampler.stability_threshold)
+            for turn, one in zip(turns, of, strict=True)
+        ]
+        self.turn, self.slot, first, self.wanted = to_device(torch.tensor(numbers), device).unbind(1)
+        self.is_first, self.turns, self.index = first.bool(), turns, index
+        self.threshold = to_device(torch.tensor([one.sampler.confidence_threshold for one in of]), device)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from nemo_diffgemma.serving.settings import FrontSettings
 
 STARTED_BY = "NEMO_DIFFGEMMA_FRONT"  # in the environment of replicas: whose end is theirs
-_LONELY_SECONDS = 15.0  # without the front end, after which its replicas end
+_LONELY_SECONDS = 60.0  # without the front end, after which its replicas end; they end with its process anyway
 _BACKOFF = (1.0, 60.0)  # seconds before a replica is started again: the first time, and at most
 _CALM_SECONDS = 120.0  # up for so long, a replica has no history
 _FAILED_STARTS = 3  # of replicas that never served; then the server gives up

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -58,7 +59,11 @@ class ServedText:
         self._special_tokens = files.special_tokens
         self.markers = special_tokens(self._tokenizer)  # ids that are no text, with their names
         self.part_markers = Markers.of(self._tokenizer.token_to_id)
-        self._template = None if files.template is None else _environment().from_string(files.template)
+        self._template, self.variables = None, frozenset[str]()  # of the template
+        if files.template is not None:
+            environment = _environment()
+            self._template = environment.from_string(files.template)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(files.template)))
         self.piece = functools.lru_cache(65536)(lambda id: self.decode([id]))  # what a token alone says
         self._bytes = _byte_reader(files)
 
@@ -76,8 +81,8 @@ class ServedText:
             raise UserError(f"this model's tokenizer cannot read the text: {error}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        """Text without special tokens, and without Gemma's markers if a tokenizer calls them ordinary."""
+        return self._tokenizer.decode([id for id in ids if id not in self.markers], skip_special_tokens=True)
 
     def decode_marked(self, ids: Sequence[int]) -> str:
         """Text in which a special token is its name between two U+0001, as `constraints.Language.check` reads it."""
@@ -99,20 +104,24 @@ class ServedText:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content), content
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Ids of a conversation with the answer's beginning behind it.
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
+        """Ids of a conversation with the answer's beginning behind it. `variables` are the template's: tools, others.
 
         A model without a template gets the text of a single message of the user's as it is. Raises `UserError` for
         what the template refuses, and for conversations where there is none.
         """
         if self._template is not None:
             try:
-                prompt = self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+                prompt = self._template.render(
+                    {**self._special_tokens, **variables}, messages=messages, add_generation_prompt=True
+                )
             except Exception as error:  # a template is a program, and raises what it likes
                 raise UserError(f"the chat template of this model does not take these messages: {error}") from None
             return self.encode(prompt, special_tokens=False)
-        if len(messages) != 1 or messages[0]["role"] != "user":
-            raise UserError("this model has no chat template; send one message of the user's, or use /v1/completions")
+        if len(messages) != 1 or messages[0]["role"] != "user" or variables.get("tools"):
+            raise UserError(
+                "this model has no chat template; send one message of the user's and no tools, or use /v1/completions"
+            )
         return self.encode(messages[0]["content"])
 
 

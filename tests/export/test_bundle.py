@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -218,7 +217,7 @@ def test_half_built_damaged_and_foreign_bundles_are_refused(bundle, copy, tmp_pa
 
     info = json.loads((copy / BUILD_INFO).read_text())
     (copy / BUILD_INFO).write_text(json.dumps({**info, "format": 99}))
-    refused("is a bundle of format 99, this version reads formats 2 and 3; build it again")
+    refused("is a bundle of format 99, this version reads format 4; build it again")
     (copy / BUILD_INFO).unlink()
     refused("a half-built bundle: it has no build_info.json; remove it and build it again")
     (copy / BUILD_INFO).write_text(json.dumps(info))
@@ -283,21 +282,6 @@ def test_bad_requests_leave_nothing(traces, tmp_path, given, says):
     with pytest.raises(ValueError, match=says):
         build(config, Shown())
     assert not any(tmp_path.iterdir())
-
-
-def test_a_bundle_of_format_2_is_opened_as_it_was_built(traces, tmp_path):
-    """Its experts are dense, and nothing in it says so."""
-    build_bundle(traces, tmp_path / "old", Settings(steps=8, experts="dense", limits=LIMITS))
-    file, info_file = tmp_path / "old" / "config.json", tmp_path / "old" / BUILD_INFO
-    described, info = json.loads(file.read_text()), json.loads(info_file.read_text())
-    del described["build_config"]["experts"]
-    file.write_text(json.dumps(described))
-    checksum = hashlib.sha256(file.read_bytes()).hexdigest()
-    info["files"]["config.json"] = {"bytes": file.stat().st_size, "sha256": checksum}
-    info_file.write_text(json.dumps({**info, "format": 2}))
-    assert read_bundle(tmp_path / "old").settings.experts == "dense"
-    found = check(CheckConfig(str(tmp_path / "old"), steps=4), Shown())
-    assert found["verdict"] == "agrees" and found["agreement"]["routing"] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("positions", [1, 64, 8191, 262_144])

@@ -85,7 +85,7 @@ def test_every_graph_builds_in_every_precision(graph, dtype, tmp_path):
 
 def test_a_loop_of_any_number_of_steps_builds(tmp_path):
     network = built(to_loop(kit.graph("step"), None), "loop", tmp_path, kit.config("short"), steps=None)
-    assert network.inputs["temperatures"].axes == ("steps",)
+    assert network.inputs["temperatures"].axes == ("steps", "batch")
 
 
 @pytest.mark.parametrize("graph", ["encode", "step"])

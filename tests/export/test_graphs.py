@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,14 +138,14 @@ def test_what_lies_in_a_buffer_before_the_context_is_not_seen(checkpoint, engine
     inputs = {
         "canvas": noise.initial(0),
         "soft": engine.no_signal(1),
-        "temperature": torch.tensor(0.8),
-        "entropy_bound": torch.tensor(0.1),
+        "temperature": torch.tensor([0.8]),
+        "entropy_bound": torch.tensor([0.1]),
         "uniforms": noise.uniforms(0, 48),
         "replacements": noise.replacements(0, 48),
     }
     plain = engine.step(context, inputs)
     longer = {name: torch.nn.functional.pad(past, (0, 0, 6, 0), value=1e3) for name, past in context.past[0].items()}
-    padded = engine.step(type(context)(context.left_padding, context.length, (longer,)), inputs)
+    padded = engine.step(replace(context, past=(longer,)), inputs)
     for name in plain:
         assert torch.allclose(plain[name].float(), padded[name].float(), atol=1e-6), name
 

@@ -43,9 +43,9 @@ def _inputs(graph: str) -> dict[str, Tensor]:
             inputs[name] = torch.rand(tensor.shape, generator=generator)
         elif tensor.dim() > 1:
             inputs[name] = torch.randn(tensor.shape, generator=generator) * 0.5
-    settings = {"past_length": torch.tensor(6)}
+    settings = {"past_length": torch.tensor([6, 4])}
     if graph == "step":
-        settings |= {"temperature": torch.tensor(0.7), "entropy_bound": torch.tensor(2.0)}
+        settings |= {"temperature": torch.tensor([0.7, 0.5]), "entropy_bound": torch.tensor([2.0, 1.0])}
     return inputs | settings
 
 
@@ -86,7 +86,7 @@ def test_a_loop_of_a_quantised_step_repeats_it(scheme: str) -> None:
     step, tensors, inputs = quantized.graph("step", scheme), quantized.quantized(scheme), _inputs("step")
     generator = torch.Generator().manual_seed(6)
     stacks = {
-        "temperatures": torch.tensor([0.8, 0.6]),
+        "temperatures": torch.tensor([[0.8, 0.7], [0.6, 0.5]]),
         "uniforms": torch.rand(2, 2, 4, generator=generator),
         "replacements": torch.randint(0, CONFIG.vocab_size, (2, 2, 4), generator=generator),
     }

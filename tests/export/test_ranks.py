@@ -45,10 +45,10 @@ def one_step(path: Path, disturbed: bool) -> dict[str, Tensor]:
             canvas=torch.randint(64, shape, generator=generator),
             soft=torch.zeros(*shape, config.hidden_size),
             first=torch.zeros(ROWS, dtype=torch.long),
-            past_length=torch.tensor(0),
+            past_length=torch.zeros(ROWS, dtype=torch.long),
             rank=torch.tensor(rank),
-            temperature=torch.tensor(0.8),
-            entropy_bound=torch.tensor(1e9),  # all are accepted: the next canvas is the sample
+            temperature=torch.full((ROWS,), 0.8),
+            entropy_bound=torch.full((ROWS,), 1e9),  # all are accepted: the next canvas is the sample
             uniforms=torch.rand(shape, generator=generator),
             replacements=torch.randint(64, shape, generator=generator),
             past=empty_context(config, TWO, ROWS, torch.float32),

@@ -156,10 +156,10 @@ def test_bytes_of_a_step_are_inputs_and_outputs_once() -> None:
     held = sum(4 * torch.Size(weight.shape).numel() for name, weight in weights.items() if name in names)
     canvas = positions * (8 + 4 + 8) + positions * config.hidden_size * 4  # ids, uniforms, replacements, soft
     outputs = positions * (8 + config.hidden_size * 4 + 8 + 4 + 1) + 3 * 8
-    scalars = 4 + 4 + 3 * 8 + 8  # temperature, bound, first, past_length
+    settings = 3 * (4 + 4 + 8 + 8)  # temperature, bound, first, past_length
     constants = count(model, SIZES, weights).weight_bytes - held  # rotary frequencies and the like
     assert 0 <= constants < 2000
-    assert count(model, SIZES).bytes == pytest.approx(held + context + canvas + outputs + scalars, abs=constants)
+    assert count(model, SIZES).bytes == pytest.approx(held + context + canvas + outputs + settings, abs=constants)
 
 
 @pytest.mark.parametrize("steps", [6, None])

@@ -1,4 +1,4 @@
-"""Constrained answers on a GPU: recorded steps, and no wait for the device in them."""
+"""Constrained answers and locked places on a GPU: recorded steps, and no wait for the device in them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import Tensor
 from tests.distributed.layouts import LAYOUTS
 from tests.serving import constrained as cases
 
+PLACE, ID = 3, 11  # of a token that is locked
 WORLDS = {"single": (1, {}), "tp2_ep2": LAYOUTS["tp2_ep2"]}
 
 
-def steps_without_waiting(layout: dict[str, int]) -> list[Tensor]:
-    """What the steps of a canvas allow, where any wait for the device is an error once the step is recorded."""
+def steps_without_waiting(layout: dict[str, int], locks: bool) -> list[Tensor]:
+    """What the steps of a canvas settle on, where any wait for the device is an error once the step is recorded.
+
+    They are constrained, or with `locks` have a token that stands in its place.
+    """
     from nemo_diffgemma.diffusion.generate import StepInputs
     from nemo_diffgemma.parallel import device
     from nemo_diffgemma.serving.constraints.sequence import ConstrainedBatch
@@ -28,15 +32,18 @@ def steps_without_waiting(layout: dict[str, int]) -> list[Tensor]:
     canvas = torch.full((3, cases.LENGTH), 9, device=place)
     uniforms = torch.full((3, cases.LENGTH), 0.5, device=place)
     bound, soft, found = torch.tensor(0.1, dtype=torch.float64, device=place), None, []
+    locked = torch.full_like(canvas, -1)
+    locked[:, PLACE] = ID
+    held: dict[str, Any] = dict(locked=locked) if locks else dict(constraint=told)
     for step in range(5):
-        given = StepInputs(canvas, uniforms, canvas, bound * 4, bound, soft, constraint=told)
+        given = StepInputs(canvas, uniforms, canvas, bound * 4, bound, soft, **held)
         torch.cuda.synchronize()
         if step > 2:  # the second is recorded, with waits
             torch.cuda.set_sync_debug_mode("error")
         settled = model.canvas_step(given, cache)
         torch.cuda.set_sync_debug_mode("default")
         canvas, soft = settled.canvas, settled.soft
-        found.append(settled.allowed.tokens.cpu())
+        found.append((settled.argmax if settled.allowed is None else settled.allowed.tokens).cpu())
     return found
 
 
@@ -50,8 +57,11 @@ def test_answers_are_of_their_languages(gpu_pool, layout):
         check(answers[:-1], 4)
 
 
+@pytest.mark.parametrize("locks", [False, True], ids=["constrained", "locked"])
 @pytest.mark.parametrize("layout", WORLDS)
-def test_no_constrained_step_waits_for_the_device(gpu_pool, layout):
+def test_no_step_waits_for_the_device(gpu_pool, layout, locks):
     world, axes = WORLDS[layout]
-    for steps in gpu_pool(world).run("tests.gpu.test_constraints:steps_without_waiting", layout=axes):
+    job = "tests.gpu.test_constraints:steps_without_waiting"
+    for steps in gpu_pool(world).run(job, layout=axes, locks=locks):
         assert all(tokens.shape == (3, cases.LENGTH) for tokens in steps)
+        assert not locks or all((tokens[:, PLACE] == ID).all() for tokens in steps)

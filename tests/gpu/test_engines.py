@@ -95,8 +95,8 @@ def numbers(path: Path, provider: str, length: int, calls: int = 1) -> list[dict
         inputs = {
             "canvas": torch.randint(vocabulary, canvas, generator=generator),
             "soft": soft,
-            "temperature": torch.tensor(0.4 + 0.4 * float(torch.rand((), generator=generator))),
-            "entropy_bound": torch.tensor(5.0),
+            "temperature": 0.4 + 0.4 * torch.rand(2, generator=generator),
+            "entropy_bound": torch.full((2,), 5.0),
             "uniforms": torch.rand(canvas, generator=generator),
             "replacements": torch.randint(vocabulary, canvas, generator=generator),
         }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.model import loss, table_gradient, token_classes, vocabulary
+from nemo_diffgemma.model import token_scores as scores_of
 from nemo_diffgemma.model.vocabulary import VocabularyShard
 from nemo_diffgemma.parallel import ParallelLayout, initialize, process_groups
 
@@ -56,10 +57,9 @@ def _statistics(tensor: int, hidden_NH: Tensor, table_VH: Tensor, **arguments: A
 class Chosen:
     """A constraint that chooses the classes `chosen_nC`, whatever their logits are."""
 
-    rows_n: Tensor
+    cells_nC: Tensor
     class_of_id_nV: Tensor
     classes: int
-    length: int
     chosen_nC: Tensor
 
     def choose(self, maxima_nCK: Tensor) -> Tensor:
@@ -146,3 +146,8 @@ def accumulated(
     gradient = table.main_grad - 1 if main else table.grad  # type: ignore[attr-defined]
     assert main == (table.grad is None)
     return dict(loss=total, hidden=hidden_gradient, table=gradient)
+
+
+def token_scores(tensor: int, hidden_NH: Tensor, table_VH: Tensor, ids_N: Tensor, **arguments: Any) -> Tensor:
+    """`token_scores.token_scores` over a cut table."""
+    return scores_of.token_scores(hidden_NH, ids_N, *cut(table_VH, tensor), **arguments)

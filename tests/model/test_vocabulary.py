@@ -78,6 +78,29 @@ def test_statistics_are_those_of_the_dense_softmax(
     check(*cases.statistics(1, [asked]), asked)
 
 
+@settings(max_examples=30)
+@given(
+    positions=st.integers(8, 900),
+    first=st.integers(0, 899),
+    count=st.integers(8, 900),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_position_gets_the_same_bits_among_any_others(single, positions, first, count, dtype):
+    """A canvas alone, and the same in a pass of many: whatever tile and vector of positions it falls into."""
+    asked = problem(0, 900, 1000, 24, 3.0, chunk=64, temperature=torch.linspace(0.3, 0.9, 900).double()[:, None])
+    asked = {name: value.to(dtype) if name in ("hidden_NH", "table_VH") else value for name, value in asked.items()}
+    first = min(first, positions - 8)
+
+    def of(begin: int, end: int) -> dict[str, Tensor]:
+        names = ("hidden_NH", "uniforms_N", "temperature")
+        return cases.statistics(1, [{**asked, **{name: asked[name][begin:end] for name in names}}])[0]
+
+    end = min(positions, first + count)
+    among, alone = of(0, positions), of(first, end)
+    for name in alone:
+        assert torch.equal(among[name][first:end], alone[name]), name
+
+
 @pytest.mark.parametrize("tensor", [2, 4])
 @pytest.mark.parametrize("ids", [61, 257, 1000])
 def test_statistics_of_a_cut_vocabulary(pool, tensor, ids):
@@ -106,7 +129,8 @@ def test_the_token_of_a_class_is_its_most_probable(single, pool, tensor, interle
         generator = torch.Generator().manual_seed(seed)
         classes_nV = torch.randint(5, (2, ids), generator=generator, dtype=torch.int32)
         chosen_nC = torch.randint(5, (2, 4), generator=generator)
-        constraint = cases.Chosen(torch.tensor([2, 0]), classes_nV, 5, 4, chosen_nC)
+        cells_nC = torch.tensor([[8, 9, 10, 11], [0, 1, 2, 2]])  # the second canvas has three
+        constraint = cases.Chosen(cells_nC, classes_nV, 5, chosen_nC)
         asked.append(problem(seed, 12, ids, 24, 3.0, chunk=chunk, constraint=constraint))
     asked[1]["table_VH"].zero_()  # equal logits
     arguments = dict(tensor=tensor, interleaved=interleaved, problems=asked)
@@ -114,7 +138,7 @@ def test_the_token_of_a_class_is_its_most_probable(single, pool, tensor, interle
     ranks = [cases.tokens_of_classes(**arguments)] if tensor == 1 else pool(tensor).run(job, **arguments)
     one_process = cases.tokens_of_classes(1, interleaved, asked)
     for number, (its, expected) in enumerate(zip(asked, one_process, strict=True)):
-        z_BCV = dense(its["hidden_NH"], its["table_VH"], its["softcap"]).unflatten(0, (3, 4))[[2, 0]]
+        z_BCV = dense(its["hidden_NH"], its["table_VH"], its["softcap"])[its["constraint"].cells_nC]
         constraint, tokens_nC = its["constraint"], ranks[0][number]["allowed_nC"]
         is_class_nCV = constraint.class_of_id_nV[:, None] == constraint.chosen_nC[..., None]
         assert is_class_nCV.gather(2, tokens_nC[..., None]).all()
@@ -125,6 +149,30 @@ def test_the_token_of_a_class_is_its_most_probable(single, pool, tensor, interle
             assert torch.equal(tokens_nC, first_nC)
         assert torch.equal(tokens_nC, expected["allowed_nC"])  # no layout changes it
         assert all(torch.equal(rank[number]["allowed_nC"], tokens_nC) for rank in ranks)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_locked_positions_have_all_mass_on_their_id(pool, tensor):
+    """Also where the logits are no numbers; 61 ids leave two of four ranks with padding alone. Others do not notice."""
+    asked = []
+    for dtype in (torch.float32, torch.bfloat16):
+        free = problem(7, 6, 61, 24, 3.0, chunk=16)
+        free["hidden_NH"], free["table_VH"] = free["hidden_NH"].to(dtype), free["table_VH"].to(dtype)
+        spoiled = free["hidden_NH"].clone()
+        spoiled[3] = torch.nan
+        asked += [free, dict(free, hidden_NH=spoiled, locked_N=torch.tensor([-1, 60, -1, 0, 33, -1]))]
+    arguments = dict(tensor=tensor, problems=asked)
+    ranks = [cases.statistics(1, asked)]
+    if tensor > 1:
+        ranks = pool(tensor).run("tests.model.cases:statistics", **arguments)
+    for free, locked in [pair for found in ranks for pair in (found[:2], found[2:])]:
+        for place, id in enumerate(asked[1]["locked_N"].tolist()):
+            if id < 0:
+                assert all(torch.equal(locked[name][place], free[name][place]) for name in free)
+                continue
+            assert locked["argmax_N"][place] == locked["sample_N"][place] == id and locked["entropy_N"][place] == 0
+            table_VH = asked[1 if locked["soft_embedding_NH"].dtype == torch.float32 else 3]["table_VH"]
+            assert torch.equal(locked["soft_embedding_NH"][place], table_VH[id])
 
 
 def extremes(ids: int) -> dict[str, dict[str, Any]]:
@@ -228,7 +276,8 @@ def test_threads_sweep_at_once_as_each_does_alone(single):
 
     def sweep(index: int) -> dict[str, Tensor]:
         arguments = dict(asked[index])
-        return vars(vocabulary.statistics(arguments.pop("hidden_NH"), *tables[index], **arguments))
+        found = vars(vocabulary.statistics(arguments.pop("hidden_NH"), *tables[index], **arguments))
+        return {name: value for name, value in found.items() if value is not None}
 
     def several(index: int) -> list[dict[str, Tensor]]:
         with vocabulary.reused_scratch():

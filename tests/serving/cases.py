@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 
 from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout, SamplerConfig
 from nemo_diffgemma.parallel import initialize
+from nemo_diffgemma.serving.constraints import Constraint
+from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
-from nemo_diffgemma.serving.request import Draft, Finished, Request, Settled
+from nemo_diffgemma.serving.request import Draft, Finished, Request, Scores, Settled
 
 EOS = (1, 7, 9)
 IDS, CANVAS = 500, 32
@@ -66,17 +69,21 @@ def requests(count: int, seed: int) -> list[Request]:
     return made
 
 
-def alone(model: DiffusionGemma, request: Request) -> tuple[list[int], int]:
+def alone(model: DiffusionGemma, request: Request, automaton: TokenAutomaton | None = None) -> tuple[list[int], int]:
     """Tokens that a request gets by itself, up to what ends its answer, and the steps of all its canvases."""
+    constraints = None if automaton is None else [Constraint(automaton, request.max_tokens)]
     result = model.generate(
         torch.tensor([request.prompt]),
         max_new_tokens=request.max_tokens,
         canvas_length=request.canvas_length,
         sampler=request.sampler,
         seed=[request.seed],
+        constraints=constraints,
+        locked=[request.locked],
     )
     tokens = result.sequences[0, len(request.prompt) :].tolist()
-    ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids]
+    first = max(request.locked, default=0)
+    ends = [index for index, id in enumerate(tokens) if id in request.sampler.eos_ids and index >= first]
     return tokens[: ends[0] + 1 if ends else None][: request.max_tokens], int(result.forwards[0])
 
 
@@ -86,6 +93,7 @@ class Heard:
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.steps: dict[str, list[int]] = {}
+        self.scores: dict[str, list[Scores]] = {}
         self.drafts: dict[str, list[Draft]] = {}
         self.finished: dict[str, Finished] = {}
 
@@ -95,19 +103,27 @@ class Heard:
             if isinstance(event, Settled):
                 self.tokens.setdefault(event.id, []).extend(event.tokens)
                 self.steps.setdefault(event.id, []).append(event.steps)
+                if event.scores is not None:
+                    self.scores.setdefault(event.id, []).extend(event.scores)
             elif isinstance(event, Draft):
                 self.drafts.setdefault(event.id, []).append(event)
             else:
                 self.finished[event.id] = event
 
 
-def serve(engine: Engine, asked: list[Request], seed: int, cancelled: set[str] = frozenset()) -> Heard:  # type: ignore[assignment]
+def serve(
+    engine: Engine,
+    asked: list[Request],
+    seed: int,
+    cancelled: Set[str] = frozenset(),
+    automata: Mapping[str, TokenAutomaton] = {},
+) -> Heard:
     """Run an engine until all is answered. Requests arrive and are cancelled at random moments."""
     draw, todo, heard = random.Random(seed), list(asked), Heard()
     while todo or engine.has_work:
         for _ in range(draw.choice([0, 0, 1, 3])):
             if todo:
-                engine.add(todo.pop(0))
+                engine.add(todo[0], automata.get(todo.pop(0).id))
         for id in sorted(cancelled - heard.finished.keys()):
             if draw.random() < 0.2:
                 heard.take(engine.cancel(id))
@@ -125,3 +141,9 @@ def differences(layout: dict[str, int], dtype: torch.dtype, count: int, seed: in
         if heard.tokens[request.id] != tokens or sum(heard.steps[request.id]) != steps:
             wrong.append(f"{request}: {heard.tokens[request.id]} in {heard.steps[request.id]} steps, not {tokens}")
     return wrong
+
+
+def scores_in_layout(layout: dict[str, int], asked: list[Request], config: dict[str, Any]) -> dict[str, list[Scores]]:
+    """Scores that requests get in an engine of a layout."""
+    model = network(layout=ParallelLayout(**layout))
+    return serve(Engine(model, EngineConfig(**config)), asked, 1).scores

@@ -68,3 +68,24 @@ def generated(layout: dict[str, int], seed: int, many: int, steps: int) -> Tenso
         prompts, max_new_tokens=longest, sampler=sampler, seed=seed, constraints=[*constraints, None]
     )
     return result.sequences[:, 5:].cpu()
+
+
+def served(layout: dict[str, int], seed: int, many: int, steps: int) -> dict[str, list[int]]:
+    """Answers to the same constraints from an engine in which many run at a time, some of them without one, by id."""
+    from nemo_diffgemma import SamplerConfig
+    from nemo_diffgemma.serving.engine import Engine, EngineConfig
+    from nemo_diffgemma.serving.request import Request
+    from tests.serving.cases import serve
+
+    made, draw = model(layout), random.Random(seed)
+    engine = Engine(made, EngineConfig(context_gb=0.05, typical_tokens=300, max_running=24, tokens_per_pass=1024))
+    sampler = SamplerConfig(max_denoising_steps=steps, eos_token_id=examples.EOS, pad_token_id=examples.PAD)
+    asked, automata = [], {}
+    for index, (language, constraint) in enumerate(constrained(seed, many)):
+        prompt = tuple(draw.randrange(4, examples.vocab_size()) for _ in range(draw.randint(1, 9)))
+        given = (prompt, constraint.max_tokens, draw.choice([4, LENGTH]), sampler, index)
+        asked.append(Request(str(index), *given, language=language))
+        automata[str(index)] = constraint.automaton
+        if index % 5 == 0:
+            asked.append(Request(f"free {index}", *given))
+    return serve(engine, asked, seed, automata=automata).tokens

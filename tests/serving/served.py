@@ -76,7 +76,7 @@ class Server:
         assert line, f"the server has ended: {self.log.read_text()}"
         self.facts = json.loads(line)
         self.url = self.facts["url"]
-        self.http = httpx.Client(base_url=self.url, timeout=120)
+        self.http = httpx.Client(base_url=self.url, timeout=300)
         return self
 
     def children(self) -> list[int]:
@@ -89,7 +89,7 @@ class Server:
         lines = self.http.get("/metrics").text.splitlines()
         return next((float(line.split()[-1]) for line in lines if line.startswith(f"diffgemma_{name} ")), 0.0)
 
-    def until(self, name: str, fine: Callable[[float], bool], seconds: float = 60.0) -> None:
+    def until(self, name: str, fine: Callable[[float], bool], seconds: float = 300.0) -> None:
         """Wait for a figure."""
         end = time.monotonic() + seconds
         while not fine(value := self.metric(name)):
@@ -99,7 +99,7 @@ class Server:
     def stop(self) -> int:
         """SIGTERM -> exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(300)
 
     def close(self) -> None:
         """However the tests went."""
@@ -116,11 +116,16 @@ def launched(checkpoint: Path, *arguments: str) -> Server:
 
 
 class Split:
-    """A front end, and replicas that join it: forked from a process that has imported everything."""
+    """A front end, and replicas that join it: forked from a process that has imported everything.
 
-    def __init__(self, checkpoint: Path, replicas: int, engine: dict[str, Any], **settings: Any) -> None:
-        self.checkpoint, self.engine = checkpoint, engine
-        self.address = f"ipc://{checkpoint.parent}/join"
+    What they run is a `checkpoint`, or what else `kind` says.
+    """
+
+    def __init__(
+        self, checkpoint: Path, replicas: int, engine: dict[str, Any], kind: str = "checkpoint", **settings: Any
+    ) -> None:
+        self.checkpoint, self.engine, self.kind = checkpoint, engine, kind
+        self.address = f"ipc://{checkpoint.parent}/join-{time.time_ns()}"
         given = FrontSettings(
             host="127.0.0.1", port=0, names=["tiny", "default"], replicas=[], environments=[], address=self.address,
             **settings,
@@ -142,7 +147,7 @@ class Split:
     def join(self) -> Command:
         """One more replica."""
         engine = [f"engine.{name}={value}" for name, value in self.engine.items()]
-        return Command("launch/replica.py", f"checkpoint={self.checkpoint}", f"front={self.address}", *engine)
+        return Command("launch/replica.py", f"{self.kind}={self.checkpoint}", f"front={self.address}", *engine)
 
     def close(self) -> None:
         self.server.close()
@@ -163,3 +168,20 @@ def serve_in_layout(layout: dict[str, int], checkpoint: str, address: str, engin
     replica = Replica(network, EngineConfig(**engine), address, "ranks", lonely_seconds=60.0)
     replica.serve()
     return len(replica.engine.running)
+
+
+def chat_in_layout(layout: dict[str, int], checkpoint: str) -> tuple[list[int], list[int], int]:
+    """What a chat in ranks of a pool gives, what `generate` gives there, and the drafts that this rank saw."""
+    import torch
+
+    from nemo_diffgemma import DiffusionGemma, ParallelLayout
+    from nemo_diffgemma.parallel import initialize
+    from nemo_diffgemma.serving.local_chat import text_of
+
+    initialize(ParallelLayout(**layout))
+    network, drafts = DiffusionGemma.from_checkpoint(checkpoint), []
+    sampler = network.sampler_defaults.with_overrides({"max_denoising_steps": 3, "entropy_bound": 20.0})
+    answer = network.chat("Hi", seed=3, max_tokens=60, canvas_length=16, sampler=sampler, on_draft=drafts.append)
+    prompt = text_of(network).encode_chat([{"role": "user", "content": "Hi"}])
+    result = network.generate(torch.tensor([prompt]), max_new_tokens=60, sampler=sampler, seed=[3], canvas_length=16)
+    return answer.token_ids, result.sequences[0, len(prompt) :].tolist(), len(drafts) - answer.steps

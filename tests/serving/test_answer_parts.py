@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -240,3 +241,11 @@ def test_stop_strings_are_looked_for_in_what_is_said(text):
 def test_a_vocabulary_without_markers_has_only_what_is_said(text):
     found = AnswerParts(text.decode, Markers()).push(gemma.ids("<|channel>thought\na<channel|>b"), True)
     assert found == [Said("thought\nab")]
+
+
+def test_markers_that_a_tokenizer_calls_ordinary_are_not_shown_either(tmp_path):
+    gemma.tokenizer().save_pretrained(tmp_path)
+    files = files_of(Text(tmp_path))
+    files = msgspec.structs.replace(files, tokenizer=files.tokenizer.replace('"special":true', '"special":false'))
+    assert '"special": true' not in files.tokenizer and '"special":false' in files.tokenizer
+    assert ServedText(files).decode(gemma.ids('a<|"|>b<|turn>c<|tool>')) == "abc"

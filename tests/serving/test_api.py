@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def server(split):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def alone(network: Any, prompt: list[int], seed: int, max_tokens: int, quick: bool = True) -> list[int]:
@@ -174,7 +173,9 @@ ONE = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
         ({"n": 0}, 400, "n", "invalid_value"),
         ({"n": ROOM + 1}, 400, None, None),
         ({"stop": [""]}, 400, "stop.0", "invalid_value"),
-        ({"tools": [{}]}, 400, "tools", "unknown_parameter"),
+        ({"functions": [{}]}, 400, "functions", "unknown_parameter"),
+        ({"tools": [{}]}, 400, "tools.0.type", "missing_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "invalid_value"),
         ({"logprobs": 1}, 400, "logprobs", "invalid_value"),
         ({"top_logprobs": 3}, 400, "top_logprobs", "invalid_value"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
@@ -289,7 +290,7 @@ def test_a_replica_that_is_killed_costs_nothing_but_time(split, server, client, 
     sampler = network.sampler_defaults.with_overrides({"max_denoising_steps": 6, "confidence_threshold": 0.0})
 
     def ask(index: int) -> list[int]:
-        given = dict(model="tiny", prompt=[9, index + 3], seed=index, max_tokens=320, extra_body=slow)
+        given = dict(model="tiny", prompt=[9, index + 3], seed=index, max_tokens=640, extra_body=slow)
         if index % 2:
             return client.completions.create(**given).choices[0].diffusion["token_ids"]
         tokens = []
@@ -301,34 +302,32 @@ def test_a_replica_that_is_killed_costs_nothing_but_time(split, server, client, 
     with ThreadPoolExecutor(6) as threads:
         answers = [threads.submit(ask, index) for index in range(6)]
         for _ in range(9):
-            told.acquire(timeout=60)
-        began = time.monotonic()
+            told.acquire(timeout=300)
         os.kill(split.replicas[0].pid, signal.SIGKILL)
-        server.until("replicas", lambda count: count == 1)
-        noticed = time.monotonic() - began
         found = [answer.result() for answer in answers]
-    assert noticed < 20, "five seconds of silence, on a machine with other work"
+    assert "its connection has ended; 3 requests begin again" in server.log.read_text(), "noticed without a silence"
     assert server.metric("requests_replayed_total") > 0
     for index, tokens in enumerate(found):
-        request = Request("", (9, index + 3), 320, 16, sampler, index)
+        request = Request("", (9, index + 3), 640, 16, sampler, index)
         assert tokens == cases.alone(network, request)[0]
+    split.replicas[0].communicate(60)
     split.replicas[0] = split.join()
     server.until("replicas", lambda count: count == 2)
 
 
 def test_a_replica_that_was_away_comes_back_without_its_requests(split, server, client, network):
-    """Stopped for longer than the front end waits, as if the network between them were cut."""
-    with ThreadPoolExecutor(6) as threads:
-        given = dict(model="tiny", prompt=[9, 9], max_tokens=400, extra_body=QUICK)
-        answers = [threads.submit(client.completions.create, **given, seed=seed) for seed in range(6)]
-        server.until("engine_slots_taken", lambda slots: slots > 3)
-        os.kill(split.replicas[0].pid, signal.SIGSTOP)
-        try:
-            server.until("replicas", lambda count: count == 1)
+    """Stopped, as if the network between them were cut: it gets requests before its silence is noticed."""
+    replays = server.metric("requests_replayed_total")
+    os.kill(split.replicas[0].pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            given = dict(model="tiny", prompt=[9, 9], max_tokens=100, extra_body=QUICK)
+            answers = [threads.submit(client.completions.create, **given, seed=seed) for seed in range(6)]
             for seed, answer in enumerate(answers):
-                assert answer.result().choices[0].diffusion["token_ids"] == alone(network, [9, 9], seed, 400)
-        finally:
-            os.kill(split.replicas[0].pid, signal.SIGCONT)
+                assert answer.result().choices[0].diffusion["token_ids"] == alone(network, [9, 9], seed, 100)
+        assert server.metric("replicas") == 1 and server.metric("requests_replayed_total") > replays
+    finally:
+        os.kill(split.replicas[0].pid, signal.SIGCONT)
     server.until("replicas", lambda count: count == 2)
     server.until("engine_slots_taken", lambda slots: slots == 0)
 

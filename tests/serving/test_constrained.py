@@ -42,6 +42,23 @@ def test_thirty_random_constraints_are_kept(single, seed):
     check(cases.generated({}, seed, 30, steps=2)[:-1], seed)
 
 
+def check_served(answers: dict[str, list[int]], seed: int, many: int) -> None:
+    for index, (language, constraint) in enumerate(cases.constrained(seed, many)):
+        assert len(answers[str(index)]) <= constraint.max_tokens
+        language.check(examples.text_of(answers[str(index)]).decode())
+
+
+@pytest.mark.parametrize("many", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_constraints_are_kept_in_an_engine(single, many):
+    check_served(cases.served({}, many, many, steps=2), many, many)
+
+
+def test_random_constraints_are_kept_in_an_engine_of_four_ranks(pool):
+    given = dict(layout=dict(tensor=2, expert=2), seed=8, many=15, steps=2)
+    for answers in pool(4).run("tests.serving.constrained:served", **given):
+        check_served(answers, 8, 15)
+
+
 def test_rows_without_a_constraint_do_not_notice(model):
     sampler = SamplerConfig(max_denoising_steps=4, confidence_threshold=2.0, **ENDS)
     constraint = Constraint(worker().compile(regex("[a-z ]{20,}")))
@@ -98,9 +115,9 @@ def test_choices_and_locked_tokens(model):
     automaton = worker().compile(language)
     ids = examples.tokenizer().encode("the year was").ids
     sampler = SamplerConfig(2, **ENDS)
-    locked = Constraint(automaton, len(ids), {0: ids[0]})
+    constraints = [Constraint(automaton), Constraint(automaton, len(ids))]
     answers = model.generate(
-        prompts(2), max_new_tokens=40, sampler=sampler, constraints=[Constraint(automaton), locked]
+        prompts(2), max_new_tokens=40, sampler=sampler, constraints=constraints, locked=[None, {0: ids[0]}]
     )
     for answer in answers.sequences[:, 5:].tolist():
         language.check(examples.text_of(answer).decode())

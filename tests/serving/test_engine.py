@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from torch.nn import functional as F
 
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model.experts import FEWEST_ROWS, grouped_product
+from nemo_diffgemma.model.row_products import FEWEST_ROWS, grouped_product
 from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.request import Reason, Request
 from tests.serving import cases
 
@@ -135,6 +137,23 @@ def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(engine):
         heard.take(engine.step())
     assert heard.finished["b"].reason is Reason.STOP
     assert engine.decode(heard.tokens["b"]) == text[: text.index(text[10:12]) + 2]
+
+
+def test_a_stop_string_in_a_thought_of_a_chat_ends_nothing(single):
+    decode = lambda ids: "".join(chr(97 + id % 26) for id in ids)
+    request = Request("a", (5, 6), 64, 8, stop=(), chat=True)
+    whole = cases.alone(cases.network(), request)[0]
+    place = next(index for index in range(3, 9) if whole.index(whole[index]) == index)
+    stop = (decode(whole[10:14]),)
+    end = decode(whole).index(stop[0]) + 4
+    assert end > place + 4
+    thought, call = Markers(thought=whole[place]), Markers(call=whole[place])
+    for markers, length in ((Markers(), end), (thought, len(whole)), (call, len(whole))):
+        engine, heard = Engine(cases.network(), EngineConfig(**ROOMY), decode, markers), cases.Heard()
+        engine.add(msgspec.structs.replace(request, stop=stop))
+        while engine.has_work:
+            heard.take(engine.step())
+        assert heard.tokens["a"] == whole[:length]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def test_classes_are_ascii():
     [(r"(a)\1", "back-reference"), ("a(?=b)", "look-around"), ("(?i)a", "inline flag"), ("a^b", "anchor"),
      (r"\ba", "anchor"), ("(?>a)", "atomic"), ("a++", "possessive"), ("(", "no regular expression"),
      (r"\x00", "empty set"),
-     ("(" * 9000 + "a" + ")" * 9000, "groups within groups"), ("a" * 70_000, "70000 characters")],
+     ("(" * 9000 + "a" + ")" * 9000, "groups within groups"), ("a" * 70_000, "70000 characters"),
+     (r"\W" * 30_000, "too many classes")],
 )  # fmt: skip
 def test_what_is_no_regular_language_is_refused_by_name(pattern, named):
     with pytest.raises(ConstraintError, match=named):
@@ -108,9 +109,14 @@ def test_numbers_between_whole_bounds(low, width, above, below, probes):
      ({"allOf": [{"type": "string"}, {"minLength": 1}]}, "allOf"), ({"type": "thing"}, "thing"),
      ({"oneOf": [{"type": "string"}, {"minLength": 1}]}, "oneOf"), ({"anyOf": [True], "type": "null"}, "'type'"),
      ({"type": "object", "minProperties": 2}, "minProperties"),
+     ({"enum": ["a" * 40], "pattern": "^(a+)+b$"}, "'pattern' beside 'enum'"), ({"const": 1, "$ref": "#"}, "'\\$ref'"),
+     ({"enum": [{"a": "a" * 40}], "properties": {"a": {"pattern": "^(a+)+b$"}}}, "'properties' beside"),
+     ({"oneOf": [{"type": "string"}] * 201}, "201 schemas"),
      ({"properties": {"a": {"foo": 1}}}, "properties/a has 'foo'"),
      ({"type": "string", "minLength": -1}, "minLength"), ({"items": [{}]}, "items"), (3, "int"),
-     ({"required": "a"}, "required"),
+     ({"required": "a"}, "required"), ({"enum": ["a" * 40 + "!"], "pattern": "(a+)+$"}, "'pattern' beside 'enum'"),
+     ({"const": [1], "items": {"pattern": "(a+)+$"}}, "'items' beside"), ({"enum": ["a"], "maxLength": "x"}, "a bound"),
+     ({"const": 1, "type": "thing"}, "a type"),
      ({"type": "object", "required": ["a"], "additionalProperties": False}, "impossible"),
      ({"$ref": "#"}, "impossible"), ({"type": "string", "pattern": "(?=a)"}, "look-around"),
      ({"$defs": {n: {"anyOf": [{"$ref": f"#/$defs/{m}"} for m in "abcdef"]} for n in "abcdef"}, "$ref": "#/$defs/a"},
@@ -177,7 +183,8 @@ def test_tokens_are_the_bytes_that_the_tokenizer_decodes():
     text = '{"name": "Ann", "é": "你好 \U0001f600"}, the year 1999'
     ids = tokenizer.encode(text).ids
     assert b"".join(tokens[id] for id in ids).decode() == text == tokenizer.decode(ids)
-    assert examples.EOS not in tokens and tokenizer.token_to_id("<turn|>") not in tokens
+    assert tokens[tokenizer.token_to_id("<turn|>")] == b"\x01<turn|>\x01", "no text, but a token that can be asked for"
+    assert tokenizer.token_to_id("<0x01>") not in tokens
     assert tokens[tokenizer.token_to_id("<0x0A>")] == b"\n" and tokens[tokenizer.token_to_id("▁")] == b" "
 
 

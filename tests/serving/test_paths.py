@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_diffgemma.diffusion.constraint import Allowed
 from nemo_diffgemma.model.token_classes import ClassMaxima
 from nemo_diffgemma.serving.constraints import Constraint, ConstraintError, regex
+from nemo_diffgemma.serving.constraints.canvas import CanvasConstraint
 from nemo_diffgemma.serving.constraints.child import Limits, Vocabulary, Worker
-from nemo_diffgemma.serving.constraints.sequence import ConstrainedBatch
+from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, ConstrainedBatch, ConstrainedSequence
 from tests.serving import examples
 
 CPU = torch.device("cpu")
@@ -37,15 +39,22 @@ class Shard:
 
 def chosen(batch: ConstrainedBatch, logits_BCV: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """What a denoising step with these logits allows, and whether it is the arg-max canvas; the batch goes on."""
-    constraint = batch.of_canvas()
-    chunks = torch.nn.functional.pad(logits_BCV.flatten(0, 1), (0, 2), value=-torch.inf).unflatten(1, (4, 3))
+    allowed = step(batch.of_canvas(), logits_BCV.flatten(0, 1), interleaved)
+    tokens_BC = allowed.tokens.view(logits_BCV.shape[:2])
+    batch.advance(tokens_BC)
+    return tokens_BC, allowed.is_argmax
+
+
+def step(constraint: CanvasConstraint, logits_NV: torch.Tensor, interleaved: bool) -> Allowed:
+    """What a denoising step with these logits allows."""
+    chunks = torch.nn.functional.pad(logits_NV, (0, 2), value=-torch.inf).unflatten(1, (4, 3))
     logits_kNc = chunks.transpose(0, 1).contiguous()
     maxima = ClassMaxima(constraint, Shard(), logits_kNc, interleaved)
     for index, z_Nc in enumerate(logits_kNc):
         maxima.add(index, z_Nc[:, : V - 9] if index == 3 else z_Nc)
-    allowed = constraint.allowed(logits_BCV.argmax(-1), maxima.tokens())
-    batch.advance(allowed.tokens)
-    return allowed.tokens, allowed.is_argmax
+    argmax_N, cells, locked = logits_NV.argmax(-1), constraint.cells_nC.flatten(), constraint.locked_nC.flatten()
+    argmax_N[cells[locked >= 0]] = locked[locked >= 0]
+    return constraint.allowed(argmax_N, maxima.tokens())
 
 
 def answers(pattern: str, length: int, tokens: int, locked: dict[int, int]) -> list[tuple[int, ...]]:
@@ -81,12 +90,12 @@ def test_no_allowed_answer_is_more_probable(worker, seed, length, canvases, fewe
     locked = {place: draw.choice([EOS, 2, 3, 4, 7, 8]) for place in places}
     allowed = answers(pattern, whole, tokens, locked)
     automaton = worker.compile(regex(pattern))
-    constraints = [None, Constraint(automaton, tokens, locked)]
+    asked = ([None, Constraint(automaton, tokens)], 2, length, canvases, [EOS], CPU, [{}, locked])
     if not allowed:
         with pytest.raises(ConstraintError, match="tokens"):
-            ConstrainedBatch(constraints, 2, length, canvases, [EOS], CPU)
+            ConstrainedBatch(*asked)
         return
-    batch = ConstrainedBatch(constraints, 2, length, canvases, [EOS], CPU)
+    batch = ConstrainedBatch(*asked)
     behind = ()
     for canvas in range(canvases):
         logits_BCV = torch.randn(2, length, V, generator=generator)
@@ -126,6 +135,25 @@ def test_a_sequence_knows_nothing_of_its_neighbours(worker, seed, interleaved):
             assert torch.equal(chosen(alone, logits_BCV[row : row + 1], interleaved)[0][0], together[row])
 
 
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32), interleaved=st.booleans())
+def test_canvases_of_several_lengths_know_nothing_of_each_other(worker, seed, interleaved):
+    """A step over canvases one behind the other, some constrained: each gets what it would get alone."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    lengths = [draw.randint(1, 5) for _ in range(4)]
+    held = [
+        ConstrainedSequence(worker.compile(regex(pattern)), length, 9, [EOS], {}, CPU) if pattern else None
+        for pattern, length in zip(["(a|b){3,}", draw.choice([None, "b*"]), "é*", None], lengths, strict=True)
+    ]
+    logits_NV = torch.randn(sum(lengths), V, generator=generator)
+    together = step(CanvasConstraints(CPU).of(held, lengths), logits_NV, interleaved)
+    for row, part in enumerate(logits_NV.split(lengths)):
+        alone = CanvasConstraints(CPU).of([held[row]], [lengths[row]])
+        expected = part.argmax(-1) if alone is None else step(alone, part, interleaved).tokens
+        assert torch.equal(together.tokens.split(lengths)[row], expected)
+        assert bool(together.is_argmax[row]) == torch.equal(expected, part.argmax(-1)) or held[row] is not None
+
+
 def test_sizes_rounded_for_a_gpu_change_nothing(worker):
     from nemo_diffgemma.serving.constraints.paths import Automata, best_classes
 
@@ -147,7 +175,11 @@ def test_what_nothing_fulfils_is_refused(worker):
     with pytest.raises(ConstraintError, match="has 4 tokens; max_tokens=3"):
         ConstrainedBatch([Constraint(automaton, 3)], 1, 4, 2, [EOS], CPU)
     with pytest.raises(ConstraintError, match="locked tokens"):
-        ConstrainedBatch([Constraint(automaton, 8, {0: 3})], 1, 4, 2, [EOS], CPU)
+        ConstrainedBatch([Constraint(automaton, 8)], 1, 4, 2, [EOS], CPU, [{0: 3}])
+    with pytest.raises(ConstraintError, match="locked position 8; expected 0 to 6"):
+        ConstrainedBatch([Constraint(automaton, 7)], 1, 4, 2, [EOS], CPU, [{8: 3}])
+    with pytest.raises(ConstraintError, match=r"end with one of \[0\]; sampler.eos_token_id=\[0, 2\]"):
+        ConstrainedBatch([Constraint(automaton)], 1, 4, 2, [EOS, 2], CPU)
     with pytest.raises(ConstraintError, match="2 constraints for 1 rows"):
         ConstrainedBatch([None, None], 1, 4, 2, [EOS], CPU)
     nothing_ends = Worker(Vocabulary(TOKENS, V, ()), Limits()).compile(regex("a"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,7 +58,11 @@ class Front:
 def play(single, tmp_path) -> Callable[..., Replica]:
     """Serve in this thread, where signals arrive, while a scene plays in another."""
 
-    def run(scene: Callable[[Front], None] | None, spoil: Callable[[Replica], None] | None = None) -> Replica:
+    def run(
+        scene: Callable[[Front], None] | None,
+        spoil: Callable[[Replica], None] | None = None,
+        tokenizer: Any = None,
+    ) -> Replica:
         address, failed = f"ipc://{tmp_path}/{uuid.uuid4().hex[:8]}", []
         front = Front(address)
 
@@ -70,7 +76,11 @@ def play(single, tmp_path) -> Callable[..., Replica]:
                 failed.append(error)
                 front.say(Unknown(), Drain())
 
-        replica = Replica(cases.network(), CONFIG, address, "a", lonely_seconds=1.5 if scene is None else 60.0)
+        network = cases.network()
+        if tokenizer is not None:
+            network.assets = tmp_path / "assets"
+            tokenizer.save_pretrained(network.assets)
+        replica = Replica(network, CONFIG, address, "a", lonely_seconds=1.5 if scene is None else 60.0)
         if spoil is not None:
             spoil(replica)
         thread = threading.Thread(target=whole)
@@ -174,6 +184,56 @@ def test_cancelled_and_forgotten_requests_leave_at_once(play):
         front.say(Unknown())
         front.hear(Hello)
         front.say(messages.Welcome(False), Drain())
+
+    play(scene)
+
+
+def test_a_client_that_leaves_frees_its_slot_within_a_step(play):
+    """What is cancelled during a pass is gone before the next one."""
+    running: list[list[str]] = []
+
+    def spoil(replica):
+        whole = replica.engine.step
+
+        def step() -> Any:
+            running.append([one.request.id for one in replica.engine.running])
+            if len(running) == 9:
+                fronts[0].say(Cancel("r1"))
+                while replica._mailbox._inbox.empty():
+                    time.sleep(0.001)
+            return whole()
+
+        replica.engine.step = step
+
+    fronts: list[Front] = []
+
+    def scene(front):
+        fronts.append(front)
+        front.say(request(1, max_tokens=3000), request(2, max_tokens=96))
+        ended = [event.id for event in itertools.islice((e for e in front.events() if isinstance(e, Finished)), 2)]
+        assert ended == ["r1", "r2"]
+        front.say(Drain())
+
+    play(scene, spoil)
+    assert running[8] == ["r1", "r2"] and all(one == ["r2"] for one in running[9:]) and len(running) > 10
+
+
+def test_a_connection_that_ends_is_another_beginning(play):
+    """Messages on their way are lost with it: all requests are forgotten, and the replica says Hello by a new one."""
+
+    def scene(front):
+        front.say(request(1, max_tokens=3000), request(2, max_tokens=3000))
+        assert isinstance(next(front.events()), Accepted)
+        address, identity = front.socket.last_endpoint, front.identity
+        front.socket.close()
+        front.socket = front.socket.context.socket(zmq.ROUTER)
+        front.socket.linger, front.socket.rcvtimeo = 0, 20_000
+        front.socket.bind(address)
+        assert front.hear(Hello).name == "a" and front.identity != identity
+        front.say(messages.Welcome(False), request(3))
+        ended = next(event for event in front.events() if isinstance(event, Finished))
+        assert (ended.id, ended.reason) == ("r3", Reason.LENGTH)
+        front.say(Drain())
 
     play(scene)
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 import zmq.asyncio
 from hypothesis import given
@@ -63,7 +64,7 @@ class World:
     """A router with some replicas, which beat until they are killed."""
 
     def __init__(self, address: str, **settings: Any) -> None:
-        given = dict(host="", port=0, names=["m"], replicas=[], environments=[], dead_seconds=1.0)
+        given = dict(host="", port=0, names=["m"], replicas=[], environments=[], silent_seconds=1.0)
         self.address, self.dead, self.hearts = address, [], {}
         self.router = Router(FrontSettings(**{**given, **settings}), Metrics(), self.dead.append)
         self.router.listen([address])
@@ -138,16 +139,17 @@ def test_a_client_hears_each_canvas_once_though_the_replica_dies(play):
         assert (await job.next()).tokens == [7]
         world.kill(a)
         b = await world.join("b")
-        assert await b.hear(Request) == request, "as it was, when the silence is noticed"
-        assert world.dead == ["a"]
+        again = await b.hear(Request)
+        assert again == msgspec.structs.replace(request, id=again.id) and again.id != id, "when the silence is noticed"
+        assert (await a.hear(Cancel)).id == id and not world.dead
         await a.say(Events([Settled(id, 1, 9, [666]), finished(id)]))  # it lives after all
-        assert isinstance(await a.hear(messages.Unknown), messages.Unknown)
+        told, id = draft(1, 2), again.id
         await b.say(Events([Accepted(id), draft(0, 1), Settled(id, 0, 3, [7]), draft(1, 2), draft(1, 1)]))
         await b.say(Events([Settled(id, 1, 2, [8]), finished(id)]))
         heard = []
         while not isinstance(event := await job.next(), Finished):
             heard.append(event)
-        assert heard == [draft(1, 2), draft(1, 1), Settled(id, 1, 2, [8])]
+        assert heard == [told, draft(1, 1), Settled(id, 1, 2, [8])]
         assert not world.router.jobs
 
     play(scene)
@@ -196,6 +198,89 @@ def test_requests_wait_where_there_is_no_replica_and_go_to_the_next(play):
     play(scene)
 
 
+NEVER = dict(silent_seconds=1000.0, lost_seconds=1000.0)
+
+
+def test_a_connection_that_ends_is_noticed_without_any_silence(play):
+    """As the kernel ends those of a process that is killed, on this machine or another."""
+
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        id = (await a.hear(Request)).id
+        await a.say(Events([Accepted(id), Settled(id, 0, 1, [5])]))
+        await job.next()
+        world.kill(a)
+        a.socket.close()
+        b = await world.join("b")
+        id = (await b.hear(Request)).id
+        assert world.dead == ["a"] and list(world.router.replicas) == [b"b"]
+        await b.say(Events([Accepted(id), Settled(id, 0, 1, [5]), Settled(id, 1, 1, [6]), finished(id)]))
+        assert await rest(job) == [5, 6]
+
+    play(scene, **NEVER)
+
+
+def test_a_silence_that_lasts_gives_a_replica_up(play):
+    async def scene(world):
+        a = await world.join("a")
+        job = world.ask()
+        await a.hear(Request)
+        world.kill(a)
+        while not world.dead:
+            await asyncio.sleep(0.01)
+        assert world.dead == ["a"] and world.router.waiting == 1
+        await a.say(Beat(1, 0, 5, 0.0))
+        await a.hear(messages.Unknown)
+        await a.say(Hello("a", FACTS))  # it has forgotten its requests
+        id = (await a.hear(Request)).id
+        await a.say(Events([Settled(id, 0, 1, [5]), finished(id)]))
+        assert await rest(job) == [5]
+
+    play(scene, silent_seconds=0.5, lost_seconds=1.5)
+
+
+def test_a_replica_alone_that_is_merely_slow_keeps_its_requests(play):
+    """Nobody else could answer them sooner; nothing begins again, nothing is killed, new ones wait for it."""
+
+    async def scene(world):
+        a = await world.join("a")
+        first = world.ask()
+        id = (await a.hear(Request)).id
+        world.kill(a)
+        while not world.router.replicas[b"a"].is_silent:
+            await asyncio.sleep(0.01)
+        second = world.ask()
+        assert world.router.waiting == 1
+        await a.say(Events([Accepted(id), Settled(id, 0, 1, [5]), finished(id)]))
+        assert await rest(first) == [5]
+        assert (await a.hear(Request)).id == second.request.id
+        assert not world.dead and first.replays == first.moves == second.moves == 0
+
+    play(scene, lost_seconds=1000.0)
+
+
+def test_where_all_are_slow_a_request_stays_somewhere(play):
+    """Else each would begin again before it is answered, for ever."""
+
+    async def scene(world):
+        both = [await world.join(name) for name in "ab"]
+        job = world.ask()
+        for move in range(3):
+            name = job.replica.name
+            world.kill(next(one for one in both if one.name == name))
+            while not world.router.replicas[name.encode()].is_silent:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(1.0)  # two looks at the replicas
+            assert job.moves == min(move + 1, 2) and job.replays == 0
+            slow = next(one for one in both if one.name == name)
+            world.hearts[name] = asyncio.create_task(slow.live())
+            while world.router.replicas[name.encode()].is_silent:
+                await asyncio.sleep(0.01)
+
+    play(scene, silent_seconds=0.7, lost_seconds=1000.0)
+
+
 def test_a_request_that_replicas_die_of_is_given_up(play):
     async def scene(world):
         job = None
@@ -210,13 +295,15 @@ def test_a_request_that_replicas_die_of_is_given_up(play):
     play(scene)
 
 
-def test_a_replica_that_drains_gets_nothing_new(play):
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not_told"])
+def test_a_replica_that_drains_gets_nothing_new(play, told):
     async def scene(world):
         a = await world.join("a")
         job = world.ask()
         await a.hear(Request)
         late = world.ask()
-        await a.say(Farewell(True, "draining"), Events([Refused(late.request.id, "about to end")]))
+        refused = Events([Refused(late.request.id, "about to end", elsewhere=True)])
+        await a.say(*([Farewell(True, "draining"), refused] if told else [refused]))
         b = await world.join("b")
         assert (await b.hear(Request)).id == late.request.id
         await a.say(Events([Settled(job.request.id, 0, 1, [5]), finished(job.request.id)]))
@@ -262,7 +349,7 @@ def test_a_pass_that_does_not_end_is_a_death(play):
         b = await world.join("b")
         assert (await b.hear(Request)).id == job.request.id
 
-    play(scene, stall_seconds=60.0, dead_seconds=20.0)
+    play(scene, stall_seconds=60.0, silent_seconds=1000.0)
 
 
 def test_a_full_queue_refuses_all_of_a_clients_requests(play):

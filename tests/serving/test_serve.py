@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,25 +36,34 @@ def test_the_replica_is_started_again_and_a_signal_drains(checkpoint, network):
     server = served.launched(checkpoint, *ENGINE).wait()
     try:
         assert server.facts == {"url": server.url, "model": "model", "replicas": 1}
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=240)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=500)
+
+        begun = threading.Semaphore(0)
 
         def ask(seed: int) -> list[int]:
-            given = dict(model="model", prompt=[9, 9], seed=seed, max_tokens=160, extra_body=SLOW)
-            return client.completions.create(**given).choices[0].diffusion["token_ids"]
+            given = dict(model="model", prompt=[9, 9], seed=seed, max_tokens=480, extra_body=SLOW)
+            tokens = []
+            for chunk in client.completions.create(**given, stream=True):
+                begun.release()
+                tokens += (getattr(chunk.choices[0], "diffusion", None) or {}).get("token_ids", [])
+            return tokens
 
         def expected(seed: int) -> list[int]:
-            return cases.alone(network, Request("", (9, 9), 160, 16, sampler, seed))[0]
+            return cases.alone(network, Request("", (9, 9), 480, 16, sampler, seed))[0]
 
         with ThreadPoolExecutor(4) as threads:
             answers = [threads.submit(ask, seed) for seed in range(4)]
-            server.until("engine_slots_taken", lambda slots: slots > 0)
+            begun.acquire(timeout=300)
             (pid,) = server.children()
             os.kill(pid, signal.SIGKILL)
             assert [answer.result() for answer in answers] == [expected(seed) for seed in range(4)]
             assert server.metric("requests_replayed_total") > 0
 
+            while begun.acquire(blocking=False):
+                pass
             answers = [threads.submit(ask, seed) for seed in range(2)]
-            server.until("requests_running", lambda count: count > 0)
+            for _ in answers:
+                begun.acquire(timeout=300)
             (pid,) = server.children()
             assert server.stop() == 0
             assert [answer.result() for answer in answers] == [expected(seed) for seed in range(2)]
@@ -82,6 +92,9 @@ def test_replicas_end_with_a_front_end_that_is_killed(checkpoint):
     "arguments, what",
     [
         ([], "give checkpoint="),
+        (["checkpoint=a", "bundle=b"], "checkpoint=a bundle=b; give one of them"),
+        (["checkpoint=a", "provider=tensorrt"], "provider=tensorrt runs a bundle"),
+        (["bundle=b", "dtype=bfloat16"], "dtype=bfloat16: a bundle has the one"),
         (["replicas=0"], "replicas=0: give address="),
         (["checkpoint=a", "parallel.replicas=2"], "a server has replicas="),
         (["checkpoint=a", "port=70000"], "port=70000; expected"),

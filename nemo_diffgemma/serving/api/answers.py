@@ -14,14 +14,17 @@ import msgspec
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nemo_diffgemma.serving.answer_text import AnswerText
+from nemo_diffgemma.serving.answer_parts import AnswerParts, Part, Thought, ToolCall
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import body_of_failure, failure_of
 from nemo_diffgemma.serving.api.fields import Common
 from nemo_diffgemma.serving.job import Job
+from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import Event
-from nemo_diffgemma.serving.request import Draft, Finished, Scores, Settled
+from nemo_diffgemma.serving.request import Draft, Finished, Reason, Scores, Settled
 from nemo_diffgemma.serving.text import ServedText
+
+_LAST_WORDS = 10.0  # seconds after a request's time limit, in which its client reads that it is over
 
 
 @dataclass
@@ -29,30 +32,40 @@ class Answer:
     """One answer as far as it is known."""
 
     job: Job
-    words: AnswerText
+    words: AnswerParts
     text: str = ""
+    thought: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
     steps: int = 0
     canvases: int = 0
     scores: list[Scores] = field(default_factory=list)
     end: Finished | None = None
 
-    def take(self, event: Event) -> str:
-        """What an event adds to the text. The last canvas is told from others by what ends the answer, behind it."""
+    def take(self, event: Event) -> list[Part]:
+        """What an event adds. The last canvas is told from others by what ends the answer, behind it."""
         if isinstance(event, Settled):
             self.steps, self.canvases = self.steps + event.steps, self.canvases + 1
             self.scores += event.scores or []
-            new = self.words.push(event.tokens, is_last=False)
+            parts = self.words.push(event.tokens, is_last=False)
         elif isinstance(event, Finished):
             self.end = event
-            new = self.words.push([], is_last=True)
+            parts = self.words.push([], is_last=True)
         else:
-            return ""
-        self.text += new
-        return new
+            return []
+        for part in parts:
+            if isinstance(part, ToolCall):
+                self.calls.append(part)
+            elif isinstance(part, Thought):
+                self.thought += part.text
+            else:
+                self.text += part.text
+        return parts
 
     @property
     def finish_reason(self) -> str | None:
-        return self.end.reason.value if self.end else None
+        if self.end is None:
+            return None
+        return "tool_calls" if self.calls and self.end.reason is Reason.STOP else self.end.reason.value
 
 
 class Format(ABC):
@@ -65,13 +78,26 @@ class Format(ABC):
         self.head = head_of(self.prefix, body.model)
         self.body = body
 
+    def begin(self, jobs: Sequence[Job]) -> list[Answer]:
+        """Answers of which nothing is known yet."""
+        return begin(self.text, jobs)
+
     @abstractmethod
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """A whole answer."""
 
     @abstractmethod
-    def delta(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> dict[str, Any]:
-        """What a chunk adds to an answer."""
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first chunk of an answer, before anything is known."""
+
+    @abstractmethod
+    def deltas(self, index: int, parts: Sequence[Part], finish_reason: str | None) -> list[dict[str, Any]]:
+        """What chunks add to an answer, at least one."""
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of given fields that change nothing."""
+        return self.body.ignored
 
     @abstractmethod
     def logprobs(self, answer: Answer, since: int) -> dict[str, Any]:
@@ -85,8 +111,8 @@ class Format(ABC):
             logprobs = None if self.body.scores is None else self.logprobs(answer, 0)
             choices.append({**self.choice(index, answer), "logprobs": logprobs, "diffusion": diffusion})
         result = {**self.head, "object": self.object, "choices": choices, "usage": usage(answers, self.body.n)}
-        if self.body.ignored:
-            result["diffusion"] = {"ignored": self.body.ignored}
+        if self.ignored:
+            result["diffusion"] = {"ignored": self.ignored}
         return result
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -108,21 +134,24 @@ def usage(answers: Sequence[Answer], n: int) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": sum(answer.words.thought_tokens for answer in answers)},
     }
 
 
-def begin(desk: Desk, jobs: Sequence[Job]) -> list[Answer]:
-    decode = desk.router.text.decode if desk.router.text is not None else lambda ids: ""
-    return [Answer(job, AnswerText(decode, job.request.stop)) for job in jobs]
+def begin(text: ServedText | None, jobs: Sequence[Job]) -> list[Answer]:
+    """Answers of which everything is text; without a tokenizer there is none."""
+    decode = text.decode if text is not None else lambda ids: ""
+    return [Answer(job, AnswerParts(decode, Markers(), job.request.stop)) for job in jobs]
 
 
-async def collect(desk: Desk, jobs: Sequence[Job]) -> list[Answer]:
+async def collect(desk: Desk, answers: Sequence[Answer]) -> Sequence[Answer]:
     """Whole answers. Raises `Failure` of the first that fails; the others end with it."""
-    answers = begin(desk, jobs)
+    jobs = [answer.job for answer in answers]
     try:
         for answer in answers:
             while answer.end is None:
                 answer.take(await answer.job.next())
+            await desk.check(answer.job.request, answer.words.tokens)
         return answers
     finally:
         desk.leave(jobs)
@@ -137,7 +166,10 @@ class JobStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._desk.settings.request_seconds + _LAST_WORDS):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:  # all was answered in time, but not read: the connection is cut
+            pass
         finally:
             self._desk.leave(self._jobs)
 
@@ -150,11 +182,11 @@ class Stream(JobStream):
 
 
 async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncIterator[bytes]:
-    answers, options = begin(desk, jobs), format.body.stream_options
+    answers, options = format.begin(jobs), format.body.stream_options
     null_usage = {"usage": None} if options.include_usage else {}
     try:
         for index in range(len(answers)):
-            yield sse(format.chunk([format.delta(index, "", True, None)], **null_usage))
+            yield sse(format.chunk([format.opening(index)], **null_usage))
         async for index, event in merged(jobs):
             answer = answers[index]
             if isinstance(event, Draft):
@@ -162,15 +194,18 @@ async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncItera
                     format.chunk([], diffusion={"draft": draft_of(index, event, desk.router.text)}), "diffusion.draft"
                 )
                 continue
-            since = len(answer.words.tokens)
-            choice = format.delta(index, answer.take(event), False, answer.finish_reason)
+            since, parts = len(answer.words.tokens), answer.take(event)
+            if answer.end is not None:
+                await desk.check(answer.job.request, answer.words.tokens)
+            choices = format.deltas(index, parts, answer.finish_reason)
             if isinstance(event, Settled):
                 if format.body.scores is not None:
-                    choice["logprobs"] = format.logprobs(answer, since)
-                choice["diffusion"] = {"token_ids": event.tokens, "steps": event.steps, "canvas": event.canvas}
+                    choices[-1]["logprobs"] = format.logprobs(answer, since)
+                choices[-1]["diffusion"] = {"token_ids": event.tokens, "steps": event.steps, "canvas": event.canvas}
             else:
-                choice["diffusion"] = {"seed": answer.job.request.seed}
-            yield sse(format.chunk([choice], **null_usage))
+                choices[-1]["diffusion"] = {"seed": answer.job.request.seed}
+            for choice in choices:
+                yield sse(format.chunk([choice], **null_usage))
         if options.include_usage:
             yield sse(format.chunk([], usage=usage(answers, format.body.n)))
         yield b"data: [DONE]\n\n"

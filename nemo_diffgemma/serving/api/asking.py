@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
+from nemo_diffgemma.serving.answer_check import AnswerCheck
 from nemo_diffgemma.serving.api.fields import Common
 from nemo_diffgemma.serving.failures import InvalidRequest, Unavailable, UnknownModel
 from nemo_diffgemma.serving.job import Job
@@ -28,8 +29,8 @@ CLIENT_GONE = 499
 class Desk:
     """Where requests come in."""
 
-    def __init__(self, router: Router, settings: FrontSettings) -> None:
-        self.router, self.settings = router, settings
+    def __init__(self, router: Router, settings: FrontSettings, check: AnswerCheck) -> None:
+        self.router, self.settings, self._check = router, settings, check
 
     @property
     def facts(self) -> Facts:
@@ -49,15 +50,22 @@ class Desk:
 
     def check_model(self, name: str) -> None:
         """Raises `UnknownModel`."""
-        if name not in self.settings.names:
-            names = " and ".join(repr(known) for known in self.settings.names)
+        if name not in self.settings.names and name not in self.facts.adapters:
+            names = ", ".join(repr(known) for known in [*self.settings.names, *self.facts.adapters])
             raise UnknownModel(f"there is no model {name!r}; this server has {names}", "model_not_found", "model")
+
+    def adapter_of(self, name: str) -> str | None:
+        """The adapter that a model's name means; None: the model itself."""
+        return None if name in self.settings.names else name
 
     def requests(self, prompts: Sequence[Sequence[int]], body: Common, max_tokens: int | None) -> list[Request]:
         """The answers that a body asks for, `n` for each prompt. Raises `InvalidRequest` or `UserError`."""
         facts, stop = self.facts, body.stop_strings
         if stop and self.router.text is None:
             raise InvalidRequest("this model has no tokenizer, so it cannot find stop strings", None, "stop")
+        if stop and body.language is not None:
+            what = f"stop={stop[0]!r} would cut an answer that is held to a format; it ends by itself: leave stop out"
+            raise InvalidRequest(what, "invalid_value", "stop")
         length = body.diffusion.canvas_length
         length = facts.canvas_length if length is None else length
         if not 1 <= length <= facts.canvas_length:
@@ -83,7 +91,10 @@ class Desk:
                         seed=seed + index,
                         stop=stop,
                         drafts=body.stream and body.stream_options.drafts,
+                        adapter=self.adapter_of(body.model),
+                        language=body.language,
                         logprobs=body.scores,
+                        chat=body.has_parts,
                     )
                 )
         return made
@@ -110,6 +121,10 @@ class Desk:
             self.leave(jobs)
             raise
         return jobs
+
+    async def check(self, request: Request, tokens: Sequence[int]) -> None:
+        """Whether an answer is what its request wants it to be. Raises `Failure`."""
+        await self._check(request, tokens, self.router.text)
 
     def leave(self, jobs: Sequence[Job]) -> None:
         """Whoever waited for these does no more."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from nemo_diffgemma.serving.answer_parts import Part, Said
 from nemo_diffgemma.serving.api.answers import Answer, Format, Stream, collect
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.fields import CompletionBody
@@ -22,8 +24,12 @@ class _Completion(Format):
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         return {"index": index, "text": answer.text, "finish_reason": answer.finish_reason}
 
-    def delta(self, index: int, text: str, is_first: bool, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def opening(self, index: int) -> dict[str, Any]:
+        return self.deltas(index, [], None)[0]
+
+    def deltas(self, index: int, parts: Sequence[Part], finish_reason: str | None) -> list[dict[str, Any]]:
+        text = "".join(part.text for part in parts if isinstance(part, Said))
+        return [{"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}]
 
     def logprobs(self, answer: Answer, since: int) -> dict[str, Any]:
         tokens = answer.words.tokens
@@ -44,11 +50,12 @@ def routes(desk: Desk) -> APIRouter:
     router = APIRouter()
 
     async def answer(body: CompletionBody) -> Response:
+        await asyncio.to_thread(getattr, body, "language")  # which may take a while
         jobs = await desk.submit(desk.requests(await _ids(desk, body.prompt), body, body.max_tokens))
         format = _Completion(desk, body)
         if body.stream:
             return Stream(desk, jobs, format)
-        return JSONResponse(format.whole(await collect(desk, jobs)))
+        return JSONResponse(format.whole(await collect(desk, format.begin(jobs))))
 
     @router.post("/v1/completions", responses=responses(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
+from nemo_diffgemma.serving.api.body import Body
+from nemo_diffgemma.serving.api.conversation import Message
+from nemo_diffgemma.serving.api.response_format import ResponseFormat, TextFormat, refused_as
+from nemo_diffgemma.serving.api.tools import Offer, Tool, ToolChoice
+from nemo_diffgemma.serving.constraints import Language, after_thought, choice, json_of_schema, regex
 from nemo_diffgemma.serving.failures import InvalidRequest
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -16,19 +22,6 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 # Settings of models that choose one token after another: taken, since clients send them unasked, and named in the
 # answer as ignored. A canvas is sampled by `diffusion.t_min` and `t_max` instead.
 IGNORED = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
-
-
-class Body(BaseModel):
-    """Types are strict: "5" is no number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_null(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {name: value for name, value in values.items() if value is not None}
-        return values
 
 
 class Diffusion(Body):
@@ -42,9 +35,26 @@ class Diffusion(Body):
     confidence_threshold: float | None = Field(default=None, description="Mean entropy below which it may settle.")
     canvas_length: int | None = Field(default=None, description="Tokens of a canvas; short ones suit short answers.")
 
+    regex: str | None = Field(default=None, description="The answer's text is a match of it, as Python's fullmatch.")
+    choice: list[str] | None = Field(default=None, description="The answer's text is one of these.")
+    json_schema: dict[str, Any] | bool | None = Field(default=None, description="It is JSON that this schema accepts.")
+
     def sampler(self) -> dict[str, Any]:
         """What is given of the settings of the sampler."""
-        return self.model_dump(exclude={"canvas_length"}, exclude_none=True)
+        return self.model_dump(include=_OF_SAMPLER, exclude_none=True)
+
+    @property
+    def language(self) -> Language | None:
+        """What the answer's text must be. Raises `InvalidRequest` for what a constraint cannot express."""
+        makers = {"regex": regex, "choice": choice, "json_schema": json_of_schema}
+        given = [name for name in makers if getattr(self, name) is not None]
+        if len(given) > 1:
+            what = f"diffusion.{given[0]} and diffusion.{given[1]} cannot be had at once"
+            raise InvalidRequest(what, "invalid_value", f"diffusion.{given[1]}")
+        return refused_as(f"diffusion.{given[0]}", makers[given[0]], getattr(self, given[0])) if given else None
+
+
+_OF_SAMPLER = {"max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold"}
 
 
 class StreamOptions(Body):
@@ -82,6 +92,16 @@ class Common(Body):
     prompt_cache_key: str | None = None
 
     @property
+    def has_parts(self) -> bool:
+        """Whether its answer is a chat's, of thoughts, calls of tools and what is said; else all of it is text."""
+        return False
+
+    @cached_property
+    def language(self) -> Language | None:
+        """What the whole answer must be. It may take a while. Raises `InvalidRequest`."""
+        return self.diffusion.language
+
+    @property
     def scores(self) -> int | None:
         """Of how many ids at each place the log-probability is told, beside the chosen one's; None: of none at all."""
         return None
@@ -96,34 +116,76 @@ class Common(Body):
         return [name for name in IGNORED if getattr(self, name) is not None]
 
 
-class TextPart(Body):
-    """A part of a message."""
+class Templated(Body):
+    """What a chat template gets besides the messages."""
 
-    type: Literal["text"]
-    text: str
+    tools: list[Tool] = []
+    tool_choice: ToolChoice | None = Field(
+        default=None, description="Without it: auto. none hides the tools from the model; other choices force a call."
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="Any but none: the model thinks first. How much, it decides itself."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="Variables of the model's own template; enable_thinking: true lets it think first."
+    )
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Raises `InvalidRequest`."""
+        given = dict(self.chat_template_kwargs)
+        if self.reasoning_effort is not None:
+            given.setdefault("enable_thinking", self.reasoning_effort != "none")
+        for name in ("messages", "tools", "add_generation_prompt"):
+            if name in given:
+                where = f"chat_template_kwargs.{name}"
+                raise InvalidRequest(f"{where} is for the server to say", "invalid_value", where)
+        if self.tools and self.tool_choice != "none":
+            given["tools"] = [tool.for_template() for tool in self.tools]
+        return given
 
 
-class Message(Body):
-    """A turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates know it."""
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class ChatBody(Common):
+class ChatBody(Common, Templated):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1)
+    parallel_tool_calls: bool = Field(default=True, description="An answer may have several calls.")
+    response_format: ResponseFormat = Field(
+        default=TextFormat(type="text"), description="What the text must be, behind a thought where there is one."
+    )
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = Field(default=False, description="Tell each token's log-probability where its canvas settled.")
     top_logprobs: Scores = Field(default=None, description="And those of so many ids at its place.")
+
+    @property
+    def has_parts(self) -> bool:
+        return True
+
+    @cached_property
+    def offer(self) -> Offer:
+        """Raises `InvalidRequest`."""
+        return Offer.of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @cached_property
+    def language(self) -> Language | None:
+        """Of calls that are forced, or of the text. Raises `InvalidRequest`."""
+        of_text = self.response_format.language
+        if of_text is not None and self.diffusion.language is not None:
+            raise InvalidRequest(
+                "response_format and diffusion both say what the text must be", "invalid_value", "response_format"
+            )
+        of_text = of_text or self.diffusion.language
+        if of_text is not None and self.offer.tools and not self.offer.is_forced:
+            raise InvalidRequest(
+                "an answer that may call tools cannot be held to a format of text as well; give tool_choice: none for "
+                "the text, or required for calls",
+                "invalid_value",
+                "response_format" if self.response_format.language else "diffusion",
+            )
+        language = refused_as("tools", lambda: self.offer.language) or of_text
+        if language is not None and self.template_variables.get("enable_thinking"):
+            return after_thought(language)
+        return language
 
     @property
     def scores(self) -> int | None:
@@ -146,7 +208,7 @@ class CompletionBody(Common):
         return self.logprobs
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Templated):
     """POST /tokenize: the ids of a text, or of a conversation as the model reads it."""
 
     model: str | None = None

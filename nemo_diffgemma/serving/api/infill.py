@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from nemo_diffgemma.serving.api.answers import Answer, JobStream, begin, collect, draft_of, head_of, merged, sse, usage
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
+from nemo_diffgemma.serving.api.conversation import for_template
 from nemo_diffgemma.serving.api.errors import body_of_failure, failure_of
 from nemo_diffgemma.serving.api.infill_body import InfillBody
 from nemo_diffgemma.serving.api.logprobs import LOWEST
@@ -105,7 +106,7 @@ class Infill:
 
     async def events(self, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
         """Canvases and drafts of all that is tried, then the reply as if it had not been streamed."""
-        answers = begin(self.desk, jobs)
+        answers = begin(self.desk.router.text, jobs)
         head = {**self.head, "object": "infill.chunk"}
         try:
             async for number, event in merged(jobs):
@@ -118,6 +119,8 @@ class Infill:
                 elif isinstance(event, Settled):
                     canvas = {"token_ids": event.tokens, "steps": event.steps, "canvas": event.canvas}
                     yield sse({**head, "choices": [], "diffusion": {"settled": where | canvas}}, "diffusion.settled")
+            for answer in answers:
+                await self.desk.check(answer.job.request, answer.words.tokens)
             yield sse(self.whole(answers))
             yield b"data: [DONE]\n\n"
         except Exception as error:
@@ -144,7 +147,7 @@ def _prompt(desk: Desk, body: InfillBody) -> list[int]:
     if body.prompt is not None and body.messages is not None:
         raise InvalidRequest("give one of prompt and messages, or none", "invalid_value", "prompt")
     if body.messages is not None:
-        return desk.text.encode_chat([message.for_template() for message in body.messages])
+        return desk.text.encode_chat(for_template(body.messages))
     if isinstance(body.prompt, list):
         return body.prompt
     return desk.text.encode(body.prompt or "")
@@ -160,7 +163,7 @@ def routes(desk: Desk) -> APIRouter:
         jobs = await desk.submit(infill.requests(prompt))
         if body.stream:
             return JobStream(desk, jobs, infill.events(jobs))
-        return JSONResponse(infill.whole(await collect(desk, jobs)))
+        return JSONResponse(infill.whole(await collect(desk, begin(desk.router.text, jobs))))
 
     @router.post("/v1/infill", responses=responses(InfillReply))
     async def infill(body: InfillBody, request: HttpRequest) -> Response:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nemo_diffgemma.serving.api.fields import Body, Common, Message, StopString, TokenId
+from nemo_diffgemma.serving.api.body import Body
+from nemo_diffgemma.serving.api.conversation import Message
+from nemo_diffgemma.serving.api.fields import Common, StopString, TokenId
 from nemo_diffgemma.serving.failures import InvalidRequest
 
 Length = Annotated[int, Field(ge=1, lt=2**31)]

@@ -7,11 +7,13 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from nemo_diffgemma.serving.api.asking import Desk
+from nemo_diffgemma.serving.api.conversation import for_template
 from nemo_diffgemma.serving.api.fields import TokenizeBody
+from nemo_diffgemma.serving.api.replies import HealthReply, ModelReply, ModelsReply, TokensReply
 from nemo_diffgemma.serving.failures import InvalidRequest
 from nemo_diffgemma.serving.metrics import Metrics
 
@@ -30,38 +32,39 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
             "takes_text": desk.router.text is not None,
             "takes_conversations": desk.router.text is not None and desk.router.text.takes_conversations,
         }
-        return {"id": name, "object": "model", "created": began, "owned_by": "nemo_diffgemma", "diffusion": about}
+        described = {"id": name, "object": "model", "created": began, "owned_by": "nemo_diffgemma", "diffusion": about}
+        return described if desk.adapter_of(name) is None else {**described, "parent": desk.settings.names[0]}
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses={200: {"model": ModelsReply}})
     async def models() -> dict[str, Any]:
-        """The names that requests may give."""
-        return {"object": "list", "data": [model(name) for name in desk.settings.names]}
+        """The names that requests may give: those of the model, and of its adapters."""
+        return {"object": "list", "data": [model(name) for name in [*desk.settings.names, *desk.facts.adapters]]}
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses={200: {"model": ModelReply}})
     async def one_model(name: str) -> dict[str, Any]:
         """One of them."""
         desk.check_model(name)
         return model(name)
 
-    @router.get("/health")
+    @router.get("/health", responses={status: {"model": HealthReply} for status in (200, 503)})
     async def health() -> Response:
         """200 while some replica answers, else 503."""
         replicas = [
             {"name": one.name, "requests": len(one.jobs), "layout": one.facts.layout, "device": one.facts.device}
             for one in desk.router.replicas.values()
-            if not one.draining
+            if one.is_able
         ]
         is_well = bool(replicas) and desk.router.ready.is_set()
         status = "ok" if is_well else "restarting" if desk.router.ready.is_set() else "loading"
         return JSONResponse({"status": status, "replicas": replicas}, 200 if is_well else 503)
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Figures for Prometheus."""
         metrics.show(desk.router)
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", responses={200: {"model": TokensReply}})
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """Ids of a text, or of a conversation with the answer's beginning behind it."""
         if body.model is not None:
@@ -69,8 +72,8 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give one of prompt and messages", "invalid_value", "prompt")
         if body.messages is not None:
-            messages = [message.for_template() for message in body.messages]
-            ids = await asyncio.to_thread(desk.text.encode_chat, messages)
+            variables = body.template_variables
+            ids = await asyncio.to_thread(desk.text.encode_chat, for_template(body.messages), **variables)
         else:
             assert body.prompt is not None
             ids = await asyncio.to_thread(desk.text.encode, body.prompt, body.add_special_tokens)

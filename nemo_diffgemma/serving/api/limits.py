@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-from collections.abc import Sequence
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nemo_diffgemma.serving.api.errors import answer_of_http, body_of
+from nemo_diffgemma.serving.settings import FrontSettings
 
 _OPEN = ("/health", "/metrics", "/")  # for load balancers, Prometheus, and the page, which asks its reader for a key
 _OPEN_FOLDER = "/page/"
@@ -23,11 +24,12 @@ class _TooLarge(HTTPException):
 
 
 class Limits:
-    """ASGI middleware: bodies of at most `most_bytes`, and one of `keys` as bearer token, where there are any."""
+    """ASGI middleware: how large a body is and how long it takes; and one of the API keys as bearer token, if any."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int, keys: Sequence[str]) -> None:
-        self._app, self._most_bytes = app, most_bytes
-        self._keys = [key.encode() for key in keys]
+    def __init__(self, app: ASGIApp, settings: FrontSettings) -> None:
+        self._app, self._most_bytes = app, int(settings.max_body_mb * 1e6)
+        self._seconds = settings.request_seconds
+        self._keys = [key.encode() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,10 +42,17 @@ class Limits:
             await JSONResponse(body_of(message, "authentication_error", "invalid_api_key"), 401)(scope, receive, send)
             return
         length, received = headers.get(b"content-length", b"0"), 0
+        deadline: float | None = asyncio.get_running_loop().time() + self._seconds
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive in {self._seconds:g} s") from None
+            if not message.get("more_body", False):
+                deadline = None  # what comes now is the client's end
             received += len(message.get("body", b""))
             if received > self._most_bytes:
                 raise _TooLarge(self._most_bytes)

@@ -35,16 +35,25 @@ def completion_form(
 
     `text_offset` counts characters from the beginning of the answer.
     """
-    reader, offset, offsets = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
-    for id in [*before, *tokens]:
-        offsets.append(offset)
-        offset += len(reader.decode(_token(text, id)[1] or b""))
+    offsets = _offsets([_token(text, id)[1] or b"" for id in [*before, *tokens]])
     return {
         "tokens": [_token(text, id)[0] for id in tokens],
         "token_logprobs": [_finite(score.logprob) for score in scores],
         "top_logprobs": [{_token(text, id)[0]: _finite(value) for id, value in score.top} for score in scores],
         "text_offset": offsets[len(before) :],
     }
+
+
+def _offsets(contents: Sequence[bytes]) -> list[int]:
+    """Where the text of each token begins: at the character that some of its bytes complete, if they do."""
+    reader, characters, offsets = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
+    for content in contents:
+        begun = reader.getstate()[0]
+        new = reader.decode(content)
+        is_broken = begun and new.startswith("\ufffd")  # what was begun before stays incomplete: one character
+        offsets.append(characters + 1 if is_broken else characters)
+        characters += len(new)
+    return offsets
 
 
 def _entry(text: ServedText | None, id: int, logprob: float) -> dict[str, Any]:

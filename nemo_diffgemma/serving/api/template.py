@@ -12,6 +12,7 @@ from nemo_diffgemma.serving.text import ServedText
 
 MOST_LENGTHS = 8  # of one hole
 MOST_COMBINATIONS = 32  # of lengths of all holes: each is an answer of its own
+MOST_TOKENS = 2**16  # of all these answers together
 _ANCHOR = 4  # tokens before a hole that its text is read behind: some tokenizers drop a space where a text begins
 
 
@@ -82,11 +83,13 @@ def templates(parts: Sequence[Part]) -> list[Template]:
     if not holes:
         raise InvalidRequest("there is no hole to fill", "invalid_value", "text")
     free = sum(hole.least < hole.most for hole in holes)
-    each = next((count for count in range(MOST_LENGTHS, 1, -1) if count**free <= MOST_COMBINATIONS), 1)
+    longest = sum(part.most if isinstance(part, Hole) else len(part.ids) for part in parts)
+    most = min(MOST_COMBINATIONS, MOST_TOKENS // longest)
+    each = next((count for count in range(MOST_LENGTHS, 1, -1) if count**free <= most), 1)
     if free and each == 1:
-        most = MOST_COMBINATIONS.bit_length() - 1
+        what = f"{free} holes of free length in a text of up to {longest} tokens; expected at most"
         raise InvalidRequest(
-            f"{free} holes of free length; expected at most {most}, give the others a number", "invalid_value", "text"
+            f"{what} {max(0, most.bit_length() - 1)} of them, give the others a number", "invalid_value", "text"
         )
     choices = itertools.product(*(_spread(hole, each) for hole in holes))
     return [Template(tuple(parts), lengths) for lengths in choices]

@@ -1,4 +1,6 @@
-"""Answers that must be of a language: regex, choice, JSON of a schema. No torch: a front end may refuse with it.
+"""Answers that must be of a language: regex, choice, JSON of a schema, calls of tools.
+
+No torch: a front end may refuse with it.
 
     with Compiler(Vocabulary(bytes_of_tokens(tokenizer), config.vocab_size, sampler.eos_ids)) as compiler:
         constraint = Constraint(compiler.compile(json_of_schema({"type": "object"})))
@@ -13,8 +15,17 @@ from nemo_diffgemma.serving.constraints.child import Limits, Vocabulary
 from nemo_diffgemma.serving.constraints.compiler import Compiler
 from nemo_diffgemma.serving.constraints.constraint import Constraint
 from nemo_diffgemma.serving.constraints.errors import ConstraintError, ConstraintViolation
-from nemo_diffgemma.serving.constraints.languages import Language, choice, json_object, json_of_schema, regex
+from nemo_diffgemma.serving.constraints.languages import (
+    Language,
+    after_thought,
+    choice,
+    json_object,
+    json_of_schema,
+    regex,
+    tool_calls,
+)
 from nemo_diffgemma.serving.constraints.token_bytes import bytes_of_tokens
 
 __all__ = ["Compiler", "Constraint", "ConstraintError", "ConstraintViolation", "Language", "Limits", "Vocabulary",
-           "bytes_of_tokens", "choice", "json_object", "json_of_schema", "regex"]  # fmt: skip
+           "after_thought", "bytes_of_tokens", "choice", "json_object", "json_of_schema", "regex",
+           "tool_calls"]  # fmt: skip

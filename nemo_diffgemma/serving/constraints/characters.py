@@ -45,6 +45,11 @@ def intersection(one: Ranges, other: Ranges) -> Ranges:
     return tuple(sorted(part for part in both if part[0] <= part[1]))
 
 
+def is_text(text: str) -> bool:
+    """Whether all characters are of those that text may have."""
+    return all(any(low <= ord(c) <= high for low, high in ALL) for c in text)
+
+
 def members(ranges: Ranges) -> Iterable[int]:
     """The code points one by one."""
     return (point for low, high in ranges for point in range(low, high + 1))

@@ -62,7 +62,13 @@ class Compiler:
         self.submit_check(language, text).result()
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """End the children, whatever they do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            children = set(self._children)
+        for child in children:
+            child.kill()
+        self._threads.shutdown(wait=True)
         for child in self._children:
             child.end()
 
@@ -112,6 +118,10 @@ class _Child:
 
     def ask(self, seconds: float, *job: Any) -> Any:
         return self._say(job, seconds)
+
+    def kill(self) -> None:
+        """Whoever waits for it, in another thread, hears no more."""
+        self._process.kill()
 
     def end(self) -> None:
         self._connection.close()

@@ -1,4 +1,4 @@
-"""A JSON schema -> a regular expression whose every string is JSON that the schema accepts.
+"""A JSON schema -> a regular expression whose every string is JSON, or another notation, that the schema accepts.
 
 The language is a part of what the schema accepts: members stand in the order of `properties`, no others are added, and
 what nests without end (a recursive `$ref`, any JSON) nests to a fixed depth. Keywords that a regular language cannot
@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_diffgemma.serving.constraints import json_values, numbers
+from nemo_diffgemma.serving.constraints import numbers
 from nemo_diffgemma.serving.constraints.errors import ConstraintError
 from nemo_diffgemma.serving.constraints.formats import FORMATS
-from nemo_diffgemma.serving.constraints.patterns import translated_in_json
+from nemo_diffgemma.serving.constraints.json_values import JSON
+from nemo_diffgemma.serving.constraints.values import Values
 
 Schema = Mapping[str, Any] | bool
 Place = tuple[str | int, ...]
@@ -28,6 +29,7 @@ MOST_SCHEMAS = (
     20_000  # visited, and characters of the expression: schemas that refer to each other may grow without end
 )
 LONGEST = 1_000_000
+MOST_BRANCHES = 200  # of a oneOf: each is compared with each
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $comment $schema $id $defs "
@@ -40,25 +42,48 @@ _OF_TYPE = {
 }
 _OF_TYPE["integer"] = _OF_TYPE["number"]
 _COMBINING = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
+_BESIDE_LISTED = _ANNOTATIONS | {"enum", "const", "type", "minLength", "maxLength"} | _OF_TYPE["number"]
 _KNOWN = _ANNOTATIONS | {"type", *_COMBINING}.union(*_OF_TYPE.values())
 
 
-def translated(schema: Schema) -> str:
-    """The regular expression, in Rust's dialect. Raises `ConstraintError` naming a keyword and where it stands."""
+def translated(schema: Schema, values: Values = JSON) -> str:
+    """The regular expression, in Rust's dialect; `values` is how values are written.
+
+    Raises `ConstraintError` naming a keyword and where it stands.
+    """
     if not isinstance(schema, Mapping | bool):
         raise ConstraintError(f"a JSON schema of type {type(schema).__name__}; expected an object, true or false")
     try:
-        written = _Translator(schema).value(schema, ())
+        written = _Translator(schema, values).value(schema, ())
     except RecursionError:
         raise ConstraintError("the schema nests hundreds of schemas; expected at most a few dozen") from None
     if written is None:
         raise ConstraintError("no JSON text of finite depth satisfies the schema: something required is impossible")
-    return f"{json_values.SPACE}{written}{json_values.SPACE}"
+    _check(schema)
+    return f"{values.space}{written}{values.space}"
+
+
+def problem_of(value: Any, schema: Schema) -> str:
+    """What `jsonschema` says against a value, or nothing."""
+    import jsonschema
+
+    kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    worst = jsonschema.exceptions.best_match(kind(schema, format_checker=kind.FORMAT_CHECKER).iter_errors(value))
+    return "" if worst is None else f"{worst.json_path}: {worst.message[:300]}"
+
+
+def _check(schema: Schema) -> None:
+    import jsonschema
+
+    try:
+        jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ConstraintError(f"schema at {error.json_path} is no JSON schema: {error.message[:300]}") from None
 
 
 class _Translator:
-    def __init__(self, root: Schema) -> None:
-        self._root = root
+    def __init__(self, root: Schema, values: Values) -> None:
+        self._root, self._values = root, values
         self._within: Counter[str] = Counter()  # how often each $ref is being translated
         self._visited = 0
 
@@ -70,7 +95,7 @@ class _Translator:
         if schema is False:
             return None
         if schema is True:
-            return json_values.anything()
+            return self._values.anything()
         if not isinstance(schema, Mapping):
             raise self._refusal(at, f"is {schema!r}; expected an object, true or false")
         self._check_keywords(schema, at)
@@ -90,7 +115,7 @@ class _Translator:
                 return self._combined(keyword, schema[keyword], (*at, keyword))
         types = self._types(schema, at)
         if not types:
-            return json_values.anything()
+            return self._values.anything()
         writers = {"object": self._object, "array": self._array, "string": self._string, "number": self._number}
         writers |= {"integer": self._integer, "boolean": lambda *_: "true|false", "null": lambda *_: "null"}
         return _either([writers[kind](schema, at) for kind in types])
@@ -132,16 +157,24 @@ class _Translator:
     # -- combinations ----------------------------------------------------------------------------------------------
 
     def _listed(self, schema: Mapping[str, Any], at: Place) -> str | None:
-        """`enum` and `const`: the listed values that the rest of the schema accepts, asked of jsonschema."""
-        from jsonschema import Draft202012Validator
+        """`enum` and `const`: the listed values that the rest of the schema accepts, asked of jsonschema.
 
+        The rest is of those keywords that are quick to check, whatever a stranger writes: no patterns.
+        """
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import UnknownType
+
+        beside = [name for name in schema if name not in _BESIDE_LISTED and not name.startswith("x-")]
+        if beside:
+            raise self._refusal(at, f"has {beside[0]!r} beside 'enum' or 'const'; leave it out")
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise self._refusal((*at, "enum"), f"is {values!r}; expected a list of values")
-        if "$ref" in schema:
-            raise self._refusal(at, "has '$ref' beside 'enum' or 'const'; a constraint can express one of them alone")
         accepted = Draft202012Validator(schema).is_valid
-        return _either([json_values.exactly(value) for value in values if accepted(value)])
+        try:
+            return _either([self._values.exactly(value) for value in values if accepted(value)])
+        except (TypeError, UnknownType):
+            raise self._refusal(at, "has a bound or a type that is none of JSON schema's") from None
 
     def _combined(self, keyword: str, given: Any, at: Place) -> str | None:
         if keyword == "$ref":
@@ -150,6 +183,8 @@ class _Translator:
             raise self._refusal(at, f"is {given!r}; expected a list of schemas")
         if keyword == "allOf" and len(given) > 1:
             raise self._refusal(at, "has several schemas; a constraint can express allOf of one alone: merge them")
+        if keyword == "oneOf" and len(given) > MOST_BRANCHES:
+            raise self._refusal(at, f"has {len(given)} schemas; expected at most {MOST_BRANCHES}, or use anyOf")
         if keyword == "oneOf" and not self._exclude_each_other(given):
             raise self._refusal(
                 at, "has schemas that may hold at once; give them different types or tags, or use anyOf"
@@ -199,15 +234,15 @@ class _Translator:
         if len(given) > 1:
             raise self._refusal(at, f"has {' and '.join(given)}; a constraint can express one of them alone")
         if "pattern" in schema:
-            return f'"(?:{translated_in_json(str(schema["pattern"]))})"'
+            return self._values.matching(str(schema["pattern"]))
         if "format" in schema:
             if schema["format"] not in FORMATS:
                 known = ", ".join(FORMATS)
                 raise self._refusal((*at, "format"), f"is {schema['format']!r}; a constraint can express {known}")
-            return f'"{FORMATS[schema["format"]]}"'
+            return self._values.quoted(FORMATS[schema["format"]])
         if longest is not None and longest < (shortest or 0):
             return None
-        return json_values.string(shortest or 0, longest)
+        return self._values.string(shortest or 0, longest)
 
     def _bounds(self, schema: Mapping[str, Any], at: Place) -> dict[str, float | int]:
         bounds = {name: schema[name] for name in _OF_TYPE["number"] if name in schema}
@@ -256,8 +291,8 @@ class _Translator:
             raise self._refusal((*at, "items"), "is a list; give the schemas of the first items as 'prefixItems'")
         item = self.value(schema.get("items", True), (*at, "items")) if most != 0 else None
         if item is None:
-            return rf"\[{json_values.SPACE}\]" if fewest == 0 else None
-        return json_values.array(item, fewest, most)
+            return self._values.bracketed(r"\[", "", r"\]") if fewest == 0 else None
+        return self._values.array(item, fewest, most)
 
     def _tuple(self, schema: Mapping[str, Any], fewest: int, most: int | None, at: Place) -> str | None:
         given = schema["prefixItems"]
@@ -267,7 +302,9 @@ class _Translator:
             raise self._refusal(at, "has minItems or maxItems that differ from the number of prefixItems")
         items = [self.value(item, (*at, "prefixItems", index)) for index, item in enumerate(given)]
         present = [item for item in items if item is not None]
-        return json_values.bracketed(r"\[", json_values.COMMA.join(present), r"\]") if present == items else None
+        if present != items:
+            return None
+        return self._values.bracketed(r"\[", self._values.comma.join(present), r"\]")
 
     def _object(self, schema: Mapping[str, Any], at: Place) -> str | None:
         properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -283,18 +320,18 @@ class _Translator:
                 raise self._refusal(at, "has 'minProperties', but names may repeat where none are given; leave it out")
             value = self.value(others, (*at, "additionalProperties")) if most != 0 else None
             if value is None:
-                return rf"\{{{json_values.SPACE}\}}" if fewest == 0 else None
-            return json_values.object_of(value, fewest, most)
+                return self._values.bracketed(r"\{", "", r"\}") if fewest == 0 else None
+            return self._values.object_of(value, fewest, most)
         if fewest > len(set(required)) or (most is not None and most < len(named)):
             raise self._refusal(at, "has minProperties or maxProperties beside named members; leave them out")
         members = []
-        for name, value in named.items():
-            written = self.value(value, (*at, "properties", name))
+        for name in self._values.in_order(list(named)):
+            written = self.value(named[name], (*at, "properties", name))
             if written is not None:
-                members.append((json_values.member(json_values.exactly(name), written), name in required))
+                members.append((self._values.member(self._values.name(name), written), name in required))
             elif name in required:
                 return None
-        return json_values.record(members)
+        return self._values.record(members)
 
 
 def _either(parts: Sequence[str | None]) -> str | None:

@@ -6,6 +6,10 @@ point of a number with bounds.
 
 from __future__ import annotations
 
+import json
+
+from nemo_diffgemma.serving.constraints import characters
+
 DIGITS = 16
 BOUND = 10**9  # a bound of a number, and what stands for no bound
 INTEGER = f"-?(?:0|[1-9][0-9]{{0,{DIGITS - 1}}})"
@@ -13,6 +17,11 @@ NUMBER = rf"-?(?:0|[1-9][0-9]{{0,{DIGITS - 1}}})(?:\.[0-9]{{1,{DIGITS}}})?(?:[eE
 _FRACTION = r"(?:\.[0-9]{1,6})?"
 _NON_ZERO_FRACTION = r"\.(?:0{0,5}[1-9]|[0-9]{0,5}[1-9])"
 _ZERO_FRACTION = r"(?:\.0{1,6})?"
+
+
+def literal(value: float | bool | None) -> str:
+    """One number, true, false or null, as Python's json writes it."""
+    return characters.literal(json.dumps(value))
 
 
 def integers(low: int | None, high: int | None) -> str | None:

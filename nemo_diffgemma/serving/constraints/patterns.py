@@ -21,6 +21,7 @@ from nemo_diffgemma.serving.constraints.characters import Ranges
 from nemo_diffgemma.serving.constraints.errors import ConstraintError
 
 LONGEST = 65536  # characters of a pattern
+LONGEST_WRITTEN = 2_000_000  # and of what it becomes: a class such as \W is thousands of them
 
 _NAMES = {
     "ASSERT": "look-around (?=...) or (?<=...)",
@@ -38,6 +39,11 @@ def translated(pattern: str) -> str:
     return _Writer(pattern, characters.as_regex, around="").written()
 
 
+def translated_in_text(pattern: str) -> str:
+    """The texts in which `re.search(pattern, text)` finds something, as they are."""
+    return _Writer(pattern, characters.as_regex, around=f"{characters.as_regex(characters.ALL)}*").written()
+
+
 def translated_in_json(pattern: str) -> str:
     """The strings in which `re.search(pattern, string)` finds something, as JSON without its quotes."""
     anything = characters.as_json_regex(characters.ALL)
@@ -48,7 +54,8 @@ class _Writer:
     """Writes a parsed pattern; `around` may stand where a pattern has no anchor."""
 
     def __init__(self, pattern: str, character: Callable[[Ranges], str], around: str) -> None:
-        self._pattern, self._character, self._around = pattern, character, around
+        self._pattern, self._write, self._around = pattern, character, around
+        self._written = 0
 
     def written(self) -> str:
         if len(self._pattern) > LONGEST:
@@ -90,6 +97,13 @@ class _Writer:
     def _is_plain(self, group: tuple[Any, ...]) -> bool:
         _, added, removed, _ = group
         return not (added or removed)
+
+    def _character(self, ranges: Ranges) -> str:
+        written = self._write(ranges)
+        self._written += len(written)
+        if self._written > LONGEST_WRITTEN:
+            raise ConstraintError(f"pattern {self._shown()} has too many classes of characters; make it shorter")
+        return written
 
     def _sequence(self, items: Any) -> str:
         return "".join(self._item(*item) for item in items)

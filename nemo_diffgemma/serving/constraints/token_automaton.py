@@ -43,7 +43,7 @@ class Edges:
         return int(self.label.max()) + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenAutomaton:
     """`following` [K + 2, S + 2]: the state behind a token of a class. `class_of_id` [V].
 
