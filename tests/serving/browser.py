@@ -49,7 +49,7 @@ class Tab:
         self.asked: list[Any] = []
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.page.on("console", self._hear)
-        self.page.on("request", self.asked.append)
+        self.page.on("request", lambda request: self.asked.append(request))
         self.page.goto(url)
 
     def _hear(self, message: Any) -> None:
