@@ -26,7 +26,7 @@ INDEX = "indices from the host"
 LOOP = "grouped product as a loop"
 SYNCHRONISE = "synchronises"
 
-_NUMBERS = "nemo_diffgemma/transfer.py:numbers < nemo_diffgemma"
+_NUMBERS = "nemo_diffgemma/transfer.py:values < nemo_diffgemma"
 # file:function, or that < file:function of a caller further out -> why it may wait
 ALLOWED = {
     "nemo_diffgemma/diffusion/generate.py:generate": "whether all rows are finished, once a canvas",

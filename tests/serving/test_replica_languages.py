@@ -89,7 +89,7 @@ def test_a_replica_that_drains_answers_what_is_compiled(play):  # noqa: F811
         front.say(asked(1), Drain())
         assert front.hear(Farewell).draining
         front.say(asked(2))
-        assert next(front.events()) == Refused("r2", "this replica is about to end")
+        assert next(front.events()) == Refused("r2", "this replica is about to end", elsewhere=True)
         slow.futures[held.LETTERS.expression].set_result(held.automaton(held.LETTERS))
         heard, _ = until_ended(front, {"r1"})
         assert held.problems([asked(1)], heard.tokens) == []
