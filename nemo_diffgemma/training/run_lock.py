@@ -63,7 +63,8 @@ class RunLock:
         """As `_flock`, once no living process holds the file. Raises `ConfigurationError` for one that does.
 
         A holder of this very Slurm job is its own start before, which is about to end, or of which a file server still
-        keeps the lock: it is waited for, and no user's mistake.
+        keeps the lock: it is waited for, and no user's mistake. So is one that has flock's lock and no name in the
+        file: it is just beginning or ending.
         """
         deadline = time.monotonic() + self.patience_seconds
         while True:
@@ -71,7 +72,7 @@ class RunLock:
             if locked is not False and (holder is None or not self._is_alive(holder)):
                 return locked
             job = os.environ.get("SLURM_JOB_ID")
-            if job is None or holder is None or holder.get("job") != job:
+            if holder is not None and (job is None or holder.get("job") != job):
                 raise ConfigurationError(self._refusal(holder))
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self._refusal(holder)} (waited for {self.patience_seconds:.0f} s)")

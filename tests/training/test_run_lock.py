@@ -84,6 +84,21 @@ def test_a_requeued_job_waits_for_its_own_start_before(file, monkeypatch):
     second.release()
 
 
+def test_a_holder_that_has_no_name_yet_or_any_more_is_waited_for(tmp_path):
+    """Between flock and its name in the file, at either end."""
+    file = tmp_path / "lock"
+    with file.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="waited for"):
+            RunLock(file, TOUCH, patience_seconds=0.3).acquire()
+        ends = threading.Timer(0.3, fcntl.flock, (stream, fcntl.LOCK_UN))
+        ends.start()
+        second = RunLock(file, TOUCH, patience_seconds=30)
+        second.acquire()
+        ends.join()
+        second.release()
+
+
 def test_a_damaged_lock_is_taken_over(file):
     file.write_text('{"host": "no')
     lock = RunLock(file, TOUCH)
