@@ -35,7 +35,7 @@ from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, Const
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.ending import Decode, cut
-from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import Facts
 from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Settled

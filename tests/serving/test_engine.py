@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.row_products import FEWEST_ROWS, grouped_product
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.request import Reason, Request
 from tests.serving import cases
