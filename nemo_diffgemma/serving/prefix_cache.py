@@ -84,13 +84,13 @@ class PrefixCache:
 
     def give_up(self, kind: str, wanted: int) -> None:
         """Let blocks of a kind go, the longest unused first, until `wanted` are free or none is left to let go."""
-        for key in list(self._tiles):
-            if self._blocks[kind].free >= wanted:
+        blocks = self._blocks[kind]
+        for key in list(self._tiles) if blocks.free < wanted else ():
+            tile = self._tiles[key]
+            if kind in tile.blocks and not any(map(blocks.is_shared, tile.blocks[kind])):
+                self._forget(key, kind)
+            if blocks.free >= wanted:
                 return
-            tile = self._tiles.get(key)
-            if tile is None or kind not in tile.blocks or any(map(self._blocks[kind].is_shared, tile.blocks[kind])):
-                continue
-            self._forget(key, kind)
 
     def _forget(self, key: Key, kind: str) -> None:
         tile = self._tiles[key]
