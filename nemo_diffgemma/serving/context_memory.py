@@ -83,9 +83,9 @@ class ContextMemory:
         self._longest_step = longest_step
         self._memory: list[tuple[Tensor, Tensor]] = []
         for layer in range(model.num_hidden_layers):
-            head_dim, heads = model.heads(layer)
+            head_dim, heads = model.heads_of_rank(layer, tensor_parallel)
             rows = self.blocks[model.layer_kind(layer)].count * BLOCK_TOKENS
-            shape = (rows, max(1, heads // tensor_parallel), head_dim)
+            shape = (rows, heads, head_dim)
             make = lambda: torch.zeros(shape, dtype=network.dtype, device=device())  # noqa: B023  called at once
             self._memory.append((make(), make()))
 
