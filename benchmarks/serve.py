@@ -59,7 +59,8 @@ def requests(count: int, prompts: tuple[int, ...], canvases: tuple[int, ...]) ->
 
 
 def engine_of(ours: Any) -> Any:
-    from nemo_diffgemma.serving.engine import Engine, EngineConfig
+    from nemo_diffgemma.serving.engine import Engine
+    from nemo_diffgemma.serving.engine_config import EngineConfig
 
     return Engine(ours, EngineConfig(context_gb=0.5))
 

@@ -90,6 +90,11 @@ class ModelConfig:
             return HeadSizes(self.global_head_dim, self.num_global_key_value_heads)
         return HeadSizes(self.head_dim, self.num_key_value_heads)
 
+    def heads_of_rank(self, layer: int, tensor: int) -> HeadSizes:
+        """The same on one of `tensor` tensor-parallel ranks: one head, shared, where ranks are more than heads."""
+        head_dim, heads = self.heads(layer)
+        return HeadSizes(head_dim, max(1, heads // tensor))
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding table: the next multiple of 128 in every layout, so shapes never change."""

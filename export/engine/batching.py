@@ -17,10 +17,10 @@ A context lies twice in memory: its own buffers, and those of the batch that it 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from typing import NamedTuple
 
-import msgspec
 import torch
 
 from export.engine.engine import Context, Engine, EngineError
@@ -81,10 +81,11 @@ class BundleEngine:
     def check(self, request: Request) -> None:
         """Raise `UserError` for a request that can never be answered here, or asks for what is not done here."""
         request.check(self.engine.model_config)
-        for field in msgspec.structs.fields(request):
-            if field.name not in _DONE and getattr(request, field.name) != _default(field):
+        plain = Request("", (), 0, 0)
+        for name in request.__struct_fields__:
+            if name not in _DONE and getattr(request, name) != getattr(plain, name):
                 raise EngineError(
-                    f"{field.name}: the engines of a bundle cannot do this; ask a server of the checkpoint, "
+                    f"{name}: the engines of a bundle cannot do this; ask a server of the checkpoint, "
                     "launch/serve.py checkpoint=..."
                 )
         if request.canvas_length != self.canvas_length:
@@ -152,9 +153,9 @@ class BundleEngine:
         columns = min(engine.columns_for(max(1, context)), engine.limits.context)
         numbers = 0
         for layer in range(config.num_hidden_layers):
-            width, heads = config.heads(layer)
+            width, heads = config.heads_of_rank(layer, engine.layout.tensor)
             seen = max(1, config.sliding_window - 1) if config.layer_kind(layer) == SLIDING else columns
-            numbers += 2 * width * max(1, heads // engine.layout.tensor) * min(columns, seen)
+            numbers += 2 * width * heads * min(columns, seen)
         return numbers * engine.dtype.itemsize
 
     def _fits(self, contexts: list[int]) -> bool:
@@ -163,11 +164,8 @@ class BundleEngine:
 
     def _most_context(self) -> int:
         """The most tokens of context that one request can have."""
-        low, high = 1, self.engine.limits.context
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._fits([middle]) else (low, middle - 1)
-        return low
+        sizes = range(1, self.engine.limits.context + 1)
+        return max(1, bisect_right(sizes, False, key=lambda tokens: not self._fits([tokens])))
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -275,7 +273,3 @@ class BundleEngine:
     def _finish(self, row: Row, reason: Reason, error: str | None = None) -> Finished:
         self.running.remove(row)
         return Finished(row.request.id, reason, len(row.request.prompt), 0, error)
-
-
-def _default(field: msgspec.structs.FieldInfo) -> object:
-    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()

@@ -41,7 +41,7 @@ class Row:
     canvas: int = 0  # which is being denoised
     step: int = 0  # steps of it that have been enqueued
     answer: list[int] = field(default_factory=list)
-    _state: State | None = None
+    state: State = field(init=False, repr=False)  # after its last step
 
     @property
     def reads_prompt(self) -> bool:
@@ -56,16 +56,6 @@ class Row:
     @property
     def had_all_steps(self) -> bool:
         return self.step == self.request.sampler.max_denoising_steps
-
-    @property
-    def state(self) -> State:
-        """After its last step."""
-        assert self._state is not None
-        return self._state
-
-    @state.setter
-    def state(self, state: State) -> None:
-        self._state = state
 
 
 class Rows:

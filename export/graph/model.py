@@ -52,8 +52,8 @@ def empty_context(
     """Buffers of each layer before any context: one column that no token sees, as engines have no empty axes."""
     shapes = []
     for layer in range(config.num_hidden_layers):
-        head_dim, heads = config.heads(layer)
-        shapes.append((rows, max(1, heads // layout.tensor), 1, head_dim))
+        head_dim, heads = config.heads_of_rank(layer, layout.tensor)
+        shapes.append((rows, heads, 1, head_dim))
     return [(torch.zeros(s, dtype=dtype, device=device), torch.zeros(s, dtype=dtype, device=device)) for s in shapes]
 
 

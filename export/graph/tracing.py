@@ -164,11 +164,11 @@ def example_inputs(
     add("past_length", (rows,), torch.int64, {0: batch})
     add("rank", (), torch.int64, {})
     for layer in range(config.num_hidden_layers):
-        head_dim, heads = config.heads(layer)
+        head_dim, heads = config.heads_of_rank(layer, layout.tensor)
         kind = config.layer_kind(layer)
         held = 7 if kind == GLOBAL else 3
         for name in past_names(layer):
-            add(name, (rows, max(1, heads // layout.tensor), held, head_dim), dtype, {0: batch, 2: columns[kind]})
+            add(name, (rows, heads, held, head_dim), dtype, {0: batch, 2: columns[kind]})
     return inputs, dynamic
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_diffgemma.diffusion.sampler_config import SamplerConfig as SamplerConfig
+from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 
 
 def accept(entropy_BC: Tensor, bound: float | Tensor) -> Tensor:

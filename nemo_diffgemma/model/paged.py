@@ -56,6 +56,6 @@ def row_bytes(model: ModelConfig, kind: str, tensor_parallel: int, dtype: torch.
     total = 0
     for layer in range(model.num_hidden_layers):
         if model.layer_kind(layer) == kind:
-            head_dim, heads = model.heads(layer)
-            total += 2 * head_dim * max(1, heads // tensor_parallel) * dtype.itemsize
+            head_dim, heads = model.heads_of_rank(layer, tensor_parallel)
+            total += 2 * head_dim * heads * dtype.itemsize
     return total

@@ -64,11 +64,11 @@ def attend(
     if isinstance(stream, FixedStream):
         assert isinstance(past, KeyValue)
         return attend_in_columns(q_TND, k_TGD, v_TGD, stream, window, past), past
+    result: KeyValue | PagedLayer
     if isinstance(past, PagedLayer):
-        context = past.extended(k_TGD, v_TGD, stream)
+        context, result = past.extended(k_TGD, v_TGD, stream), past
     else:
-        context = extended(past, k_TGD, v_TGD, stream)
-    result = past if isinstance(past, PagedLayer) else context
+        context = result = extended(past, k_TGD, v_TGD, stream)
     visibility = Visibility.of(stream, window, context.kept)
     kernel = choose_kernel(q_TND.device.type, q_TND.dtype, q_TND.shape[2], visibility.is_uniform)
     if kernel is Kernel.FLEX:

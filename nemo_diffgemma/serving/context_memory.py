@@ -27,7 +27,7 @@ from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.serving.blocks import Blocks
 from nemo_diffgemma.serving.prefix_cache import BLOCKS_OF_TILE, PrefixCache
-from nemo_diffgemma.serving.prefix_keys import Key, keys_of
+from nemo_diffgemma.serving.prefix_keys import Key
 from nemo_diffgemma.transfer import to_device
 
 
@@ -83,9 +83,9 @@ class ContextMemory:
         self._longest_step = longest_step
         self._memory: list[tuple[Tensor, Tensor]] = []
         for layer in range(model.num_hidden_layers):
-            head_dim, heads = model.heads(layer)
+            head_dim, heads = model.heads_of_rank(layer, tensor_parallel)
             rows = self.blocks[model.layer_kind(layer)].count * BLOCK_TOKENS
-            shape = (rows, max(1, heads // tensor_parallel), head_dim)
+            shape = (rows, heads, head_dim)
             make = lambda: torch.zeros(shape, dtype=network.dtype, device=device())  # noqa: B023  called at once
             self._memory.append((make(), make()))
 
@@ -101,9 +101,9 @@ class ContextMemory:
 
     # -- sequences -------------------------------------------------------------------------------------------------
 
-    def open(self, prompt: Sequence[int], salt: str = "") -> Held:
-        """A sequence that is about to encode `prompt`; what the prefix cache has of it counts as encoded."""
-        held = Held(keys_of(prompt, TILE, salt))
+    def open(self, keys: list[Key]) -> Held:
+        """A sequence that is about to encode a prompt; what the prefix cache has of its tiles counts as encoded."""
+        held = Held(keys)
         known = self.prefixes.longest(held.keys)
         shared = self.prefixes.share(held.keys[:known])
         held.end, held.remembered = known * TILE, known
@@ -125,8 +125,7 @@ class ContextMemory:
         wanted = {}
         for kind, table in held.tables.items():
             wanted[kind] = -(-(held.end + tokens) // BLOCK_TOKENS) - table.dropped - len(table.blocks)
-            if self.blocks[kind].free < wanted[kind]:
-                self.prefixes.give_up(kind, wanted[kind])
+            self.prefixes.give_up(kind, wanted[kind])
             if self.blocks[kind].free < wanted[kind]:
                 return False
         for kind, count in wanted.items():

@@ -17,6 +17,7 @@ Every rank of a layout has an engine, is given the same calls in the same order,
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections import deque
 from typing import NamedTuple
 
@@ -35,9 +36,10 @@ from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, Const
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.ending import Decode, cut
-from nemo_diffgemma.serving.engine_config import EngineConfig as EngineConfig
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import Facts
+from nemo_diffgemma.serving.prefix_keys import Key, keys_of
 from nemo_diffgemma.serving.request import MOST_SCORES, Draft, Event, Finished, Reason, Request, Settled
 from nemo_diffgemma.serving.scores import scores_of
 from nemo_diffgemma.serving.sequence import Sequence
@@ -58,6 +60,7 @@ class Waiting(NamedTuple):
 
     arrival: int
     request: Request
+    keys: list[Key]  # of the tiles of its prompt
     constraint: ConstrainedSequence | None
 
 
@@ -128,7 +131,8 @@ class Engine:
                 raise UserError("the request has a language, and add() no automaton of it; compile it first")
             given = (request.canvas_length, request.max_tokens, request.sampler.eos_ids, request.locked)
             constraint = ConstrainedSequence(automaton, *given, device())
-        self.waiting.append(Waiting(next(self._arrivals), request, constraint))
+        keys = keys_of(request.prompt, TILE, salt=request.adapter or "")
+        self.waiting.append(Waiting(next(self._arrivals), request, keys, constraint))
 
     def cancel(self, id: str) -> list[Event]:
         """End a request at once, wherever it is; unknown ones are over already."""
@@ -177,11 +181,8 @@ class Engine:
     def _most_context(self) -> int:
         """The most tokens of context that one request can have: the memory's limit, or the model's, less a canvas."""
         model = self.network.model_config
-        low, high = 1, max(1, model.max_position_embeddings - model.canvas_length)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.memory.fits(middle) else (low, middle - 1)
-        return low
+        sizes = range(1, model.max_position_embeddings - model.canvas_length + 1)
+        return max(1, bisect_right(sizes, False, key=lambda tokens: not self.memory.fits(tokens)))
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -239,8 +240,8 @@ class Engine:
                 return
             self.running.append(self.moved_out.pop(0))
         while self.waiting and self._free_slots:
-            arrival, request, constraint = self.waiting[0]
-            held = self.memory.open(request.prompt, salt=request.adapter or "")
+            arrival, request, keys, constraint = self.waiting[0]
+            held = self.memory.open(keys)
             if not self.memory.has_room(held, len(request.prompt)):
                 self.memory.close(held)
                 return

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from nemo_diffgemma.config import GLOBAL, SLIDING
 from nemo_diffgemma.model.paged import BLOCK_TOKENS
@@ -21,21 +20,13 @@ from nemo_diffgemma.serving.prefix_keys import Key
 BLOCKS_OF_TILE = TILE // BLOCK_TOKENS
 
 
-@dataclass
-class _Tile:
-    """A tile that is known, and its blocks in the layers of each kind that still has them."""
-
-    parent: Key | None
-    children: int = 0
-    blocks: dict[str, list[int]] = field(default_factory=dict)
-
-
 class PrefixCache:
     """Tiles by key; holds a share of their blocks."""
 
     def __init__(self, blocks: dict[str, Blocks], window: int) -> None:
         self._blocks = blocks
-        self._tiles: OrderedDict[Key, _Tile] = OrderedDict()  # the longest unused first
+        # blocks of each tile in the layers of each kind that still has them, the longest unused first
+        self._tiles: OrderedDict[Key, dict[str, list[int]]] = OrderedDict()
         self._window_tiles = -(-(window - 1) // TILE) if SLIDING in blocks else 0
 
     def __len__(self) -> int:
@@ -51,7 +42,7 @@ class PrefixCache:
         return known
 
     def _blocks_of(self, key: Key) -> dict[str, list[int]]:
-        return self._tiles[key].blocks if key in self._tiles else {}
+        return self._tiles.get(key, {})
 
     def _in_window(self, keys: Sequence[Key]) -> Sequence[Key]:
         """The tiles that sliding layers see from behind the last of `keys`."""
@@ -62,7 +53,7 @@ class PrefixCache:
         shared = {}
         for kind, held in self._blocks.items():
             of_kind = keys if kind == GLOBAL else self._in_window(keys)
-            shared[kind] = [block for key in of_kind for block in self._tiles[key].blocks[kind]]
+            shared[kind] = [block for key in of_kind for block in self._tiles[key][kind]]
             held.share(shared[kind])
         for key in reversed(keys):  # a tile is at least as recent as those behind it
             self._tiles.move_to_end(key)
@@ -70,33 +61,21 @@ class PrefixCache:
 
     def remember(self, keys: Sequence[Key], index: int, kind: str, blocks: list[int]) -> None:
         """Tile `index` of a prompt with these `keys` has been encoded into these blocks of the layers of a kind."""
-        parent = keys[index - 1] if index else None
-        if kind == GLOBAL and parent is not None and GLOBAL not in self._blocks_of(parent):
+        if kind == GLOBAL and index and GLOBAL not in self._blocks_of(keys[index - 1]):
             return  # nobody could reach it
-        tile = self._tiles.get(keys[index])
-        if tile is None:
-            tile = self._tiles[keys[index]] = _Tile(parent)
-            if parent is not None and parent in self._tiles:
-                self._tiles[parent].children += 1
-        if kind not in tile.blocks:
-            tile.blocks[kind] = blocks
+        tile = self._tiles.setdefault(keys[index], {})
+        if kind not in tile:
+            tile[kind] = blocks
             self._blocks[kind].share(blocks)
 
     def give_up(self, kind: str, wanted: int) -> None:
         """Let blocks of a kind go, the longest unused first, until `wanted` are free or none is left to let go."""
-        for key in list(self._tiles):
-            if self._blocks[kind].free >= wanted:
+        blocks = self._blocks[kind]
+        for key in list(self._tiles) if blocks.free < wanted else ():
+            tile = self._tiles[key]
+            if kind in tile and not any(map(blocks.is_shared, tile[kind])):
+                blocks.release(tile.pop(kind))
+                if not tile:
+                    del self._tiles[key]
+            if blocks.free >= wanted:
                 return
-            tile = self._tiles.get(key)
-            if tile is None or kind not in tile.blocks or any(map(self._blocks[kind].is_shared, tile.blocks[kind])):
-                continue
-            self._forget(key, kind)
-
-    def _forget(self, key: Key, kind: str) -> None:
-        tile = self._tiles[key]
-        self._blocks[kind].release(tile.blocks.pop(kind))
-        if tile.blocks or tile.children:
-            return
-        del self._tiles[key]
-        if tile.parent is not None and tile.parent in self._tiles:
-            self._tiles[tile.parent].children -= 1

@@ -31,7 +31,8 @@ from nemo_diffgemma.serving.compiling import Compilation, Compiled, LanguageComp
 from nemo_diffgemma.serving.constraints import ConstraintError, Vocabulary, bytes_of_tokens
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.ending import Decode
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.mailbox import Errand, Mailbox
 from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import (

@@ -24,10 +24,6 @@ class Sequence:
     step: int = 0  # steps of it that have been enqueued
     answer: list[int] = field(default_factory=list)
     constraint: ConstrainedSequence | None = None
-    locked: list[int] | None = field(init=False)  # ids that stand in the canvas, -1 where none does
-
-    def __post_init__(self) -> None:
-        self.locked = cells_of(self.request.locked, self.canvas, self.request.canvas_length)
 
     @property
     def context(self) -> int:
@@ -50,14 +46,12 @@ class Sequence:
 
     def turn(self) -> Turn:
         """Its next denoising step."""
-        request = self.request
-        return Turn(
-            self.slot, request.canvas_length, self.canvas, self.step, request.seed, request.sampler, self.locked
-        )
+        request, length = self.request, self.request.canvas_length
+        locked = cells_of(request.locked, self.canvas, length)
+        return Turn(self.slot, length, self.canvas, self.step, request.seed, request.sampler, locked)
 
     def settle(self, tokens: list[int]) -> None:
         """Go on behind a canvas that has settled and does not end the answer."""
         if self.constraint is not None:
             self.constraint.settle(tokens)
         self.canvas, self.step = self.canvas + 1, 0
-        self.locked = cells_of(self.request.locked, self.canvas, self.request.canvas_length)

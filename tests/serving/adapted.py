@@ -15,7 +15,8 @@ from nemo_diffgemma.lora.config import LoraGroup
 from nemo_diffgemma.model.adapters import Adapted
 from nemo_diffgemma.parallel import initialize
 from nemo_diffgemma.parallel.groups import current_layout
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Request
 from tests.lora import kit
 from tests.serving import cases

@@ -12,7 +12,8 @@ from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout, SamplerC
 from nemo_diffgemma.parallel import initialize
 from nemo_diffgemma.serving.constraints import Constraint
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Draft, Finished, Request, Scores, Settled
 
 EOS = (1, 7, 9)

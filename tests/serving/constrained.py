@@ -73,7 +73,8 @@ def generated(layout: dict[str, int], seed: int, many: int, steps: int) -> Tenso
 def served(layout: dict[str, int], seed: int, many: int, steps: int) -> dict[str, list[int]]:
     """Answers to the same constraints from an engine in which many run at a time, some of them without one, by id."""
     from nemo_diffgemma import SamplerConfig
-    from nemo_diffgemma.serving.engine import Engine, EngineConfig
+    from nemo_diffgemma.serving.engine import Engine
+    from nemo_diffgemma.serving.engine_config import EngineConfig
     from nemo_diffgemma.serving.request import Request
     from tests.serving.cases import serve
 

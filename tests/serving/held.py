@@ -23,7 +23,8 @@ from nemo_diffgemma.serving.constraints import (
 )
 from nemo_diffgemma.serving.constraints.child import Worker
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Request
 from nemo_diffgemma.serving.text import ServedText, files_of
 from tests.serving import cases, gemma

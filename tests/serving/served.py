@@ -160,7 +160,7 @@ def serve_in_layout(layout: dict[str, int], checkpoint: str, address: str, engin
     """A replica in ranks of a pool, until it is drained -> requests it has ever had that still run."""
     from nemo_diffgemma import DiffusionGemma, ParallelLayout
     from nemo_diffgemma.parallel import initialize
-    from nemo_diffgemma.serving.engine import EngineConfig
+    from nemo_diffgemma.serving.engine_config import EngineConfig
     from nemo_diffgemma.serving.replica import Replica
 
     initialize(ParallelLayout(**layout))

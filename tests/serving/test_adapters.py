@@ -11,7 +11,8 @@ import torch
 from nemo_diffgemma.checkpoint.tensor_files import CheckpointError
 from nemo_diffgemma.errors import ConfigurationError, UserError
 from nemo_diffgemma.lora import opening
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Request
 from tests import commands
 from tests.serving import adapted, cases, served

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 import torch
 from torch.nn import functional as F
 
+from nemo_diffgemma.config import GLOBAL, SLIDING
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.row_products import FEWEST_ROWS, grouped_product
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.model.visibility import TILE
+from nemo_diffgemma.serving.blocks import Blocks
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.markers import Markers
+from nemo_diffgemma.serving.prefix_cache import BLOCKS_OF_TILE, PrefixCache
+from nemo_diffgemma.serving.prefix_keys import keys_of
 from nemo_diffgemma.serving.request import Reason, Request
 from tests.serving import cases
 
@@ -59,6 +67,19 @@ def test_whoever_is_moved_out_goes_on_as_if_nothing_had_happened(single):
     for kind, blocks in engine.memory.blocks.items():
         engine.memory.prefixes.give_up(kind, blocks.count)
         assert blocks.free == blocks.count
+
+
+def test_of_tiles_that_were_given_up_nothing_is_kept():
+    blocks = {kind: Blocks(4 * BLOCKS_OF_TILE) for kind in (GLOBAL, SLIDING)}
+    prefixes, keys = PrefixCache(blocks, window=2 * TILE), keys_of(range(3 * TILE), TILE)
+    for index, kind in itertools.product(range(3), blocks):
+        taken = blocks[kind].take(BLOCKS_OF_TILE)
+        prefixes.remember(keys, index, kind, taken)
+        blocks[kind].release(taken)
+    assert (len(prefixes), prefixes.longest(keys)) == (3, 3)
+    for kind, held in blocks.items():
+        prefixes.give_up(kind, held.count)
+    assert (len(prefixes), prefixes.longest(keys)) == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

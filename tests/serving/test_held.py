@@ -11,7 +11,8 @@ from nemo_diffgemma.diffusion.sampler import accept
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.constraints import regex
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Reason, Request
 from tests.parity.fixed import fixed
 from tests.serving import cases, held

@@ -17,7 +17,7 @@ import zmq
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving import messages
-from nemo_diffgemma.serving.engine import EngineConfig
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.messages import Accepted, Beat, Cancel, Drain, Events, Farewell, Hello, Refused, Unknown
 from nemo_diffgemma.serving.replica import Replica
 from nemo_diffgemma.serving.request import Finished, Reason, Request, Settled

@@ -9,7 +9,8 @@ import torch
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model import vocabulary
-from nemo_diffgemma.serving.engine import Engine, EngineConfig
+from nemo_diffgemma.serving.engine import Engine
+from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Request
 from tests.serving import cases
 

@@ -28,7 +28,7 @@ class CallValues(Values):
     space, quote = "", characters.literal(marked(QUOTE))
 
     def string(self, shortest: int = 0, longest: int | None = None) -> str:
-        many = "*" if longest is None and shortest == 0 else f"{{{shortest},{'' if longest is None else longest}}}"
+        many = "*" if longest is None and shortest == 0 else characters.times(shortest, longest)
         return self.quoted(f"{characters.as_regex(characters.ALL)}{many}")
 
     def matching(self, pattern: str) -> str:

@@ -7,7 +7,7 @@ all sequences, one behind the other, K classes, S states.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,8 +95,8 @@ class CanvasConstraint:
     def buffer(self) -> CanvasConstraint:
         """A copy in memory of its own."""
 
-        def cloned(tensors: Any) -> dict[str, Any]:
-            return {name: value.clone() for name, value in vars(tensors).items() if isinstance(value, Tensor)}
+        def cloned(whole: CanvasConstraint | Automata) -> dict[str, Any]:
+            return {name: tensor.clone() for name, tensor in _tensors_of(whole).items()}
 
         return replace(self, automata=replace(self.automata, **cloned(self.automata)), **cloned(self))
 
@@ -106,5 +106,9 @@ class CanvasConstraint:
             mine.copy_(theirs)
 
     def _tensors(self) -> list[Tensor]:
-        own = (getattr(self, field.name) for field in fields(self))
-        return [*self.automata.tensors(), *(value for value in own if isinstance(value, Tensor))]
+        return [*_tensors_of(self.automata).values(), *_tensors_of(self).values()]
+
+
+def _tensors_of(whole: CanvasConstraint | Automata) -> dict[str, Tensor]:
+    """Its fields that are tensors."""
+    return {name: value for name, value in vars(whole).items() if isinstance(value, Tensor)}

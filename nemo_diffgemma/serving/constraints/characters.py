@@ -72,6 +72,11 @@ def as_regex(ranges: Ranges) -> str:
     return f"[{''.join(parts)}]"
 
 
+def times(fewest: int, most: int | None) -> str:
+    """What stands behind a piece of regex that is repeated; None is no bound."""
+    return f"{{{fewest},{'' if most is None else most}}}"
+
+
 def literal(text: str) -> str:
     """A piece of Rust regex that matches the text itself."""
     return "".join(c if c.isascii() and (c.isalnum() or c in " \"_,:;=<>!%@`'") else rf"\x{{{ord(c):X}}}" for c in text)
@@ -80,14 +85,14 @@ def literal(text: str) -> str:
 # -- inside a JSON string --------------------------------------------------------------------------------------------
 
 _ESCAPED = {0x22: r'"', 0x5C: r"\\", 0x08: "b", 0x0C: "f", 0x0A: "n", 0x0D: "r", 0x09: "t"}
-_DIRECT = outside(((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C)))
+DIRECT = outside(((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C)))
 
 
 def as_json_regex(ranges: Ranges) -> str:
     """A character of the set as it stands in a JSON string: itself, or its escape where JSON demands one."""
-    direct = intersection(ranges, _DIRECT)
+    direct = intersection(ranges, DIRECT)
     parts = [as_regex(direct)] if direct else []
-    for point in members(intersection(ranges, outside(_DIRECT))):
+    for point in members(intersection(ranges, outside(DIRECT))):
         parts.append(rf"\\{_ESCAPED[point]}" if point in _ESCAPED else rf"\\u{point:04x}")
     if not parts:
         return as_regex(())

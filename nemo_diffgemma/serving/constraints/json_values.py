@@ -9,7 +9,7 @@ from nemo_diffgemma.serving.constraints.patterns import translated_in_json
 from nemo_diffgemma.serving.constraints.values import Values
 
 _HEX = "[0-9a-fA-F]"
-_DIRECT = characters.as_regex(characters.outside(((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))))
+_DIRECT = characters.as_regex(characters.DIRECT)
 _SHORT_ESCAPE = r'\\["\\/bfnrt]'
 _CODE_ESCAPE = rf"\\u(?:[0-9abcefABCEF]{_HEX}{{3}}|[dD][0-7]{_HEX}{{2}})"
 _PAIR = rf"\\u[dD][89abAB]{_HEX}{{2}}\\u[dD][c-fC-F]{_HEX}{{2}}"  # surrogates, of a character beyond U+FFFF
@@ -24,7 +24,7 @@ class JsonValues(Values):
         """Strings by their number of characters; those of a string with bounds are not written as \\uXXXX."""
         if longest is None and shortest == 0:
             return self.quoted(f"(?:{_DIRECT}|{_SHORT_ESCAPE}|{_CODE_ESCAPE}|{_PAIR})*")
-        return self.quoted(f"(?:{_DIRECT}|{_SHORT_ESCAPE}){{{shortest},{'' if longest is None else longest}}}")
+        return self.quoted(f"(?:{_DIRECT}|{_SHORT_ESCAPE}){characters.times(shortest, longest)}")
 
     def matching(self, pattern: str) -> str:
         return self.quoted(f"(?:{translated_in_json(pattern)})")

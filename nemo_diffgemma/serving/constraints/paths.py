@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -91,13 +90,9 @@ class Automata:
             size(part.incoming for part in parts),
         )
 
-    @cached_property
+    @property
     def states(self) -> int:
         return self.following.shape[2]
-
-    def tensors(self) -> list[Tensor]:
-        values = (getattr(self, field.name) for field in fields(self))
-        return [value for value in values if isinstance(value, Tensor)]
 
 
 def _with_size(following_1KS: Tensor, classes: int, states: int) -> Tensor:

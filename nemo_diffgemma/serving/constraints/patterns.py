@@ -123,8 +123,8 @@ class _Writer:
             return f"(?:{self._sequence(value[3])})"
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT):
             low, high, body = value
-            many = f"{{{low},}}" if high is op.MAXREPEAT else f"{{{low},{high}}}"
-            return f"(?:{self._sequence(body)}){many}"
+            most = None if high is op.MAXREPEAT else high
+            return f"(?:{self._sequence(body)}){characters.times(low, most)}"
         if kind is op.AT:
             raise self._refusal(r"an anchor (^, $, \b, \A or \Z) within it")
         raise self._refusal("a group with flags" if kind is op.SUBPATTERN else _NAMES.get(str(kind), str(kind)))

@@ -156,7 +156,7 @@ class CanvasConstraints:
             cells_nC=to_device(cells_nC, device),
             place_N=to_device(place_N, device),
             automata=automata,
-            start_n=torch.stack([to_device(sequence.state, device) for sequence in held]),
+            start_n=to_device(torch.stack([sequence.state for sequence in held]), device),
             viable_nS=to_device(torch.stack(viable), device),
             active_nC=to_device(active_nC, device),
             locked_nC=to_device(locked_nC, device),

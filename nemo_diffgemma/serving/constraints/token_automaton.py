@@ -5,7 +5,7 @@ the parent, class of the byte), so a vocabulary of 262,144 tokens ends in some h
 second. DINGO (arXiv 2505.23061) runs on the automaton over tokens; classes and shared sets of them make it small.
 
 Two states and two classes are added: from an accepting state an end-of-sequence token leads to `ended`, where any
-number of them may follow; nothing leaves `dead`. Tokens without text (special ones) are of the class `no_class`.
+number of them may follow; nothing leaves `dead`. Tokens without text (special ones) are of the last class.
 
 Shapes: S live states and behind them ended and dead, K classes of text and behind them end and none, V ids, E edges.
 """
@@ -67,10 +67,6 @@ class TokenAutomaton:
     @property
     def end_class(self) -> int:
         return len(self.following) - 2
-
-    @property
-    def no_class(self) -> int:
-        return len(self.following) - 1
 
     @property
     def accepting(self) -> NDArray[np.bool_]:

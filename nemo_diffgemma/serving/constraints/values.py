@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from nemo_diffgemma.serving.constraints import numbers
+from nemo_diffgemma.serving.constraints import characters, numbers
 
 DEPTH = 3  # of arrays and objects in a value of which nothing is known
 
@@ -62,7 +62,7 @@ class Values(ABC):
 
     def _separated(self, item: str, fewest: int, most: int | None) -> str:
         # the last item behind the others: a deterministic automaton then has the states of an item once
-        others = f"{{{max(0, fewest - 1)},{'' if most is None else most - 1}}}"
+        others = characters.times(max(0, fewest - 1), None if most is None else most - 1)
         items = f"(?:{item}{self.comma}){others}{item}"
         return items if fewest else f"(?:{items})?"
 
