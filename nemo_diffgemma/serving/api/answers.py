@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from nemo_diffgemma.serving.answer_parts import AnswerParts, Part, Thought, ToolCall
@@ -174,11 +174,11 @@ class JobStream(StreamingResponse):
             self._desk.leave(self._jobs)
 
 
-class Stream(JobStream):
-    """The answers of some jobs in chunks."""
-
-    def __init__(self, desk: Desk, jobs: Sequence[Job], format: Format) -> None:
-        super().__init__(desk, jobs, _events(desk, jobs, format))
+async def reply(desk: Desk, jobs: Sequence[Job], format: Format) -> Response:
+    """The answers of some jobs: in chunks where the body wants a stream, else whole. Raises `Failure`."""
+    if format.body.stream:
+        return JobStream(desk, jobs, _events(desk, jobs, format))
+    return JSONResponse(format.whole(await collect(desk, format.begin(jobs))))
 
 
 async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncIterator[bytes]:
