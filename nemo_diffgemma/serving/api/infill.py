@@ -95,8 +95,7 @@ class Infill:
             for number, (part, (begin, end)) in enumerate(zip(template.parts, template.spans, strict=True))
             if isinstance(part, Hole)
         ]
-        diffusion = {"token_ids": tokens, "steps": answer.steps, "canvases": answer.canvases}
-        diffusion["seed"] = answer.job.request.seed
+        diffusion = answer.diffusion
         if len(self.tried) > 1:
             diffusion["tried"] = [
                 {"lengths": list(one.lengths), "logprob": score} for one, score in zip(self.tried, scores, strict=True)
