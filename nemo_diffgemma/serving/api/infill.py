@@ -126,6 +126,13 @@ class Infill:
             yield sse(body_of_failure(failure_of(error)))
 
 
+def _read(desk: Desk, body: InfillBody) -> tuple[list[Part], list[int]]:
+    """The text and what stands before it; `body.language` is known then, too. It may take a while."""
+    read = _parts(desk, body), _prompt(desk, body)
+    body.language  # noqa: B018
+    return read
+
+
 def _parts(desk: Desk, body: InfillBody) -> list[Part]:
     """Raises `InvalidRequest` or `UserError`. Each span is read by itself, so what stands beside it changes nothing."""
     if (body.text is None) == (body.token_ids is None):
@@ -157,7 +164,7 @@ def routes(desk: Desk) -> APIRouter:
 
     async def answer(body: InfillBody) -> Response:
         desk.facts  # noqa: B018  raises before there is any
-        parts, prompt = await asyncio.to_thread(lambda: (_parts(desk, body), _prompt(desk, body)))
+        parts, prompt = await asyncio.to_thread(_read, desk, body)
         infill = Infill(desk, body, templates(parts))
         jobs = await desk.submit(infill.requests(prompt))
         if body.stream:
