@@ -22,7 +22,6 @@ from nemo_diffgemma.parallel.agreement import all_or_none, on_rank_zero
 from nemo_diffgemma.serving.answer_parts import AnswerParts, Said, Thought, ToolCall
 from nemo_diffgemma.serving.constraints import Compiler, Constraint, Language, Vocabulary, bytes_of_tokens
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
-from nemo_diffgemma.serving.settings import DEFAULT_MAX_TOKENS
 from nemo_diffgemma.serving.text import ServedText, files_of
 from nemo_diffgemma.tokenizer import Text
 
@@ -71,15 +70,15 @@ def chat(
     model: Model,
     messages: str | Sequence[Mapping[str, Any]],
     *,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    seed: int = 0,
-    canvas_length: int | None = None,
-    sampler: SamplerConfig | None = None,
-    on_draft: Callable[[ChatDraft], None] | None = None,
-    language: Language | None = None,
+    max_tokens: int,
+    seed: int,
+    canvas_length: int | None,
+    sampler: SamplerConfig | None,
+    on_draft: Callable[[ChatDraft], None] | None,
+    language: Language | None,
     **template: Any,
 ) -> ChatAnswer:
-    """See `DiffusionGemma.chat`."""
+    """See `DiffusionGemma.chat`, which has the defaults."""
     with all_or_none():
         text = text_of(model)
         prompt = text.encode_chat(_turns(messages), **template)

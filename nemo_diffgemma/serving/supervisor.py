@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from nemo_diffgemma.cli.reporting import USER_ERROR
 from nemo_diffgemma.serving.settings import FrontSettings
 
 STARTED_BY = "NEMO_DIFFGEMMA_FRONT"  # in the environment of replicas: whose end is theirs
@@ -19,7 +20,6 @@ _BACKOFF = (1.0, 60.0)  # seconds before a replica is started again: the first t
 _CALM_SECONDS = 120.0  # up for so long, a replica has no history
 _FAILED_STARTS = 3  # of replicas that never served; then the server gives up
 _TERM_SECONDS = 10.0  # from SIGTERM to SIGKILL
-_USER_ERROR = 2  # exit code of a command: to start it again would give the same
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +82,7 @@ class Supervisor:
                 return
             if name not in self._served:
                 failed += 1
-                if not self._served and (code == _USER_ERROR or failed == _FAILED_STARTS):
+                if not self._served and (code == USER_ERROR or failed == _FAILED_STARTS):
                     raise StartError(code)
             else:
                 failed = 0

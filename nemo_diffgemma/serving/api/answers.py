@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from nemo_diffgemma.serving.answer_parts import AnswerParts, Part, Thought, ToolCall
@@ -67,6 +67,12 @@ class Answer:
             return None
         return "tool_calls" if self.calls and self.end.reason is Reason.STOP else self.end.reason.value
 
+    @property
+    def diffusion(self) -> dict[str, Any]:
+        """How it came about, as replies tell it."""
+        seed = self.job.request.seed
+        return {"token_ids": self.words.tokens, "steps": self.steps, "canvases": self.canvases, "seed": seed}
+
 
 class Format(ABC):
     """How one endpoint writes answers. `object` and `chunk_object` are OpenAI's names of its two forms."""
@@ -106,10 +112,8 @@ class Format(ABC):
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = []
         for index, answer in enumerate(answers):
-            diffusion = {"token_ids": answer.words.tokens, "steps": answer.steps, "canvases": answer.canvases}
-            diffusion["seed"] = answer.job.request.seed
             logprobs = None if self.body.scores is None else self.logprobs(answer, 0)
-            choices.append({**self.choice(index, answer), "logprobs": logprobs, "diffusion": diffusion})
+            choices.append({**self.choice(index, answer), "logprobs": logprobs, "diffusion": answer.diffusion})
         result = {**self.head, "object": self.object, "choices": choices, "usage": usage(answers, self.body.n)}
         if self.ignored:
             result["diffusion"] = {"ignored": self.ignored}
@@ -174,11 +178,11 @@ class JobStream(StreamingResponse):
             self._desk.leave(self._jobs)
 
 
-class Stream(JobStream):
-    """The answers of some jobs in chunks."""
-
-    def __init__(self, desk: Desk, jobs: Sequence[Job], format: Format) -> None:
-        super().__init__(desk, jobs, _events(desk, jobs, format))
+async def reply(desk: Desk, jobs: Sequence[Job], format: Format) -> Response:
+    """The answers of some jobs: in chunks where the body wants a stream, else whole. Raises `Failure`."""
+    if format.body.stream:
+        return JobStream(desk, jobs, _events(desk, jobs, format))
+    return JSONResponse(format.whole(await collect(desk, format.begin(jobs))))
 
 
 async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncIterator[bytes]:

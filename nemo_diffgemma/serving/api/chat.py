@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from nemo_diffgemma.serving.answer_parts import AnswerParts, Part, Thought, ToolCall
-from nemo_diffgemma.serving.api.answers import Answer, Format, Stream, collect
+from nemo_diffgemma.serving.api.answers import Answer, Format, reply
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.conversation import for_template
 from nemo_diffgemma.serving.api.fields import ChatBody
@@ -89,10 +88,7 @@ def routes(desk: Desk) -> APIRouter:
     async def answer(body: ChatBody) -> Response:
         prompt = await asyncio.to_thread(prompt_of, desk, body)
         jobs = await desk.submit(desk.requests([prompt], body, body.max_completion_tokens or body.max_tokens))
-        format = _Chat(desk, body)
-        if body.stream:
-            return Stream(desk, jobs, format)
-        return JSONResponse(format.whole(await collect(desk, format.begin(jobs))))
+        return await reply(desk, jobs, _Chat(desk, body))
 
     @router.post("/v1/chat/completions", responses=responses(ChatReply))
     async def chat_completions(body: ChatBody, request: Request) -> Response:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from nemo_diffgemma.serving.answer_parts import Part, Said
-from nemo_diffgemma.serving.api.answers import Answer, Format, Stream, collect
+from nemo_diffgemma.serving.api.answers import Answer, Format, reply
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.fields import CompletionBody
 from nemo_diffgemma.serving.api.logprobs import completion_form
@@ -52,10 +51,7 @@ def routes(desk: Desk) -> APIRouter:
     async def answer(body: CompletionBody) -> Response:
         await asyncio.to_thread(getattr, body, "language")  # which may take a while
         jobs = await desk.submit(desk.requests(await _ids(desk, body.prompt), body, body.max_tokens))
-        format = _Completion(desk, body)
-        if body.stream:
-            return Stream(desk, jobs, format)
-        return JSONResponse(format.whole(await collect(desk, format.begin(jobs))))
+        return await reply(desk, jobs, _Completion(desk, body))
 
     @router.post("/v1/completions", responses=responses(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:

@@ -13,10 +13,11 @@ from nemo_diffgemma.serving.api.response_format import ResponseFormat, TextForma
 from nemo_diffgemma.serving.api.tools import Offer, Tool, ToolChoice
 from nemo_diffgemma.serving.constraints import Language, after_thought, choice, json_of_schema, regex
 from nemo_diffgemma.serving.failures import InvalidRequest
+from nemo_diffgemma.serving.request import MOST_SCORES
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Scores = Annotated[int, Field(ge=0, le=20)] | None
+Scores = Annotated[int, Field(ge=0, le=MOST_SCORES)] | None
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 # Settings of models that choose one token after another: taken, since clients send them unasked, and named in the

@@ -95,8 +95,7 @@ class Infill:
             for number, (part, (begin, end)) in enumerate(zip(template.parts, template.spans, strict=True))
             if isinstance(part, Hole)
         ]
-        diffusion = {"token_ids": tokens, "steps": answer.steps, "canvases": answer.canvases}
-        diffusion["seed"] = answer.job.request.seed
+        diffusion = answer.diffusion
         if len(self.tried) > 1:
             diffusion["tried"] = [
                 {"lengths": list(one.lengths), "logprob": score} for one, score in zip(self.tried, scores, strict=True)
@@ -125,6 +124,13 @@ class Infill:
             yield b"data: [DONE]\n\n"
         except Exception as error:
             yield sse(body_of_failure(failure_of(error)))
+
+
+def _read(desk: Desk, body: InfillBody) -> tuple[list[Part], list[int]]:
+    """The text and what stands before it; `body.language` is known then, too. It may take a while."""
+    read = _parts(desk, body), _prompt(desk, body)
+    body.language  # noqa: B018
+    return read
 
 
 def _parts(desk: Desk, body: InfillBody) -> list[Part]:
@@ -158,7 +164,7 @@ def routes(desk: Desk) -> APIRouter:
 
     async def answer(body: InfillBody) -> Response:
         desk.facts  # noqa: B018  raises before there is any
-        parts, prompt = await asyncio.to_thread(lambda: (_parts(desk, body), _prompt(desk, body)))
+        parts, prompt = await asyncio.to_thread(_read, desk, body)
         infill = Infill(desk, body, templates(parts))
         jobs = await desk.submit(infill.requests(prompt))
         if body.stream:

@@ -35,9 +35,10 @@ def completion_form(
 
     `text_offset` counts characters from the beginning of the answer.
     """
-    offsets = _offsets([_token(text, id)[1] or b"" for id in [*before, *tokens]])
+    told = [_token(text, id) for id in [*before, *tokens]]
+    offsets = _offsets([content or b"" for _, content in told])
     return {
-        "tokens": [_token(text, id)[0] for id in tokens],
+        "tokens": [name for name, _ in told[len(before) :]],
         "token_logprobs": [_finite(score.logprob) for score in scores],
         "top_logprobs": [{_token(text, id)[0]: _finite(value) for id, value in score.top} for score in scores],
         "text_offset": offsets[len(before) :],

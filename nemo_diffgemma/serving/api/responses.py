@@ -63,9 +63,7 @@ class _Response:
             "truncation": "disabled",
         }
         if answer.end is not None:
-            diffusion = {"token_ids": answer.words.tokens, "steps": answer.steps, "canvases": answer.canvases}
-            diffusion |= {"seed": answer.job.request.seed, "ignored": self.chat.ignored + self.body.ignored}
-            made["diffusion"] = diffusion
+            made["diffusion"] = {**answer.diffusion, "ignored": self.chat.ignored + self.body.ignored}
         return made
 
     async def whole(self) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
         "input_tokens": counted["prompt_tokens"],
         "input_tokens_details": {**counted["prompt_tokens_details"], "cache_write_tokens": 0},
         "output_tokens": counted["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": answer.words.thought_tokens},
+        "output_tokens_details": counted["completion_tokens_details"],
         "total_tokens": counted["total_tokens"],
     }
 
