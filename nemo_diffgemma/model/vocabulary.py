@@ -156,7 +156,6 @@ class _Sweep:
         self.logits_kNc = _scratch((self.chunks, positions, self.chunk), device)
         self.numbers_4kN = torch.zeros(4, self.chunks, positions, dtype=torch.float32, device=device)
         self.numbers_4kN[:2] = MASKED_LOGIT  # maximum and reference of a rank without ids
-        self._reference_N1 = self.numbers_4kN[1, 0].clone()[:, None]
         self._soft_NH = torch.zeros(hidden_NH.shape, dtype=torch.float32, device=device) if soft_embedding else None
         self._dtype = weight.dtype
         self.class_maxima: ClassMaxima | None = None
@@ -164,10 +163,14 @@ class _Sweep:
             self.class_maxima = ClassMaxima(constraint, shard, self.logits_kNc)
         self._run(hidden_NH, weight[: shard.size], softcap, gain)
 
+    @property
+    def _real_chunks(self) -> int:
+        return -(-self.shard.size // self.chunk)
+
     def _run(self, hidden_NH: Tensor, weight: Tensor, softcap: float, gain: float | Tensor) -> None:
         tiles = _tiles(hidden_NH)
         exponentials = self.logits_kNc.new_empty(max(tile.stop - tile.start for tile in tiles), self.chunk)
-        for index in range(-(-self.shard.size // self.chunk)):
+        for index in range(self._real_chunks):
             rows = weight[index * self.chunk : (index + 1) * self.chunk]
             if rows.shape[0] < self.chunk:
                 self.logits_kNc[index].fill_(-torch.inf)
@@ -182,15 +185,14 @@ class _Sweep:
     def _add(self, index: int, tile: slice, z_nc: Tensor, e_nc: Tensor, rows: Tensor) -> None:
         """Maximum, reference, mass and moment of a chunk for some positions, and its part of their soft embedding."""
         maximum_n, reference_n, mass_n, moment_n = self.numbers_4kN[:, index, tile]
-        before_n1 = self._reference_N1[tile]
+        before_n = self.numbers_4kN[1, max(0, index - 1), tile]  # of the first chunk its own: there is no sum yet
         torch.amax(z_nc, dim=1, out=maximum_n)
-        torch.maximum(before_n1[:, 0], maximum_n, out=reference_n)
+        torch.maximum(before_n, maximum_n, out=reference_n)
         torch.sub(z_nc, reference_n[:, None], out=e_nc).exp_()
         torch.sum(e_nc, dim=1, out=mass_n)
         if self._soft_NH is not None:
-            self._add_soft(self._soft_NH[tile], e_nc, before_n1, reference_n[:, None], rows)
+            self._add_soft(self._soft_NH[tile], e_nc, before_n[:, None], reference_n[:, None], rows)
         torch.sum(e_nc.mul_(z_nc), dim=1, out=moment_n)
-        before_n1.copy_(reference_n[:, None])
 
     def _add_soft(self, soft_nH: Tensor, e_nc: Tensor, before_n1: Tensor, reference_n1: Tensor, rows: Tensor) -> None:
         """soft += e @ rows, so far relative to the reference before."""
@@ -203,7 +205,8 @@ class _Sweep:
     def soft_embedding(self, top_N1: Tensor, total_N1: Tensor, weight: Tensor, locked_N: Tensor | None) -> Tensor:
         """Expected table row over all ranks, [N, H] in the table's dtype; that of a locked id where there is one."""
         assert self._soft_NH is not None
-        soft_NH = self._soft_NH.mul_(torch.exp(self._reference_N1 - top_N1) / total_N1)
+        reference_N1 = self.numbers_4kN[1, max(0, self._real_chunks - 1), :, None]
+        soft_NH = self._soft_NH.mul_(torch.exp(reference_N1 - top_N1) / total_N1)
         if locked_N is not None:
             own_N = locked_N - self.shard.first_id
             is_own_N1 = ((own_N >= 0) & (own_N < self.shard.size))[:, None]
