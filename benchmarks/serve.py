@@ -245,11 +245,11 @@ def server(options: argparse.Namespace) -> None:
     from nemo_diffgemma.serving.bench import report
     from nemo_diffgemma.serving.bench.calls import RandomPrompts
     from nemo_diffgemma.serving.bench.load import Load, Target, run
-    from nemo_diffgemma.serving.bench.server import serving
+    from nemo_diffgemma.serving.started import serving
 
     body = {"max_tokens": options.max_tokens, "stream_options": {"include_usage": True}}
     rows: dict[int, list[dict[str, Any]]] = {1: [], 8: []}
-    with serving(options.checkpoint, ["engine.context_gb=0.2"]) as url:
+    with serving(options.checkpoint, "port=0", "engine.context_gb=0.2") as url:
         facts = Target(url, body, {}, 300.0).facts()
         target = Target(url, {"model": facts["id"], **body}, {}, 300.0)
         for pair in range(-1, options.pairs):  # the first warms up

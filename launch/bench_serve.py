@@ -71,15 +71,15 @@ class BenchServeConfig:
 
 def bench_serve(config: BenchServeConfig, results: Results) -> dict[str, Any]:
     """Measure a server, starting it where a checkpoint is given."""
-    from nemo_diffgemma.serving.bench.server import serving
+    from nemo_diffgemma.serving.started import serving
 
     if config.url is not None:
         return measure(config, config.url.rstrip("/"), results)
     assert config.checkpoint is not None
-    options = [f"dtype={config.dtype}", f"replicas={config.replicas}"]
+    options = ["port=0", f"dtype={config.dtype}", f"replicas={config.replicas}"]
     options += [f"parallel.{name}={size}" for name, size in vars(config.parallel).items()]
     options += [f"engine.{name}={value}" for name, value in vars(config.engine).items()]
-    with serving(config.checkpoint, options) as url:
+    with serving(config.checkpoint, *options) as url:
         return measure(config, url, results)
 
 

@@ -11,12 +11,9 @@ stream another answer than a whole reply.
 
 from __future__ import annotations
 
-import json
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nemo_diffgemma.cli.demo_checkpoint import demo_checkpoint
 from nemo_diffgemma.cli.output import Results, table
 from nemo_diffgemma.cli.start import start
-from nemo_diffgemma.repository import ROOT
 from nemo_diffgemma.schema import ConfigurationError
+from nemo_diffgemma.serving.started import serving
 
 PUZZLES = 5
 SHORT = 800  # steps of the demo, where it has not run
@@ -57,7 +54,8 @@ def serve_demo(config: ServeDemoConfig, results: Results) -> dict[str, Any]:
     began = time.time()
     checkpoint = demo_checkpoint(config.checkpoint, results, SHORT)
     puzzles = [puzzle for puzzle, _ in SudokuTask().test_set[:PUZZLES]]
-    with server(results, f"checkpoint={checkpoint}", f"port={config.port}") as url:
+    results.show(f"$ python launch/serve.py checkpoint={checkpoint} port={config.port}\n")
+    with serving(checkpoint, f"port={config.port}") as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         answers = [ask(client, puzzle, seed) for seed, puzzle in enumerate(puzzles)]
         results.show(f"Five puzzles whose solutions were never trained on, through openai.OpenAI({url}/v1)\n")
@@ -67,32 +65,22 @@ def serve_demo(config: ServeDemoConfig, results: Results) -> dict[str, Any]:
         if streamed != answers[0].text:
             results.show(f"the stream gave {streamed}, the whole reply {answers[0].text}")
             results.exit_code = 1
-        results.show(f"the page: {url}/\n")
         if config.stay if config.stay is not None else sys.stdin.isatty() and results.is_terminal:
+            results.show(f"the page: {url}/\n")
             results.show("Ctrl-C ends the server.")
-            with suppress(KeyboardInterrupt):
-                while True:
-                    time.sleep(3600)
+            wait_for_interrupt()
     solved = sum(is_solved(puzzle, answer) for puzzle, answer in zip(puzzles, answers, strict=True))
     seconds = round(time.time() - began, 1)
     return {"url": url, "checkpoint": checkpoint, "solved": solved, "of": PUZZLES, "seconds": seconds}
 
 
-@contextmanager
-def server(results: Results, *arguments: str) -> Iterator[str]:
-    """launch/serve.py in a process of its own -> its address; it ends with the block."""
-    results.show(f"$ python launch/serve.py {' '.join(arguments)}")
-    command = [sys.executable, str(ROOT / "launch" / "serve.py"), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(process.wait())  # it has said why
-            results.show(line)
-            yield json.loads(line)["url"]
-        finally:
-            process.terminate()
+def wait_for_interrupt() -> None:
+    """Until Ctrl-C, which is no end before the time here: the last line follows."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        signal.sigwait({signal.SIGINT})
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def ask(client: Any, puzzle: tuple[int, ...], seed: int, **more: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "export/README.md", "slurm/README.md")
+DOCUMENTS = ("README.md", "docs/serve.md", "export/README.md", "slurm/README.md")
 STATUSES = ("verified", "dry run", "not run", "unsupported")
 _TABLE = re.compile(r"(?<=<!-- claims: )([a-z, ]+)( -->\n).*?(?=<!-- end of claims -->)", re.DOTALL)
 

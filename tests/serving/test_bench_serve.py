@@ -228,9 +228,7 @@ def test_prompts_of_files(tmp_path):
 
 
 def test_the_client_needs_no_torch():
-    modules = (
-        "nemo_diffgemma.serving.bench.load, nemo_diffgemma.serving.bench.report, nemo_diffgemma.serving.bench.server"
-    )
+    modules = "nemo_diffgemma.serving.bench.load, nemo_diffgemma.serving.bench.report, nemo_diffgemma.serving.started"
     code = f"import {modules}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -43,5 +43,7 @@ export function legend() {
   const accepted = element("span", { className: "cell" }, "accepted");
   accepted.dataset.accepted = "";
   const open = element("span", { className: "cell" }, "still open");
-  return element("p", { className: "legend" }, "Entropy in nats: ", ...colours, " ", accepted, open);
+  const locked = element("span", { className: "cell" }, "locked");
+  locked.dataset.locked = "";
+  return element("p", { className: "legend" }, "Entropy in nats: ", ...colours, " ", accepted, open, locked);
 }
