@@ -27,7 +27,13 @@ from tests.serving import cases, served
 
 ENGINE = dict(context_gb=0.02, typical_tokens=700, max_running=2)
 QUICK = ("sampler.max_denoising_steps=3", "canvas_length=16", "max_tokens=40")
-COUNTS = ("generated_tokens_total", "denoising_steps_total", "canvases_total", "requests_refused_total")
+COUNTS = (
+    "generated_tokens_total",
+    "denoising_steps_total",
+    "canvases_total",
+    "requests_refused_total",
+    "prompt_tokens_cached_total",
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +67,11 @@ def test_counts_are_the_servers_own(server, tmp_path):
     assert counted["requests_refused_total"] == ten["refused"] + open_load["refused"]
     warm = 40  # tokens of the request before the first load
     assert counted["generated_tokens_total"] - warm <= sum(row["tokens"] for row in found["loads"])
+    # which requests find the beginning in the cache is a matter of time: those that come together do not
+    of_others = counted["prompt_tokens_cached_total"] - sum(row["cached_tokens"] for row in found["loads"])
+    assert of_others in (0, 256), "the request before the first load found it or did not"
     for row in found["loads"]:
-        assert row["canvases"] >= 11 and row["cached_tokens"] >= 10 * 256
+        assert row["canvases"] >= 11 and row["cached_tokens"] >= 256
         assert row["prompt_tokens"] == 11 * 300
         assert row["K"] == pytest.approx(row["steps"] / row["canvases"], abs=1e-3)
         assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / row["steps"], abs=1e-3)
