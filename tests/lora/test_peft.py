@@ -106,7 +106,9 @@ def written(theirs, base, tmp_path_factory):
     return get
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft", "ignore::RuntimeWarning:peft", "ignore::FutureWarning:transformers"
+)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_we_load_what_peft_writes(single, theirs, base, written, name):
     """Encoder and decoder have adapters of their own there, though their weights are one."""

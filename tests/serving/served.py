@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ class Server:
                 command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, **given
             )
         self.url, self.facts = "", {}
+        self._clients: list[Any] = []
 
     def wait(self) -> Server:
         """Until it is ready."""
@@ -77,7 +79,15 @@ class Server:
         self.facts = json.loads(line)
         self.url = self.facts["url"]
         self.http = httpx.Client(base_url=self.url, timeout=300)
+        self._clients.append(self.http)
         return self
+
+    def openai(self) -> Any:
+        """A client of the official package."""
+        import openai
+
+        self._clients.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=500))
+        return self._clients[-1]
 
     def children(self) -> list[int]:
         """Processes that the front end has started."""
@@ -103,10 +113,21 @@ class Server:
 
     def close(self) -> None:
         """However the tests went."""
+        for client in self._clients:
+            client.close()
         for pid in self.children() if self.process.poll() is None else []:
             os.killpg(pid, signal.SIGKILL)
         self.process.kill()
         self.process.communicate()
+
+
+def streamed(client: Any, begun: threading.Semaphore, **given: Any) -> list[int]:
+    """Token ids of a completion, which releases `begun` at each chunk: who asks for a figure can miss short work."""
+    tokens = []
+    for chunk in client.completions.create(**given, stream=True):
+        begun.release()
+        tokens += (getattr(chunk.choices[0], "diffusion", None) or {}).get("token_ids", [])
+    return tokens
 
 
 def launched(checkpoint: Path, *arguments: str) -> Server:

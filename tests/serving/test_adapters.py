@@ -87,7 +87,7 @@ def test_the_name_of_an_adapter_is_that_of_a_model(single, paths, tmp_path):
     server = served.launched(checkpoint, "engine.context_gb=0.02", "engine.typical_tokens=700", f"adapters={{{given}}}")
     networks = {"model": cases.network(), **{name: adapted.with_one(torch.float32, paths[name]) for name in paths}}
     try:
-        client = openai.OpenAI(base_url=f"{server.wait().url}/v1", api_key="none", max_retries=0, timeout=240)
+        client = server.wait().openai()
         assert [model.id for model in client.models.list()] == ["model", "default", *paths]
         assert client.models.retrieve("v1.2/shared").parent == "model"
         prompt, sampler = tuple(range(20, 320)), cases.network().sampler_defaults

@@ -51,7 +51,7 @@ def server(split):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+    return server.openai()
 
 
 def alone(network: Any, prompt: list[int], seed: int, max_tokens: int, quick: bool = True) -> list[int]:
@@ -293,11 +293,7 @@ def test_a_replica_that_is_killed_costs_nothing_but_time(split, server, client, 
         given = dict(model="tiny", prompt=[9, index + 3], seed=index, max_tokens=640, extra_body=slow)
         if index % 2:
             return client.completions.create(**given).choices[0].diffusion["token_ids"]
-        tokens = []
-        for chunk in client.completions.create(**given, stream=True):
-            told.release()
-            tokens += (getattr(chunk.choices[0], "diffusion", None) or {}).get("token_ids", [])
-        return tokens
+        return served.streamed(client, told, **given)
 
     with ThreadPoolExecutor(6) as threads:
         answers = [threads.submit(ask, index) for index in range(6)]
@@ -333,14 +329,15 @@ def test_a_replica_that_was_away_comes_back_without_its_requests(split, server, 
 
 
 def test_a_replica_that_is_told_to_end_answers_first(split, server, client, network):
+    begun = threading.Semaphore(0)
     with ThreadPoolExecutor(4) as threads:
         given = dict(model="tiny", prompt=[9, 9], max_tokens=200, extra_body=QUICK)
-        answers = [threads.submit(client.completions.create, **given, seed=seed) for seed in range(4)]
-        server.until("requests_running", lambda count: count > 0)
+        answers = [threads.submit(served.streamed, client, begun, **given, seed=seed) for seed in range(4)]
+        assert begun.acquire(timeout=300)
         replays = server.metric("requests_replayed_total")
         os.kill(split.replicas[1].pid, signal.SIGTERM)
         for seed, answer in enumerate(answers):
-            assert answer.result().choices[0].diffusion["token_ids"] == alone(network, [9, 9], seed, 200)
+            assert answer.result() == alone(network, [9, 9], seed, 200)
     assert server.metric("requests_replayed_total") == replays
     _, errors = split.replicas[1].communicate(60)
     assert split.replicas[1].returncode == 0, errors

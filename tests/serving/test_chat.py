@@ -44,7 +44,7 @@ def server(tmp_path_factory, single):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+    return server.openai()
 
 
 @pytest.fixture(scope="module")

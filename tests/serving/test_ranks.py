@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
-
 from nemo_diffgemma.serving.request import Request
 from tests.serving import cases, served
 
@@ -24,7 +22,7 @@ def test_a_replica_of_four_ranks_serves_cancels_and_drains(pool, single, tmp_pat
             server = split.ready(1)
             (replica,) = server.http.get("/health").json()["replicas"]
             assert replica["layout"] == "tensor=2, expert=2"
-            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+            client = server.openai()
             ask = lambda prompt, **more: client.completions.create(model="tiny", prompt=prompt, seed=3, **more)
             quick = {"diffusion": {"max_denoising_steps": 1}}
             answers = [threads.submit(ask, [4, 5, index], max_tokens=8, extra_body=quick) for index in range(3)]

@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory, single):
 @pytest.fixture(scope="module")
 def client(checkpoint):
     made = served.Split(checkpoint, 1, ENGINE)
-    yield openai.OpenAI(base_url=f"{made.ready(1).url}/v1", api_key="none", max_retries=0, timeout=120)
+    yield made.ready(1).openai()
     made.close()
 
 

@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
 import pytest
 
 from nemo_diffgemma.serving.request import Request
@@ -36,17 +35,12 @@ def test_the_replica_is_started_again_and_a_signal_drains(checkpoint, network):
     server = served.launched(checkpoint, *ENGINE).wait()
     try:
         assert server.facts == {"url": server.url, "model": "model", "replicas": 1}
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=500)
-
+        client = server.openai()
         begun = threading.Semaphore(0)
 
         def ask(seed: int) -> list[int]:
             given = dict(model="model", prompt=[9, 9], seed=seed, max_tokens=480, extra_body=SLOW)
-            tokens = []
-            for chunk in client.completions.create(**given, stream=True):
-                begun.release()
-                tokens += (getattr(chunk.choices[0], "diffusion", None) or {}).get("token_ids", [])
-            return tokens
+            return served.streamed(client, begun, **given)
 
         def expected(seed: int) -> list[int]:
             return cases.alone(network, Request("", (9, 9), 480, 16, sampler, seed))[0]

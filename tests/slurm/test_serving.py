@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from nemo_diffgemma.serving.request import Request
@@ -19,7 +21,7 @@ from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import ENDED, ROOT, SECONDS
 
 ENGINE = ("engine.context_gb=0.02", "engine.typical_tokens=700", "engine.max_running=2")
-SLOW = {"max_denoising_steps": 6, "confidence_threshold": 0.0, "canvas_length": 16}
+SLOW = {"max_denoising_steps": 12, "confidence_threshold": 0.0, "canvas_length": 16}
 
 
 class Served:
@@ -91,13 +93,23 @@ def checkpoint(tmp_path_factory, network) -> Path:
 
 def test_two_replicas_on_two_nodes_answer_one_is_killed_and_scancel_drains(cluster, checkpoint, network, tmp_path):
     server = Served(cluster, tmp_path, f"checkpoint={checkpoint}", *ENGINE, "--", "name=tiny", "port=0")
-    http = httpx.Client(base_url=server.url(), timeout=SECONDS)
+    url = server.url()
+    with (
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=SECONDS) as client,
+    ):
+        check_kill_and_scancel(server, http, client, network)
+    server.wait_for(lambda: server.state() in ENDED, "the end")
+    server.wait_for(lambda: not server.processes(), "the end of every process")
+    assert server.state() == "CANCELLED" and "ended with code 0" in server.out(), server.out()
 
-    def ask(seed: int) -> list[int]:
-        given = dict(model="tiny", prompt=[9, 9], seed=seed, max_tokens=480, diffusion=SLOW)
-        answer = http.post("/v1/completions", json=given)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["choices"][0]["diffusion"]["token_ids"]
+
+def check_kill_and_scancel(server: Served, http: httpx.Client, client: openai.OpenAI, network: Any) -> None:
+    begun = [threading.Semaphore(0) for _ in range(6)]  # work that is asked for by its figure can be over by then
+
+    def ask(seed: int, begun: threading.Semaphore) -> list[int]:
+        given = dict(model="tiny", prompt=[9, 9], seed=seed, max_tokens=480, extra_body={"diffusion": SLOW})
+        return served.streamed(client, begun, **given)
 
     def figure(name: str) -> float:
         lines = http.get("/metrics").text.splitlines()
@@ -112,8 +124,8 @@ def test_two_replicas_on_two_nodes_answer_one_is_killed_and_scancel_drains(clust
     assert http.post("/v1/chat/completions", json=said).json()["choices"][0]["message"]["role"] == "assistant"
 
     with ThreadPoolExecutor(4) as threads:
-        answers = [threads.submit(ask, seed) for seed in range(4)]
-        server.wait_for(lambda: figure("engine_slots_taken") > 2, "work on both")
+        answers = [threads.submit(ask, seed, begun[seed]) for seed in range(4)]
+        assert all(one.acquire(timeout=SECONDS) for one in begun[:4]), server.out()
         killed = min(replicas)
         os.kill(killed, signal.SIGKILL)
         assert [answer.result() for answer in answers] == expected
@@ -121,13 +133,10 @@ def test_two_replicas_on_two_nodes_answer_one_is_killed_and_scancel_drains(clust
         server.wait_for(lambda: figure("replicas") == 2, "the replica that was killed")
         assert killed not in server.replicas() and sorted(server.replicas().values()) == sorted(replicas.values())
 
-        answers = [threads.submit(ask, seed) for seed in range(2)]
-        server.wait_for(lambda: figure("requests_running") > 1, "work")
-        cluster.call("scancel", server.number)
+        answers = [threads.submit(ask, seed, begun[4 + seed]) for seed in range(2)]
+        assert all(one.acquire(timeout=SECONDS) for one in begun[4:]), server.out()
+        server.cluster.call("scancel", server.number)
         assert [answer.result() for answer in answers] == expected[:2]
-    server.wait_for(lambda: server.state() in ENDED, "the end")
-    server.wait_for(lambda: not server.processes(), "the end of every process")
-    assert server.state() == "CANCELLED" and "ended with code 0" in server.out(), server.out()
 
 
 @pytest.mark.slow
