@@ -135,11 +135,14 @@ class ContextMemory:
     def extend(self, held: Held, tokens: int) -> None:
         """A pass has written `tokens` more into the blocks reserved for them."""
         held.end += tokens
+        known = held.remembered
         while held.remembered < min(len(held.keys), held.end // TILE):
             for kind, table in held.tables.items():
                 first = held.remembered * BLOCKS_OF_TILE - table.dropped
                 self.prefixes.remember(held.keys, held.remembered, kind, table.blocks[first : first + BLOCKS_OF_TILE])
             held.remembered += 1
+        if held.remembered > known:
+            self.prefixes.touch(held.keys[: held.remembered])
         if SLIDING in held.tables:
             table = held.tables[SLIDING]
             useless = max(0, held.end - (self.window - 1)) // BLOCK_TOKENS - table.dropped

@@ -55,9 +55,15 @@ class PrefixCache:
             of_kind = keys if kind == GLOBAL else self._in_window(keys)
             shared[kind] = [block for key in of_kind for block in self._tiles[key][kind]]
             held.share(shared[kind])
-        for key in reversed(keys):  # a tile is at least as recent as those behind it
-            self._tiles.move_to_end(key)
+        self.touch(keys)
         return shared
+
+    def touch(self, keys: Sequence[Key]) -> None:
+        """These first tiles of a prompt are in use. One is always more recent than those behind it, which are of no
+        use without it."""
+        for key in reversed(keys):
+            if key in self._tiles:
+                self._tiles.move_to_end(key)
 
     def remember(self, keys: Sequence[Key], index: int, kind: str, blocks: list[int]) -> None:
         """Tile `index` of a prompt with these `keys` has been encoded into these blocks of the layers of a kind."""

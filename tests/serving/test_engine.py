@@ -15,6 +15,7 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.model.row_products import FEWEST_ROWS, grouped_product
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.serving.blocks import Blocks
+from nemo_diffgemma.serving.context_memory import ContextMemory
 from nemo_diffgemma.serving.engine import Engine
 from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.markers import Markers
@@ -39,6 +40,14 @@ def test_tokens_are_those_of_each_request_alone(single, dtype, config):
     assert cases.differences({}, dtype, 16, 3, config) == []
 
 
+@pytest.mark.slow  # threads wait for each other where cores are busy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_tokens_are_those_of_each_request_alone_in_several_threads(single, threads, dtype, count):
+    threads(count)
+    assert cases.differences({}, dtype, 12, 4, ROOMY) == []
+
+
 def test_tokens_are_those_of_each_request_alone_in_a_layout(pool):
     found = pool(4).run(
         "tests.serving.cases:differences",
@@ -49,6 +58,21 @@ def test_tokens_are_those_of_each_request_alone_in_a_layout(pool):
         config=ROOMY,
     )
     assert found == [[]] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_300_requests_some_of_them_cancelled(single, dtype, config):
+    assert cases.differences({}, dtype, 300, 11, config, cancel=60) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("config", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_300_requests_some_of_them_cancelled_in_a_layout(pool, config):
+    given = dict(layout=dict(tensor=2, expert=2), dtype=torch.float32, count=300, seed=12, config=config, cancel=60)
+    assert pool(4).run("tests.serving.cases:differences", **given) == [[]] * 4
 
 
 def test_whoever_is_moved_out_goes_on_as_if_nothing_had_happened(single):
@@ -80,6 +104,21 @@ def test_of_tiles_that_were_given_up_nothing_is_kept():
     for kind, held in blocks.items():
         prefixes.give_up(kind, held.count)
     assert (len(prefixes), prefixes.longest(keys)) == (0, 0)
+
+
+@pytest.mark.parametrize("tiles_of_pass", [1, 2, 6])
+def test_the_beginning_of_a_prompt_stays_longest(single, tiles_of_pass):
+    """What stands behind a tile that is gone is of no use, so a prompt's last tiles are given up first."""
+    memory, tiles = ContextMemory(cases.network(), 0.01, 2000, tiles_of_pass * TILE), 6
+    prefixes, keys = memory.prefixes, keys_of(range(tiles * TILE), TILE)
+    held = memory.open(keys)
+    for _ in range(tiles // tiles_of_pass):
+        assert memory.reserve(held, tiles_of_pass * TILE)
+        memory.extend(held, tiles_of_pass * TILE)
+    memory.close(held)
+    for gone in range(tiles + 1):
+        assert prefixes.longest(keys) == tiles - gone
+        prefixes.give_up(GLOBAL, memory.blocks[GLOBAL].free + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
