@@ -143,3 +143,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, reference: Callable[...
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads torch computes with, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

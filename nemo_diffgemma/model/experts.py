@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nemo_diffgemma.model.activation import gelu
 from nemo_diffgemma.model.adapter_pass import NO_ADAPTERS, AdapterPass, RowKinds
 from nemo_diffgemma.model.adapters import adapters_of, has_parts, local_product
 from nemo_diffgemma.model.dispatch import Counting, Rows, SortedChoices, sum_rows, take_rows
@@ -140,7 +141,7 @@ class _GatedActivation(torch.autograd.Function):
     def forward(ctx: Any, hidden_R2W: Tensor, weights_R: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_R2W, weights_R)
         gate, up = hidden_R2W.chunk(2, dim=-1)
-        return F.gelu(gate, approximate="tanh").mul_(up).mul_(weights_R[:, None])
+        return gelu(gate, hidden_R2W.requires_grad).mul_(up).mul_(weights_R[:, None])
 
     @staticmethod
     def backward(ctx: Any, gradient_RW: Tensor) -> tuple[Tensor, Tensor]:

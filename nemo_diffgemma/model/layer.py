@@ -13,10 +13,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemo_diffgemma.config import ModelConfig
+from nemo_diffgemma.model.activation import gelu
 from nemo_diffgemma.model.adapter_pass import AdapterPass
 from nemo_diffgemma.model.adapters import add_to_products, row_product
 from nemo_diffgemma.model.attention import Attention, column_parallel, row_parallel
@@ -60,7 +60,7 @@ class GatedMLP(nn.Module):
         if adapters is not None:
             products = add_to_products(list(products), x, [self.gate_proj, self.up_proj], adapters, is_whole)
         gate, up = products
-        return row_product(self.down_proj, F.gelu(gate, approximate="tanh") * up, adapters)
+        return row_product(self.down_proj, gelu(gate, gate.requires_grad) * up, adapters)
 
 
 class Layer(nn.Module):
