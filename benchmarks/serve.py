@@ -9,10 +9,11 @@ The model of `products`, `arrivals` and `prefix` is that of benchmarks/generate.
 stopping switched off. Seconds are processor seconds of one thread: other processes that want the cores change them
 little. Each prints its row as it stands in benchmarks/README.md.
 
-`products` runs every product of a pass (linear, grouped, attention's two, the vocabulary's) once more with the same
-tensors, right after the pass. `arrivals` gives both sides the same requests at the same times by a clock that goes on
-by the processor seconds of each pass, or of each call of `generate`: 12 requests of one or two canvases, a second
-apart on average. transformers' batch is what has come by the end of the last, padded on the left.
+`products` has two engines with the same requests in turn: a pass of the first is timed, and the products of the same
+pass of the second (linear, grouped, attention's two, the vocabulary's) are run once more with the same tensors.
+`arrivals` gives both sides the same requests at the same times by a clock that goes on by the processor seconds of each
+pass, or of each call of `generate`: 12 requests of one or two canvases, a second apart on average. transformers' batch
+is what has come by the end of the last, padded on the left.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def requests(count: int, prompts: tuple[int, ...], canvases: tuple[int, ...]) ->
 def engine_of(ours: Any) -> Any:
     from nemo_diffgemma.serving.engine import Engine
     from nemo_diffgemma.serving.engine_config import EngineConfig
+    from nemo_diffgemma.serving.freed_memory import keep_freed_memory
 
+    keep_freed_memory()  # as a replica does
     return Engine(ours, EngineConfig(context_gb=0.5))
 
 
@@ -101,22 +104,23 @@ def products(options: argparse.Namespace) -> None:
         return time.process_time() - start
 
     with tempfile.TemporaryDirectory() as folder:
-        engine = engine_of(models(Path(folder))[0])
+        ours = models(Path(folder))[0]
+    engine, recorded = engine_of(ours), engine_of(ours)
     asked, total, alone, attention = requests(16, (512,), (1,)), 0.0, 0.0, 0.0
     warm, asked = asked[:8], asked[8:]
-    for request in warm:
-        engine.add(request)
-    engine.step()
-    for request in warm:
-        engine.cancel(request.id)
-    for request in asked:
-        engine.add(request)
+    for each in (engine, recorded):
+        for request in warm:
+            each.add(request)
+        each.step()
+        for request in warm:
+            each.cancel(request.id)
+        for request in asked:
+            each.add(request)
     while engine.has_work:
+        passed = seconds([engine.step])
         recorder = Recorder()
         with recorder:
-            start = time.process_time()
-            engine.step()
-            passed = time.process_time() - start
+            recorded.step()
         with torch.inference_mode():
             seconds(recorder.attention)  # fresh memory is not its cost
             of_linear, of_attention = seconds(recorder.linear), seconds(recorder.attention)

@@ -26,6 +26,7 @@ from nemo_diffgemma.data.sudoku_tokenizer import is_sudoku
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero, world_size
+from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.serving.backend import Backend
 from nemo_diffgemma.serving.compiling import Compilation, Compiled, LanguageCompiler
 from nemo_diffgemma.serving.constraints import ConstraintError, Vocabulary, bytes_of_tokens
@@ -33,6 +34,7 @@ from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.ending import Decode
 from nemo_diffgemma.serving.engine import Engine
 from nemo_diffgemma.serving.engine_config import EngineConfig
+from nemo_diffgemma.serving.freed_memory import keep_freed_memory
 from nemo_diffgemma.serving.mailbox import Errand, Mailbox
 from nemo_diffgemma.serving.markers import Markers
 from nemo_diffgemma.serving.messages import (
@@ -243,6 +245,8 @@ def run(
 ) -> dict[str, float]:
     """Serve until drained -> what was done."""
     began = time.monotonic()
+    if device().type == "cpu":
+        keep_freed_memory()
     replica = Replica(network, config, address, name, lonely_seconds, backend)
     replica.serve()
     return {"passes": replica.engine.passes, "seconds": round(time.monotonic() - began, 1)}
