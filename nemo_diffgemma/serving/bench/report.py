@@ -83,7 +83,7 @@ def show(rows: Sequence[dict[str, Any]], loads: Sequence[Load], width: int | Non
         table.add_row(
             load.name, *counts, *(_number(row[name]) for name in numbers), *(_times(row[name]) for name in times)
         )
-    console = Console(width=width or 140, color_system="standard" if width else None, force_terminal=bool(width))
+    console = Console(width=width or 160, color_system="standard" if width else None, force_terminal=bool(width))
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip()
@@ -119,8 +119,12 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
                 y = [row[key][percentile] if row[key] else np.nan for row in some]
                 right.plot(x, y, style, color=colour, label=f"{text}, {percentile}")
         right.set(xlabel=label, ylabel="seconds", ylim=(0, None))
-        left.legend()
-        right.legend()
+        for axis in (left, right):
+            axis.legend()
+            if name == "concurrency":  # 1, 2, 4, ... stand equally far apart
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(x, map(str, x))
+                axis.minorticks_off()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
