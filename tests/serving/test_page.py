@@ -283,6 +283,9 @@ def test_a_grid_is_edited_and_watched_being_solved(open_tab, sudoku_server):
     page.keyboard.press("4")
     assert read() == [4, 0, 4, 0, 2, 0, 0, 1, 0, 2, 0, 0, 1, 0, 0, 0] and page.text_content("#sudoku-verdict") == ""
     assert page.locator("#grid [aria-invalid=true]").count() == 2, "two fours in a row"
+    page.click("#solve")
+    page.wait_for_selector("#sudoku-verdict:has-text('There is no solution: the marked digits stand twice')")
+    cells.nth(0).focus()
     page.keyboard.press("Backspace")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")

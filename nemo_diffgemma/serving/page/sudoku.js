@@ -6,7 +6,7 @@ import { figures } from "./figures.js";
 import { Player } from "./player.js";
 import { Asking } from "./request.js";
 import { settings } from "./settings.js";
-import { SIZE, conflicts, fault, newPuzzle } from "./sudoku_rules.js";
+import { SIZE, conflicts, fault, impossible, newPuzzle } from "./sudoku_rules.js";
 
 const CELLS = SIZE * SIZE;
 const EXAMPLE = "..4.2..1.2..1..."; // its solution is one of those that the demo's model was not trained on
@@ -104,16 +104,22 @@ export function startSudoku() {
   };
   grid.edited = forget;
 
+  const say = (text, isSolved) => {
+    verdict.textContent = text;
+    verdict.dataset.solved = isSolved;
+    announce(text);
+  };
+
   const judge = (answer) => {
     const wrong = fault(grid.puzzle, answer.frames.at(-1).pieces.map(digitOf));
-    verdict.textContent = wrong ? `Not solved: ${wrong}.` : `Solved in ${answer.steps} steps.`;
-    verdict.dataset.solved = wrong === null;
-    announce(verdict.textContent);
+    say(wrong ? `Not solved: ${wrong}.` : `Solved in ${answer.steps} steps.`, wrong === null);
   };
 
   const solve = async () => {
     if (asking.isBusy) return;
     forget();
+    const why = impossible(grid.puzzle);
+    if (why) return say(`There is no solution: ${why}.`, false);
     const own = new Player((frame) => grid.show(frame));
     player = own;
     result.replaceChildren(own.element, legend());

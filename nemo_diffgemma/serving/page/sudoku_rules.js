@@ -55,6 +55,12 @@ export function newPuzzle(clues = 6) {
   return grid;
 }
 
+// Why nobody can solve a puzzle, in words; null where somebody can.
+export function impossible(puzzle) {
+  if (conflicts(puzzle).some(Boolean)) return "the marked digits stand twice in a row, column or box";
+  return solve(puzzle, 1).length ? null : "no digits fit into the empty cells";
+}
+
 // What is wrong with a full grid, in words; null where it is a solution that keeps the clues of `puzzle`.
 export function fault(puzzle, grid) {
   const changed = grid.findIndex((digit, cell) => puzzle[cell] !== 0 && puzzle[cell] !== digit);
