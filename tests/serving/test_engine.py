@@ -72,7 +72,7 @@ def test_300_requests_some_of_them_cancelled(single, dtype, config):
 @pytest.mark.parametrize("config", [ROOMY, TIGHT], ids=["roomy", "tight"])
 def test_300_requests_some_of_them_cancelled_in_a_layout(pool, config):
     given = dict(layout=dict(tensor=2, expert=2), dtype=torch.float32, count=300, seed=12, config=config, cancel=60)
-    assert pool(4).run("tests.serving.cases:differences", **given) == [[]] * 4
+    assert pool(4).run("tests.serving.cases:differences", timeout=3000, **given) == [[]] * 4
 
 
 def test_whoever_is_moved_out_goes_on_as_if_nothing_had_happened(single):
