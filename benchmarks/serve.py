@@ -71,15 +71,14 @@ def engine_of(ours: Any) -> Any:
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
-def products(options: argparse.Namespace) -> None:
+def recorder() -> Any:
+    """Keeps the products of a pass as they are called, `linear` ones and those of `attention` as its two."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     linear = ("linear", "mm", "addmm", "addmm_", "matmul", "bmm", "_grouped_mm")
 
     class Recorder(TorchDispatchMode):
-        """Keeps the products of a pass as they are called; those of attention as its two products."""
-
         def __init__(self) -> None:
             super().__init__()
             self.linear: list[Callable[[], Any]] = []
@@ -97,11 +96,18 @@ def products(options: argparse.Namespace) -> None:
                 self.attention += [lambda: torch.bmm(q, k.transpose(1, 2), out=weights), lambda: torch.bmm(weights, v)]
             return function(*args, **given)
 
-    def seconds(calls: list[Callable[[], Any]]) -> float:
-        start = time.process_time()
-        for call in calls:
-            call()
-        return time.process_time() - start
+    return Recorder()
+
+
+def seconds_of(calls: list[Callable[[], Any]]) -> float:
+    start = time.process_time()
+    for call in calls:
+        call()
+    return time.process_time() - start
+
+
+def products(options: argparse.Namespace) -> None:
+    import torch
 
     with tempfile.TemporaryDirectory() as folder:
         ours = models(Path(folder))[0]
@@ -117,13 +123,12 @@ def products(options: argparse.Namespace) -> None:
         for request in asked:
             each.add(request)
     while engine.has_work:
-        passed = seconds([engine.step])
-        recorder = Recorder()
-        with recorder:
+        passed = seconds_of([engine.step])
+        with recorder() as of_pass:
             recorded.step()
         with torch.inference_mode():
-            seconds(recorder.attention)  # fresh memory is not its cost
-            of_linear, of_attention = seconds(recorder.linear), seconds(recorder.attention)
+            seconds_of(of_pass.attention)  # fresh memory is not its cost
+            of_linear, of_attention = seconds_of(of_pass.linear), seconds_of(of_pass.attention)
         total, alone, attention = total + passed, alone + of_linear, attention + of_attention
         print(f"pass {engine.passes}: {passed:.2f} s, products {of_linear:.2f} + {of_attention:.2f}", file=sys.stderr)
     tokens = sum(request.max_tokens for request in asked)
