@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BLOCK = 128  # queries and keys of a block of FlexAttention's mask
 # Context tokens are computed in tiles of so many positions, counted from the first of their sequence, where that may
 # show in the last bits: a tile is the same whether its prompt runs whole or in pieces that end with a tile.
-TILE = 256
+TILE = BLOCK
 
 
 class Group(NamedTuple):

@@ -46,7 +46,7 @@ def test_adapters_change_answers_and_prompts_are_not_shared_between_them(single,
         for name in (None, *paths):
             heard = cases.serve(engine, [Request(f"{name}{turn}", prompt, 8, 8, adapter=name)], 0)
             answer, cached = heard.tokens[f"{name}{turn}"], heard.finished[f"{name}{turn}"].cached_tokens
-            assert cached == (768 if turn else 0)
+            assert cached == (896 if turn else 0)
             assert answers.setdefault(name, answer) == answer
     assert len({tuple(answer) for answer in answers.values()}) == 4
     assert answers[None] == cases.alone(cases.network(), Request("", prompt, 8, 8))[0]

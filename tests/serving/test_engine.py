@@ -160,7 +160,7 @@ def test_a_shared_beginning_is_encoded_once(engine):
     engine.add(Request("later", prompt, 8, 8))
     while engine.has_work:
         heard.take(engine.step())
-    assert heard.finished["later"].cached_tokens == 768
+    assert heard.finished["later"].cached_tokens == 896
     assert heard.tokens["later"] == cases.alone(engine.network, Request("", prompt, 8, 8))[0]
 
 
