@@ -15,8 +15,8 @@ from nemo_diffgemma.diffusion.constraint import Allowed
 from nemo_diffgemma.model.token_classes import ClassMaxima
 from nemo_diffgemma.serving.constraints import Constraint, ConstraintError, regex
 from nemo_diffgemma.serving.constraints.canvas import CanvasConstraint
-from nemo_diffgemma.serving.constraints.child import Limits, Vocabulary, Worker
 from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, ConstrainedBatch, ConstrainedSequence
+from nemo_diffgemma.serving.constraints.worker import Limits, Vocabulary, Worker
 from tests.serving import examples
 
 CPU = torch.device("cpu")
