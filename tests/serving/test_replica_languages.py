@@ -44,6 +44,9 @@ class Slow:
     def submit(self, language):
         return self.futures.setdefault(language.expression, Future())
 
+    def forget(self, language):
+        del self.futures[language.expression]
+
     def close(self):
         pass
 
