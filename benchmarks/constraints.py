@@ -91,7 +91,7 @@ def main() -> None:
     from nemo_diffgemma import DiffusionGemma, ModelConfig, ParallelLayout, SamplerConfig
     from nemo_diffgemma.parallel import initialize
     from nemo_diffgemma.serving.constraints import Constraint, Vocabulary
-    from nemo_diffgemma.serving.constraints.child import Limits, Worker
+    from nemo_diffgemma.serving.constraints.worker import Limits, Worker
 
     torch.set_num_threads(options.threads)
     initialize(ParallelLayout())

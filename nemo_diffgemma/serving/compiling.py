@@ -52,14 +52,17 @@ class LanguageCompiler:
             self._post(Compiled(language.expression, b"", self._why))
             return
         future = self._compiler.submit(language)
-        future.add_done_callback(lambda done: self._done(language.expression, done))
+        future.add_done_callback(lambda done: self._done(language, done))
 
-    def _done(self, expression: str, future: Future[TokenAutomaton]) -> None:
+    def _done(self, language: Language, future: Future[TokenAutomaton]) -> None:
         if future.cancelled():  # the replica ends
             return
+        expression = language.expression
         error = future.exception()
         if error is None:
             self._post(Compiled(expression, pickle.dumps(future.result(), pickle.HIGHEST_PROTOCOL)))
+            if self._compiler is not None:  # `Compilation` keeps it, on this rank too
+                self._compiler.forget(language)
         else:
             why = str(error) if isinstance(error, ConstraintError) else f"{type(error).__name__}: {error}"
             self._post(Compiled(expression, b"", why))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_diffgemma.serving.constraints import Constraint, Language, Limits, Vocabulary, json_of_schema, regex
-from nemo_diffgemma.serving.constraints.child import Worker
+from nemo_diffgemma.serving.constraints.worker import Worker
 from tests.serving import examples
 
 LENGTH = 16

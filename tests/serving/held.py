@@ -21,8 +21,8 @@ from nemo_diffgemma.serving.constraints import (
     regex,
     tool_calls,
 )
-from nemo_diffgemma.serving.constraints.child import Worker
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
+from nemo_diffgemma.serving.constraints.worker import Worker
 from nemo_diffgemma.serving.engine import Engine
 from nemo_diffgemma.serving.engine_config import EngineConfig
 from nemo_diffgemma.serving.request import Request

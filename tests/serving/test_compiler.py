@@ -63,6 +63,16 @@ def test_time_and_memory_are_limited_and_the_next_job_is_done():
         assert compiler.compile(slow).start >= 0
 
 
-def test_a_front_end_needs_no_torch():
-    code = "import nemo_diffgemma.serving.constraints, sys; assert 'torch' not in sys.modules"
+@pytest.mark.parametrize("name", ["torch", "nemo_diffgemma.serving.constraints.child"])
+def test_importing_constraints_leaves_out(name):
+    """A front end needs no torch; Python warns in each child if its module was imported by its package."""
+    code = f"import nemo_diffgemma.serving.constraints, sys; assert '{name}' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_forgotten_is_compiled_anew(compiler):
+    language = choice(["ab", "ba"])
+    first = compiler.compile(language)
+    assert compiler.compile(language) is first
+    compiler.forget(language)
+    assert compiler.compile(language) is not first

@@ -11,7 +11,7 @@ import torch
 from nemo_diffgemma import SamplerConfig
 from nemo_diffgemma.diffusion.generate import StepInputs
 from nemo_diffgemma.serving.constraints import Constraint, ConstraintError, Limits, Vocabulary, choice, regex
-from nemo_diffgemma.serving.constraints.child import Worker
+from nemo_diffgemma.serving.constraints.worker import Worker
 from tests.distributed.layouts import LAYOUTS
 from tests.parity.fixed import fixed
 from tests.serving import constrained as cases

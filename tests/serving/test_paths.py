@@ -15,8 +15,8 @@ from nemo_diffgemma.diffusion.constraint import Allowed
 from nemo_diffgemma.model.token_classes import ClassMaxima
 from nemo_diffgemma.serving.constraints import Constraint, ConstraintError, regex
 from nemo_diffgemma.serving.constraints.canvas import CanvasConstraint
-from nemo_diffgemma.serving.constraints.child import Limits, Vocabulary, Worker
 from nemo_diffgemma.serving.constraints.sequence import CanvasConstraints, ConstrainedBatch, ConstrainedSequence
+from nemo_diffgemma.serving.constraints.worker import Limits, Vocabulary, Worker
 from tests.serving import examples
 
 CPU = torch.device("cpu")
@@ -152,6 +152,19 @@ def test_canvases_of_several_lengths_know_nothing_of_each_other(worker, seed, in
         expected = part.argmax(-1) if alone is None else step(alone, part, interleaved).tokens
         assert torch.equal(together.tokens.split(lengths)[row], expected)
         assert bool(together.is_argmax[row]) == torch.equal(expected, part.argmax(-1)) or held[row] is not None
+
+
+def test_what_steps_are_told_is_made_once_a_canvas(worker):
+    held = [None, ConstrainedSequence(worker.compile(regex("(a|b){3,}")), 2, 9, [EOS], {}, CPU)]
+    made = CanvasConstraints(CPU)
+    first = made.of(held, [2, 2])
+    assert first is not None and made.of(list(held), [2, 2]) is first
+    moved = made.of(held[::-1], [2, 2])
+    assert moved is not None and moved.rows_n.tolist() == [0] and moved.automata is first.automata
+    held[1].settle([2, 3])
+    after = made.of(held, [2, 2])
+    assert after is not None and after.rows_n.tolist() == [1] and not torch.equal(after.start_n, first.start_n)
+    assert made.of([None, None], [2, 2]) is None
 
 
 def test_sizes_rounded_for_a_gpu_change_nothing(worker):

@@ -44,6 +44,9 @@ class Slow:
     def submit(self, language):
         return self.futures.setdefault(language.expression, Future())
 
+    def forget(self, language):
+        del self.futures[language.expression]
+
     def close(self):
         pass
 
@@ -69,6 +72,7 @@ def test_passes_go_on_while_a_language_is_compiled(play):  # noqa: F811
         assert refused == Refused("r4", "the constraint is too large")
         slow.futures[held.LETTERS.expression].set_result(held.automaton(held.LETTERS))
         assert [next(events), next(events)] == [Accepted("r1"), Accepted("r3")], "in the same pass"
+        assert slow.futures.keys() == {broken.expression}, "the automaton is kept once"
         heard, _ = until_ended(front, {"r1", "r3"})
         assert held.problems([asked(1), asked(3)], heard.tokens) == []
         front.say(asked(7))  # its automaton is there

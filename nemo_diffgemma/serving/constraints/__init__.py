@@ -11,7 +11,6 @@ expression, `byte_automaton` and `token_automaton` what tokens may follow each o
 come, `canvas` and `paths` the most probable canvas that is allowed.
 """
 
-from nemo_diffgemma.serving.constraints.child import Limits, Vocabulary
 from nemo_diffgemma.serving.constraints.compiler import Compiler
 from nemo_diffgemma.serving.constraints.constraint import Constraint
 from nemo_diffgemma.serving.constraints.errors import ConstraintError, ConstraintViolation
@@ -25,6 +24,7 @@ from nemo_diffgemma.serving.constraints.languages import (
     tool_calls,
 )
 from nemo_diffgemma.serving.constraints.token_bytes import bytes_of_tokens
+from nemo_diffgemma.serving.constraints.worker import Limits, Vocabulary
 
 __all__ = ["Compiler", "Constraint", "ConstraintError", "ConstraintViolation", "Language", "Limits", "Vocabulary",
            "after_thought", "bytes_of_tokens", "choice", "json_object", "json_of_schema", "regex",

@@ -89,7 +89,7 @@ class CanvasConstraint:
     @property
     def geometry(self) -> Hashable:
         """All shapes, and the numbers that are no tensors."""
-        numbers = (self.automata.labels, self.automata.incoming, self.rows)
+        numbers = (self.automata.incoming, self.automata.in_set, self.rows)
         return (*(tuple(tensor.shape) for tensor in self._tensors()), numbers)
 
     def buffer(self) -> CanvasConstraint:

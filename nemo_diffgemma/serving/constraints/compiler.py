@@ -17,10 +17,10 @@ from multiprocessing import Pipe
 from typing import Any, Self
 
 from nemo_diffgemma.repository import ROOT
-from nemo_diffgemma.serving.constraints.child import Limits, Vocabulary
 from nemo_diffgemma.serving.constraints.errors import ConstraintError, ConstraintViolation
 from nemo_diffgemma.serving.constraints.languages import Language
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
+from nemo_diffgemma.serving.constraints.worker import Limits, Vocabulary
 
 KEPT = 64  # automata: 1 to 10 MB each
 START_SECONDS = 120.0  # for a child to import what it needs and to read the vocabulary, on a machine that is busy
@@ -52,6 +52,11 @@ class Compiler:
     def compile(self, language: Language) -> TokenAutomaton:
         """The automaton. Raises `ConstraintError`, for one that exceeds the limits too."""
         return self.submit(language).result()
+
+    def forget(self, language: Language) -> None:
+        """Keep its automaton no longer: somebody else does."""
+        with self._lock:
+            self._compiled.pop(language.expression, None)
 
     def submit_check(self, language: Language, text: str) -> Future[None]:
         """`language.check(text)` in the limit of time: None, `ConstraintViolation`, or `ConstraintError` if late."""

@@ -5,7 +5,7 @@ Shapes: C canvas positions, S states, P positions of the whole answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -127,17 +127,25 @@ class ConstrainedSequence:
 
 
 class CanvasConstraints:
-    """Makes what steps are told. Tables of several sequences are put together anew only when these are others."""
+    """Makes what steps are told: anew for other canvases only, its tables only for other automata."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._joined: tuple[list[TokenAutomaton], Automata] | None = None
+        self._made: tuple[Hashable, CanvasConstraint] | None = None
 
     def of(self, sequences: Sequence[ConstrainedSequence | None], lengths: Sequence[int]) -> CanvasConstraint | None:
         """What a step over the canvases of some sequences is told, `lengths` tokens each; None without a constraint."""
-        chosen = [(row, sequence) for row, sequence in enumerate(sequences) if sequence is not None]
-        if not chosen:
+        held = [sequence for sequence in sequences if sequence is not None]
+        if not held:
             return None
+        canvases = (tuple(sequences), tuple(lengths), tuple(sequence.position for sequence in held))
+        if self._made is None or self._made[0] != canvases:
+            self._made = (canvases, self._of(sequences, lengths))
+        return self._made[1]
+
+    def _of(self, sequences: Sequence[ConstrainedSequence | None], lengths: Sequence[int]) -> CanvasConstraint:
+        chosen = [(row, sequence) for row, sequence in enumerate(sequences) if sequence is not None]
         device, held = self._device, [sequence for _, sequence in chosen]
         automata = self._automata(held)
         own_n = torch.tensor([lengths[row] for row, _ in chosen])
