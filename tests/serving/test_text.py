@@ -69,6 +69,13 @@ def test_what_a_template_refuses_is_the_users_error(text):
         ServedText(files_of(text)).encode_chat([{"role": "robot", "content": "a"}])
 
 
+def test_variables_of_a_template_may_have_any_name(text):
+    """Those of this server's own code too."""
+    read, messages = ServedText(files_of(text)), [{"role": "user", "content": "a"}]
+    names = ["self", "func", "variables", "context", "__name__", "", "\u00fc", "loop"]
+    assert read.encode_chat(messages, dict.fromkeys(names, 1)) == read.encode_chat(messages)
+
+
 def test_a_fingerprint_tells_tokenizers_apart(text, puzzles):
     found = [fingerprint(files_of(text)), fingerprint(files_of(puzzles)), fingerprint(files_of(Text(None)))]
     assert len(set(found)) == 3 and found[2] == ""
