@@ -76,7 +76,8 @@ class ServedText:
         """Raises `UserError` for characters that the tokenizer does not know."""
         try:
             text.encode("utf-8")
-            return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+            # as a batch: alone, the library keeps Python's lock for seconds of a long text, and everybody waits
+            return self._tokenizer.encode_batch([text], add_special_tokens=special_tokens)[0].ids
         except Exception as error:  # the tokenizers library raises nothing more special
             raise UserError(f"this model's tokenizer cannot read the text: {error}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 
 import pytest
 from hypothesis import given
@@ -48,6 +49,25 @@ def test_conversations_become_the_ids_that_transformers_makes(text, messages):
 @given(st.text(max_size=20))
 def test_texts_become_the_ids_that_transformers_makes(text, content):
     assert ServedText(files_of(text)).encode(content) == text.encode(content, chat=False)
+
+
+def test_others_go_on_while_a_long_text_is_read(text):
+    """Whoever sends megabytes keeps no event loop from its streams."""
+    read, turns, over = ServedText(files_of(text)), [0], threading.Event()
+
+    def others() -> None:
+        while not over.wait(0.001):
+            turns[0] += 1
+
+    other = threading.Thread(target=others)
+    other.start()
+    try:
+        before = turns[0]
+        ids = read.encode("a" * 400_000)
+        assert len(ids) == 400_001 and turns[0] - before > 10
+    finally:
+        over.set()
+        other.join()
 
 
 @given(st.lists(st.integers(0, cases.IDS - 1), max_size=30))
