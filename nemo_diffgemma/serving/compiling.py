@@ -54,8 +54,13 @@ class LanguageCompiler:
         future = self._compiler.submit(language)
         future.add_done_callback(lambda done: self._done(language, done))
 
+    def cancel(self, language: Language) -> None:
+        """Nobody waits for it any more."""
+        if self._compiler is not None:
+            self._compiler.cancel(language)
+
     def _done(self, language: Language, future: Future[TokenAutomaton]) -> None:
-        if future.cancelled():  # the replica ends
+        if future.cancelled():  # the replica ends, or nobody waits
             return
         expression = language.expression
         error = future.exception()
@@ -107,9 +112,15 @@ class Compilation:
                     return request
         return None
 
-    def forget(self) -> None:
-        """No request waits any more."""
+    def awaits(self, language: Language) -> bool:
+        """Whether some request waits for it."""
+        return language.expression in self._waiting
+
+    def forget(self) -> list[Language]:
+        """No request waits any more -> the languages that they have waited for."""
+        languages = [waiting[0].language for waiting in self._waiting.values()]
         self._waiting.clear()
+        return [language for language in languages if language is not None]
 
     def take(self, compiled: Compiled) -> tuple[list[Request], TokenAutomaton | None]:
         """The requests that have waited for this, and their automaton, None where there is none."""

@@ -29,6 +29,7 @@ import zmq
 from nemo_diffgemma.cli.reporting import USER_ERROR, print_error
 from nemo_diffgemma.scratch import scratch_directory
 from nemo_diffgemma.serving.api.app import create_app
+from nemo_diffgemma.serving.http_protocol import Protocol
 from nemo_diffgemma.serving.metrics import Metrics
 from nemo_diffgemma.serving.router import Router
 from nemo_diffgemma.serving.settings import FrontSettings
@@ -63,6 +64,7 @@ async def serve(settings: FrontSettings, listener: socket.socket, folder: Path) 
         create_app(router, settings, metrics),
         log_level="warning",
         access_log=False,
+        http=Protocol,
         ws="none",
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds + _LAST_WORDS),

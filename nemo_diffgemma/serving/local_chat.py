@@ -81,7 +81,7 @@ def chat(
     """See `DiffusionGemma.chat`, which has the defaults."""
     with all_or_none():
         text = text_of(model)
-        prompt = text.encode_chat(_turns(messages), **template)
+        prompt = text.encode_chat(_turns(messages), template)
         if max_tokens < 1:
             raise UserError(f"max_tokens={max_tokens}; expected at least 1")
     sampler, length = sampler or model.sampler_defaults, canvas_length or model.model_config.canvas_length

@@ -29,7 +29,7 @@ from nemo_diffgemma.parallel.agreement import all_or_none, is_rank_zero, world_s
 from nemo_diffgemma.parallel.groups import device
 from nemo_diffgemma.serving.backend import Backend
 from nemo_diffgemma.serving.compiling import Compilation, Compiled, LanguageCompiler
-from nemo_diffgemma.serving.constraints import ConstraintError, Vocabulary, bytes_of_tokens
+from nemo_diffgemma.serving.constraints import ConstraintError, Language, Vocabulary, bytes_of_tokens
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
 from nemo_diffgemma.serving.ending import Decode
 from nemo_diffgemma.serving.engine import Engine
@@ -168,10 +168,13 @@ class Replica:
             return [self._added(request, automaton) for request in requests]
         if isinstance(errand, Cancel):
             if (request := self._compilation.cancel(errand.id)) is not None:
+                assert request.language is not None
+                if not self._compilation.awaits(request.language):
+                    self._cancel_compilation([request.language])
                 return [Finished(request.id, Reason.CANCELLED, len(request.prompt), 0)]
             return [*engine.cancel(errand.id)]
         if isinstance(errand, Unknown):
-            self._compilation.forget()
+            self._cancel_compilation(self._compilation.forget())
             for request in engine.requests:
                 engine.cancel(request.id)
             return []
@@ -196,6 +199,12 @@ class Replica:
         if self._compilation.wait(request, request.language) and self._compiler is not None:
             self._compiler.submit(request.language)
         return []
+
+    def _cancel_compilation(self, languages: Sequence[Language]) -> None:
+        """Of rank 0: others have less to wait for."""
+        if self._compiler is not None:
+            for language in languages:
+                self._compiler.cancel(language)
 
     def _added(self, request: Request, automaton: TokenAutomaton | None) -> Event:
         try:

@@ -118,9 +118,7 @@ class Router:
         """
         if self._closing or self.facts is None:
             raise Unavailable("the server ends" if self._closing else "the server is loading the model")
-        room = sum(replica.facts.max_running for replica in self.replicas.values()) + self._settings.queue_limit
-        if self.replicas and len(requests) > room:
-            raise InvalidRequest(f"{len(requests)} answers at once; this server has room for {room}")
+        room = self.check_room(len(requests))
         if len(self.jobs) + len(requests) > room:
             wait = self._retry_after(len(self.jobs) + len(requests) - room)
             self._metrics.refused.inc(len(requests))
@@ -132,6 +130,13 @@ class Router:
             self.jobs[job.id] = job
             self._place(job)
         return jobs
+
+    def check_room(self, answers: int) -> int:
+        """How many answers there ever is room for. Raises `InvalidRequest` where so many at once are more."""
+        room = sum(replica.facts.max_running for replica in self.replicas.values()) + self._settings.queue_limit
+        if self.replicas and answers > room:
+            raise InvalidRequest(f"{answers} answers at once; this server has room for {room}")
+        return room
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it."""
@@ -179,9 +184,9 @@ class Router:
 
     async def _hear(self) -> None:
         while True:
-            identity, content = await self._socket.recv_multipart()
+            identity, *frames = await self._socket.recv_multipart()
             try:
-                self._take(identity, of_replica(content))
+                self._take(identity, of_replica(b"".join(frames)))
             except msgspec.DecodeError as error:
                 _log.warning("what came is no message of a replica: %s", error)
             except Exception:  # a defect; others are still to be heard

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,8 @@ class ServedText:
         """Raises `UserError` for characters that the tokenizer does not know."""
         try:
             text.encode("utf-8")
-            return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+            # as a batch: alone, the library keeps Python's lock for seconds of a long text, and everybody waits
+            return self._tokenizer.encode_batch([text], add_special_tokens=special_tokens)[0].ids
         except Exception as error:  # the tokenizers library raises nothing more special
             raise UserError(f"this model's tokenizer cannot read the text: {error}") from None
 
@@ -104,7 +105,7 @@ class ServedText:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content), content
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] | None = None) -> list[int]:
         """Ids of a conversation with the answer's beginning behind it. `variables` are the template's: tools, others.
 
         A model without a template gets the text of a single message of the user's as it is. Raises `UserError` for
@@ -113,12 +114,12 @@ class ServedText:
         if self._template is not None:
             try:
                 prompt = self._template.render(
-                    {**self._special_tokens, **variables}, messages=messages, add_generation_prompt=True
+                    {**self._special_tokens, **(variables or {})}, messages=messages, add_generation_prompt=True
                 )
             except Exception as error:  # a template is a program, and raises what it likes
                 raise UserError(f"the chat template of this model does not take these messages: {error}") from None
             return self.encode(prompt, special_tokens=False)
-        if len(messages) != 1 or messages[0]["role"] != "user" or variables.get("tools"):
+        if len(messages) != 1 or messages[0]["role"] != "user" or (variables or {}).get("tools"):
             raise UserError(
                 "this model has no chat template; send one message of the user's and no tools, or use /v1/completions"
             )

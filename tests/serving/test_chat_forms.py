@@ -50,7 +50,7 @@ def body(**given: Any) -> ChatBody:
 
 def prompt(text: ServedText, asked: ChatBody) -> str:
     """What the model reads, markers included."""
-    ids = text.encode_chat(for_template(asked.messages), **asked.template_variables)
+    ids = text.encode_chat(for_template(asked.messages), asked.template_variables)
     return gemma.tokenizer().decode(ids)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -12,6 +13,7 @@ from nemo_diffgemma.serving.constraints import (
     Compiler,
     ConstraintError,
     ConstraintViolation,
+    Language,
     Limits,
     Vocabulary,
     choice,
@@ -61,6 +63,29 @@ def test_time_and_memory_are_limited_and_the_next_job_is_done():
         with pytest.raises(ConstraintError, match="too large"):
             compiler.compile(regex(EXPONENTIAL))
         assert compiler.compile(slow).start >= 0
+
+
+def test_what_nobody_waits_for_is_not_compiled():
+    """Or whoever sends a hundred slow patterns and leaves keeps all others waiting."""
+    with Compiler(VOCABULARY, Limits(seconds=3.0)) as compiler:
+        begun = compiler.submit(regex(EXPONENTIAL))
+        while not begun.running():
+            time.sleep(0.01)
+        waiting = [regex(f"{EXPONENTIAL}{letter}") for letter in "abcdefgh"]
+        futures = [compiler.submit(one) for one in waiting]
+        for one in [*waiting, regex(EXPONENTIAL), regex("x")]:
+            compiler.cancel(one)
+        assert all(future.cancelled() for future in futures) and not begun.cancelled()
+        assert compiler.submit(choice(["ab"])).result(120).start >= 0
+        assert isinstance(begun.exception(), ConstraintError)
+
+
+def test_what_a_library_stumbles_over_is_refused_and_the_child_lives(compiler):
+    odd = Language("json_schema", '{"$ref": "http://elsewhere.example/schema"}', "1")
+    with pytest.raises(ConstraintError, match="cannot be used"):
+        compiler.check(odd, "1")
+    (child,) = compiler._children
+    assert child.is_alive
 
 
 @pytest.mark.parametrize("name", ["torch", "nemo_diffgemma.serving.constraints.child"])

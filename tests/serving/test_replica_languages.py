@@ -47,6 +47,9 @@ class Slow:
     def forget(self, language):
         del self.futures[language.expression]
 
+    def cancel(self, language):
+        self.futures.get(language.expression, Future()).cancel()
+
     def close(self):
         pass
 
@@ -70,9 +73,12 @@ def test_passes_go_on_while_a_language_is_compiled(play):  # noqa: F811
         slow.futures[broken.expression].set_exception(ConstraintError("the constraint is too large"))
         refused = next(events)
         assert refused == Refused("r4", "the constraint is too large")
+        front.say(asked(8, regex("[0-9]")), Cancel("r8"))
+        assert next(e for e in events if isinstance(e, Finished)).id == "r8"
+        assert slow.futures[regex("[0-9]").expression].cancelled(), "nobody waits for it"
         slow.futures[held.LETTERS.expression].set_result(held.automaton(held.LETTERS))
         assert [next(events), next(events)] == [Accepted("r1"), Accepted("r3")], "in the same pass"
-        assert slow.futures.keys() == {broken.expression}, "the automaton is kept once"
+        assert held.LETTERS.expression not in slow.futures, "the automaton is kept once"
         heard, _ = until_ended(front, {"r1", "r3"})
         assert held.problems([asked(1), asked(3)], heard.tokens) == []
         front.say(asked(7))  # its automaton is there

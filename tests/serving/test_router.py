@@ -8,6 +8,8 @@ from functools import partial
 
 import msgspec
 import pytest
+import zmq
+import zmq.asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -333,3 +335,35 @@ def test_messages_that_are_none_are_left_aside(play):
         assert (await a.hear(Request)).id == job.request.id
 
     play(scene)
+
+
+def test_whatever_comes_at_the_port_of_replicas_others_are_heard(play, tmp_path):
+    """Clients of HTTP, sockets of other kinds, messages of one and several parts, and of other programs."""
+
+    async def scene(world):
+        a = await world.join("a")
+        _, writer = await asyncio.open_unix_connection(f"{tmp_path}/router")
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}" + bytes(range(256)))
+        for kind, parts in ((zmq.REQ, [b"\xff"]), (zmq.DEALER, [b"", b"a", b""]), (zmq.DEALER, [b""])):
+            with zmq.asyncio.Context.instance().socket(kind) as stranger:
+                stranger.linger = 200
+                stranger.connect(world.address)
+                await stranger.send_multipart(parts)
+        await asyncio.sleep(0.3)
+        job = world.ask()
+        request = await a.hear(Request)
+        await a.say(Events([Accepted(request.id), Settled(request.id, 0, 1, [7]), finished(request.id)]))
+        assert isinstance(await job.next(), Accepted) and await rest(job) == [7]
+        writer.close()
+
+    play(scene)
+
+
+def test_a_million_answers_are_refused_before_any_is_made(play):
+    async def scene(world):
+        await world.join("a")
+        with pytest.raises(InvalidRequest, match="1000000 answers at once; this server has room for 7"):
+            world.router.check_room(10**6)
+        assert world.router.check_room(7) == 7
+
+    play(scene, queue_limit=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 
 import pytest
 from hypothesis import given
@@ -50,6 +51,25 @@ def test_texts_become_the_ids_that_transformers_makes(text, content):
     assert ServedText(files_of(text)).encode(content) == text.encode(content, chat=False)
 
 
+def test_others_go_on_while_a_long_text_is_read(text):
+    """Whoever sends megabytes keeps no event loop from its streams."""
+    read, turns, over = ServedText(files_of(text)), [0], threading.Event()
+
+    def others() -> None:
+        while not over.wait(0.001):
+            turns[0] += 1
+
+    other = threading.Thread(target=others)
+    other.start()
+    try:
+        before = turns[0]
+        ids = read.encode("a" * 400_000)
+        assert len(ids) == 400_001 and turns[0] - before > 10
+    finally:
+        over.set()
+        other.join()
+
+
 @given(st.lists(st.integers(0, cases.IDS - 1), max_size=30))
 def test_ids_become_the_text_that_transformers_makes(text, ids):
     assert ServedText(files_of(text)).decode(ids) == text.decode(ids)
@@ -67,6 +87,13 @@ def test_a_model_without_a_template_takes_one_message_as_it_is(puzzles):
 def test_what_a_template_refuses_is_the_users_error(text):
     with pytest.raises(UserError, match="no such role"):
         ServedText(files_of(text)).encode_chat([{"role": "robot", "content": "a"}])
+
+
+def test_variables_of_a_template_may_have_any_name(text):
+    """Those of this server's own code too."""
+    read, messages = ServedText(files_of(text)), [{"role": "user", "content": "a"}]
+    names = ["self", "func", "variables", "context", "__name__", "", "\u00fc", "loop"]
+    assert read.encode_chat(messages, dict.fromkeys(names, 1)) == read.encode_chat(messages)
 
 
 def test_a_fingerprint_tells_tokenizers_apart(text, puzzles):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]  # reading ends at the first wrong one of a million
 
 
 def _nullable(schema: dict[str, Any]) -> None:
@@ -24,5 +27,8 @@ class Body(BaseModel):
     @classmethod
     def _without_null(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {name: value for name, value in values.items() if value is not None}
+            given = {name: value for name, value in values.items() if value is not None}
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = [name for name in given if name not in known]
+            return {name: given[name] for name in given if name in known or name == unknown[0]}
         return values

@@ -13,6 +13,7 @@ from nemo_diffgemma.serving.api.answers import Answer, Format, reply
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.conversation import for_template
 from nemo_diffgemma.serving.api.fields import ChatBody
+from nemo_diffgemma.serving.api.json_body import JsonRoute
 from nemo_diffgemma.serving.api.logprobs import chat_form
 from nemo_diffgemma.serving.api.replies import ChatReply, responses
 from nemo_diffgemma.serving.failures import InvalidRequest
@@ -79,11 +80,11 @@ def prompt_of(desk: Desk, body: ChatBody) -> list[int]:
     body.language  # noqa: B018
     if body.offer.tools and desk.text.part_markers.call is None:
         raise InvalidRequest("this model's tokenizer has no tokens for calls of tools", "invalid_value", "tools")
-    return desk.text.encode_chat(for_template(body.messages), **body.template_variables)
+    return desk.text.encode_chat(for_template(body.messages), body.template_variables)
 
 
 def routes(desk: Desk) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     async def answer(body: ChatBody) -> Response:
         prompt = await asyncio.to_thread(prompt_of, desk, body)

@@ -12,6 +12,7 @@ from nemo_diffgemma.serving.answer_parts import Part, Said
 from nemo_diffgemma.serving.api.answers import Answer, Format, reply
 from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.fields import CompletionBody
+from nemo_diffgemma.serving.api.json_body import JsonRoute
 from nemo_diffgemma.serving.api.logprobs import completion_form
 from nemo_diffgemma.serving.api.replies import CompletionReply, responses
 from nemo_diffgemma.serving.failures import InvalidRequest
@@ -35,22 +36,24 @@ class _Completion(Format):
         return completion_form(self.text, tokens[:since], tokens[since:], answer.scores[since:])
 
 
-async def _ids(desk: Desk, prompt: str | list[Any]) -> list[list[int]]:
-    """Prompts as ids: one or more, as texts or as ids."""
+async def _ids(desk: Desk, body: CompletionBody) -> list[list[int]]:
+    """Prompts as ids: one or more, as texts or as ids. Raises `InvalidRequest`."""
+    prompt: str | list[Any] = body.prompt
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         return [prompt]
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not prompts:
         raise InvalidRequest("there is no prompt", "invalid_value", "prompt")
+    desk.router.check_room(len(prompts) * body.n)  # before any of it is made
     return [await asyncio.to_thread(desk.text.encode, one) if isinstance(one, str) else one for one in prompts]
 
 
 def routes(desk: Desk) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     async def answer(body: CompletionBody) -> Response:
         await asyncio.to_thread(getattr, body, "language")  # which may take a while
-        jobs = await desk.submit(desk.requests(await _ids(desk, body.prompt), body, body.max_tokens))
+        jobs = await desk.submit(desk.requests(await _ids(desk, body), body, body.max_tokens))
         return await reply(desk, jobs, _Completion(desk, body))
 
     @router.post("/v1/completions", responses=responses(CompletionReply))

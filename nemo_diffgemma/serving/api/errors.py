@@ -18,6 +18,7 @@ from nemo_diffgemma.serving.failures import Failure, InvalidRequest, Overloaded
 
 _CODES = {413: "body_too_large"}
 _FIELD = re.compile(r"(?!str$|int$)([a-z_]+|\d+)")  # of a place in a body; other parts of it are names of types
+_LONGEST_NAME = 80  # of a field that nobody knows
 _log = logging.getLogger(__name__)
 
 
@@ -58,10 +59,12 @@ def _place(fault: Mapping[str, Any]) -> list[str]:
 def _validation_message(faults: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, str]:
     """Message, parameter and code of the first thing that is wrong with a body.
 
-    Where a field may be of several kinds, each has its faults; the deepest is of the kind that was meant.
+    Where a field may be of several kinds, each has its faults; the deepest is of the kind that was meant, or one that
+    is of a right type.
     """
     place = _place(faults[0])
-    fault = max((one for one in faults if _place(one)[: len(place)] == place), key=lambda one: len(_place(one)))
+    of_place = [one for one in faults if _place(one)[: len(place)] == place]
+    fault = max(of_place, key=lambda one: (len(_place(one)), not one["type"].endswith("_type")))
     place = _place(fault)
     parameter = ".".join(place) or None
     if fault["type"] == "json_invalid":
@@ -69,6 +72,7 @@ def _validation_message(faults: Sequence[Mapping[str, Any]]) -> tuple[str, str |
     if isinstance(fault["input"], bytes):
         return "the body was not sent as JSON; add the header Content-Type: application/json", None, "invalid_json"
     if fault["type"] == "extra_forbidden":
+        parameter = ".".join([*_place({"loc": fault["loc"][:-1]}), str(fault["loc"][-1])[:_LONGEST_NAME]])
         return f"{parameter} is no field that this server knows", parameter, "unknown_parameter"
     if fault["type"] == "missing":
         what = f"{parameter} is missing" if parameter else "the body is empty; expected a JSON object"

@@ -22,6 +22,7 @@ from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.conversation import for_template
 from nemo_diffgemma.serving.api.errors import body_of_failure, failure_of
 from nemo_diffgemma.serving.api.infill_body import InfillBody
+from nemo_diffgemma.serving.api.json_body import JsonRoute
 from nemo_diffgemma.serving.api.logprobs import LOWEST
 from nemo_diffgemma.serving.api.replies import InfillReply, responses
 from nemo_diffgemma.serving.api.template import Hole, Locked, Part, Template, of_token_ids, templates, written
@@ -160,7 +161,7 @@ def _prompt(desk: Desk, body: InfillBody) -> list[int]:
 
 
 def routes(desk: Desk) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     async def answer(body: InfillBody) -> Response:
         desk.facts  # noqa: B018  raises before there is any

@@ -13,13 +13,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.conversation import for_template
 from nemo_diffgemma.serving.api.fields import TokenizeBody
+from nemo_diffgemma.serving.api.json_body import JsonRoute
 from nemo_diffgemma.serving.api.replies import HealthReply, ModelReply, ModelsReply, TokensReply
 from nemo_diffgemma.serving.failures import InvalidRequest
 from nemo_diffgemma.serving.metrics import Metrics
 
 
 def routes(desk: Desk, metrics: Metrics) -> APIRouter:
-    router, began = APIRouter(), int(time.time())
+    router, began = APIRouter(route_class=JsonRoute), int(time.time())
 
     def model(name: str) -> dict[str, Any]:
         facts = desk.facts
@@ -73,7 +74,7 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
             raise InvalidRequest("give one of prompt and messages", "invalid_value", "prompt")
         if body.messages is not None:
             variables = body.template_variables
-            ids = await asyncio.to_thread(desk.text.encode_chat, for_template(body.messages), **variables)
+            ids = await asyncio.to_thread(desk.text.encode_chat, for_template(body.messages), variables)
         else:
             assert body.prompt is not None
             ids = await asyncio.to_thread(desk.text.encode, body.prompt, body.add_special_tokens)

@@ -19,6 +19,7 @@ from nemo_diffgemma.serving.api.asking import Desk, while_connected
 from nemo_diffgemma.serving.api.chat import prompt_of
 from nemo_diffgemma.serving.api.errors import body_of_failure, failure_of
 from nemo_diffgemma.serving.api.fields import ChatBody
+from nemo_diffgemma.serving.api.json_body import JsonRoute
 from nemo_diffgemma.serving.api.replies import ResponseEvent, ResponseReply
 from nemo_diffgemma.serving.api.replies import responses as replies
 from nemo_diffgemma.serving.api.response_items import Items
@@ -134,7 +135,7 @@ def _renamed(failure: InvalidRequest) -> InvalidRequest:
 
 
 def routes(desk: Desk) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     async def answer(body: ResponsesBody) -> Response:
         chat = body.chat()

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from nemo_diffgemma.serving.api.body import Body
+from nemo_diffgemma.serving.api.body import Body, Items
 from nemo_diffgemma.serving.api.conversation import CalledFunction, CalledTool, Message
 from nemo_diffgemma.serving.api.fields import ChatBody, Diffusion, Seed, StreamOptions
 from nemo_diffgemma.serving.api.response_format import JsonObjectFormat, JsonSchemaFormat, NamedSchema, TextFormat
 from nemo_diffgemma.serving.api.tools import Function, FunctionName, NamedChoice, Tool, ToolChoice
 from nemo_diffgemma.serving.failures import InvalidRequest
 
+_MOST_METADATA = 16  # as OpenAI has it
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -29,7 +30,7 @@ class Piece(Body):
     logprobs: list[Any] | None = None
 
 
-Text = str | list[Piece]
+Text = str | Items[Piece]
 
 
 class MessageItem(Body):
@@ -69,8 +70,8 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[Piece] = []
-    content: list[Piece] | None = None
+    summary: Items[Piece] = []
+    content: Items[Piece] | None = None
     encrypted_content: str | None = None
     status: Status | None = None
 
@@ -113,14 +114,20 @@ class Reasoning(Body):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
+def _few(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > _MOST_METADATA:
+        raise ValueError(f"expected at most {_MOST_METADATA} entries")
+    return given
+
+
 class ResponsesBody(Body):
     """POST /v1/responses"""
 
     model: str
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Items[Item], Field(min_length=1)]
     instructions: str | None = Field(default=None, description="A system message before the input.")
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    tools: list[FunctionTool] = []
+    tools: Items[FunctionTool] = []
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
@@ -135,13 +142,13 @@ class ResponsesBody(Body):
     store: bool | None = Field(default=None, description="false: answers are not kept.")
     background: bool | None = Field(default=None, description="false: an answer has one connection.")
     truncation: Literal["disabled"] | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = Field(
+    include: Items[Literal["reasoning.encrypted_content"]] | None = Field(
         default=None, description="Changes nothing: thoughts are told in clear text."
     )
     temperature: float | None = Field(default=None, description="Ignored: see diffusion.t_min and t_max.")
     top_p: float | None = Field(default=None, description="Ignored.")
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -32,6 +32,8 @@ def main() -> None:
                 result = error
             except (MemoryError, RecursionError) as error:
                 result = ConstraintError(f"the constraint is too large to be compiled ({type(error).__name__})")
+            except Exception as error:  # of a library: one constraint is refused, and the next one is still to come
+                result = ConstraintError(f"the constraint cannot be used ({type(error).__name__}: {error})")
             connection.send(result)
     except (EOFError, BrokenPipeError):  # nobody is there any more
         return

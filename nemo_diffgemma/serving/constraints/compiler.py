@@ -49,6 +49,13 @@ class Compiler:
                 self._compiled.popitem(last=False)
         return future
 
+    def cancel(self, language: Language) -> None:
+        """Nobody wants its automaton any more: it is not compiled, unless that has begun."""
+        with self._lock:
+            future = self._compiled.get(language.expression)
+            if future is not None and future.cancel():
+                del self._compiled[language.expression]
+
     def compile(self, language: Language) -> TokenAutomaton:
         """The automaton. Raises `ConstraintError`, for one that exceeds the limits too."""
         return self.submit(language).result()

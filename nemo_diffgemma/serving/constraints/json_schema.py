@@ -15,20 +15,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_diffgemma.json_files import brief
 from nemo_diffgemma.serving.constraints import numbers
 from nemo_diffgemma.serving.constraints.errors import ConstraintError
 from nemo_diffgemma.serving.constraints.formats import FORMATS
 from nemo_diffgemma.serving.constraints.json_values import JSON
+from nemo_diffgemma.serving.constraints.schema_check import MOST_SCHEMAS, check
 from nemo_diffgemma.serving.constraints.values import Values
 
 Schema = Mapping[str, Any] | bool
 Place = tuple[str | int, ...]
 
 NESTING = 3  # how often a $ref may stand within itself
-MOST_SCHEMAS = (
-    20_000  # visited, and characters of the expression: schemas that refer to each other may grow without end
-)
-LONGEST = 1_000_000
+LONGEST = 1_000_000  # characters of the expression: schemas that refer to each other may grow without end
 MOST_BRANCHES = 200  # of a oneOf: each is compared with each
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -43,6 +42,8 @@ _OF_TYPE = {
 _OF_TYPE["integer"] = _OF_TYPE["number"]
 _COMBINING = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
 _BESIDE_LISTED = _ANNOTATIONS | {"enum", "const", "type", "minLength", "maxLength"} | _OF_TYPE["number"]
+_SCHEMA = ("items", "additionalProperties")  # the value is a schema; of the next ones it holds schemas
+_SCHEMAS = ("$defs", "definitions", "properties", "prefixItems", "anyOf", "oneOf", "allOf")
 _KNOWN = _ANNOTATIONS | {"type", *_COMBINING}.union(*_OF_TYPE.values())
 
 
@@ -54,12 +55,12 @@ def translated(schema: Schema, values: Values = JSON) -> str:
     if not isinstance(schema, Mapping | bool):
         raise ConstraintError(f"a JSON schema of type {type(schema).__name__}; expected an object, true or false")
     try:
+        check(schema)
         written = _Translator(schema, values).value(schema, ())
     except RecursionError:
         raise ConstraintError("the schema nests hundreds of schemas; expected at most a few dozen") from None
     if written is None:
         raise ConstraintError("no JSON text of finite depth satisfies the schema: something required is impossible")
-    _check(schema)
     return f"{values.space}{written}{values.space}"
 
 
@@ -68,17 +69,10 @@ def problem_of(value: Any, schema: Schema) -> str:
     import jsonschema
 
     kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    if isinstance(schema, Mapping):  # every $ref is a place in it, whatever its name
+        schema = {name: given for name, given in schema.items() if name != "$id"}
     worst = jsonschema.exceptions.best_match(kind(schema, format_checker=kind.FORMAT_CHECKER).iter_errors(value))
     return "" if worst is None else f"{worst.json_path}: {worst.message[:300]}"
-
-
-def _check(schema: Schema) -> None:
-    import jsonschema
-
-    try:
-        jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise ConstraintError(f"schema at {error.json_path} is no JSON schema: {error.message[:300]}") from None
 
 
 class _Translator:
@@ -129,6 +123,8 @@ class _Translator:
         for keyword in schema:
             if keyword not in _KNOWN and not keyword.startswith("x-"):
                 raise self._refusal(at, f"has {keyword!r}, which a constraint cannot express; leave it out")
+        if "$id" in schema and schema is not self._root:  # a $ref in it would mean places in it
+            raise self._refusal(at, "has '$id' within the schema; leave it out")
 
     def _check_alone(self, schema: Mapping[str, Any], keyword: str, at: Place) -> None:
         beside = [name for name in schema if name != keyword and name in _KNOWN - _ANNOTATIONS]
@@ -162,7 +158,6 @@ class _Translator:
         The rest is of those keywords that are quick to check, whatever a stranger writes: no patterns.
         """
         from jsonschema import Draft202012Validator
-        from jsonschema.exceptions import UnknownType
 
         beside = [name for name in schema if name not in _BESIDE_LISTED and not name.startswith("x-")]
         if beside:
@@ -170,11 +165,10 @@ class _Translator:
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise self._refusal((*at, "enum"), f"is {values!r}; expected a list of values")
-        accepted = Draft202012Validator(schema).is_valid
-        try:
-            return _either([self._values.exactly(value) for value in values if accepted(value)])
-        except (TypeError, UnknownType):
-            raise self._refusal(at, "has a bound or a type that is none of JSON schema's") from None
+        # without `enum`, in which jsonschema looks for each value from the beginning
+        rest = {name: given for name, given in schema.items() if name not in _ANNOTATIONS | {"enum"}}
+        accepted = Draft202012Validator(rest).is_valid
+        return _either([self._values.exactly(value) for value in values if accepted(value)])
 
     def _combined(self, keyword: str, given: Any, at: Place) -> str | None:
         if keyword == "$ref":
@@ -203,12 +197,14 @@ class _Translator:
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             raise self._refusal(at, f"is {reference!r}; expected a place in this schema, such as '#/$defs/name'")
         target: Any = self._root
-        for part in reference[2:].split("/") if reference != "#" else ():
-            name = part.replace("~1", "/").replace("~0", "~")
+        names = [part.replace("~1", "/").replace("~0", "~") for part in reference[2:].split("/")]
+        for name in names if reference != "#" else ():
             try:
                 target = target[int(name)] if isinstance(target, Sequence) else target[name]
             except (LookupError, ValueError, TypeError):
                 raise self._refusal(at, f"is {reference!r}, and there is nothing of that name") from None
+        if reference != "#" and not _is_place_of_schema(names):  # it was never checked
+            raise self._refusal(at, f"is {reference!r}, where no schema stands; expected one such as '#/$defs/name'")
         return target
 
     def _exclude_each_other(self, schemas: Sequence[Any]) -> bool:
@@ -247,8 +243,8 @@ class _Translator:
     def _bounds(self, schema: Mapping[str, Any], at: Place) -> dict[str, float | int]:
         bounds = {name: schema[name] for name in _OF_TYPE["number"] if name in schema}
         for name, bound in bounds.items():
-            if isinstance(bound, bool) or not isinstance(bound, int | float) or abs(bound) == float("inf"):
-                raise self._refusal((*at, name), f"is {bound!r}; expected a number")
+            if isinstance(bound, bool) or not isinstance(bound, int | float) or not abs(bound) < 1e308:
+                raise self._refusal((*at, name), f"is {brief(bound)}; expected a number below 1e308")
         return bounds
 
     def _integer(self, schema: Mapping[str, Any], at: Place) -> str | None:
@@ -332,6 +328,17 @@ class _Translator:
             elif name in required:
                 return None
         return self._values.record(members)
+
+
+def _is_place_of_schema(names: Sequence[str]) -> bool:
+    """Whether what stands there in a schema is a schema."""
+    rest = list(names)
+    while rest:
+        steps = 1 if rest[0] in _SCHEMA else 2 if rest[0] in _SCHEMAS and len(rest) > 1 else 0
+        if not steps:
+            return False
+        rest = rest[steps:]
+    return True
 
 
 def _either(parts: Sequence[str | None]) -> str | None:

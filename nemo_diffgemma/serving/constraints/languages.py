@@ -16,6 +16,7 @@ from nemo_diffgemma.serving.constraints import characters, json_schema, patterns
 from nemo_diffgemma.serving.constraints.errors import ConstraintError, ConstraintViolation
 from nemo_diffgemma.serving.constraints.token_bytes import MARK, marked
 
+LONGEST_CHOICES = 200_000  # characters of all texts of a choice
 _THOUGHT, _THOUGHT_END = f"{marked('<|channel>')}thought\n", marked("<channel|>")
 
 
@@ -64,12 +65,17 @@ def choice(texts: Sequence[str]) -> Language:
     """One of the texts."""
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise ConstraintError(f"choice={texts!r}; expected a list of texts, at least one")
+    if sum(map(len, texts)) > LONGEST_CHOICES:
+        raise ConstraintError(
+            f"choice has {len(texts)} texts of {sum(map(len, texts))} characters; expected at most {LONGEST_CHOICES}"
+        )
     unwritable = [text for text in texts if not characters.is_text(text)]
     if unwritable:
         raise ConstraintError(
             f"choice {unwritable[0]!r} has NUL, U+0001 or half a surrogate pair; expected text without them"
         )
-    return Language("choice", json.dumps(list(texts)), "|".join(f"(?:{characters.literal(text)})" for text in texts))
+    expression = "|".join(f"(?:{characters.literal(text)})" for text in dict.fromkeys(texts))
+    return Language("choice", json.dumps(list(texts)), expression)
 
 
 def json_object() -> Language:

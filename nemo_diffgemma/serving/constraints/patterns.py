@@ -11,6 +11,7 @@ JSON Schema says: without anchors anything may stand around it.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
@@ -19,6 +20,8 @@ from typing import Any
 from nemo_diffgemma.serving.constraints import characters
 from nemo_diffgemma.serving.constraints.characters import Ranges
 from nemo_diffgemma.serving.constraints.errors import ConstraintError
+
+warnings.filterwarnings("ignore", "Possible (nested set|set [a-z ]*) at position", FutureWarning)  # of a client's regex
 
 LONGEST = 65536  # characters of a pattern
 LONGEST_WRITTEN = 2_000_000  # and of what it becomes: a class such as \W is thousands of them

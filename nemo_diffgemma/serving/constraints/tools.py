@@ -16,6 +16,7 @@ from typing import Any, Self
 from nemo_diffgemma.serving.constraints import characters, json_schema
 from nemo_diffgemma.serving.constraints.call_values import CALLS, QUOTE
 from nemo_diffgemma.serving.constraints.errors import ConstraintError
+from nemo_diffgemma.serving.constraints.patterns import LONGEST_WRITTEN
 from nemo_diffgemma.serving.constraints.token_bytes import MARK, marked
 
 _NAME = re.compile(r"[\w.:/-]{1,256}")
@@ -61,7 +62,12 @@ class Tools:
 
     def expression(self) -> str:
         """The regular expression of the calls. Raises `ConstraintError` naming the tool."""
-        calls = "|".join(f"(?:{self._call(name, schema)})" for name, schema in self.parameters.items())
+        written: list[str] = []
+        for name, schema in self.parameters.items():
+            written.append(f"(?:{self._call(name, schema)})")
+            if sum(map(len, written)) > LONGEST_WRITTEN:
+                raise ConstraintError(f"tool {name!r} and those before it are too much for a constraint; offer fewer")
+        calls = "|".join(written)
         one = f"(?:{characters.literal(_BEGIN)}call:(?:{calls}){characters.literal(_END)})"
         many = f"{one}+" if self.parallel else one
         return many if self.required else f"{characters.as_regex(characters.ALL)}*(?:{many})?"
