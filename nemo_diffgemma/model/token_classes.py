@@ -122,8 +122,8 @@ class ClassMaxima:
 def _by_id(z_nCc: Tensor) -> Tensor:
     """The transpose [n, c, C], contiguous.
 
-    That is what a shuffle of channels does to an image of one pixel, with vector instructions: in 15 ms a step of
-    262144 ids and 256 positions, where `contiguous` takes 40 (benchmarks/constraints.py).
+    That is what a shuffle of channels does to an image of one pixel, with vector instructions: in less than half the
+    time of `contiguous` (benchmarks/README.md).
     """
     rows, positions, ids = z_nCc.shape
     pixel = z_nCc.reshape(rows, 1, 1, positions * ids).permute(0, 3, 1, 2)  # channels are the last in memory

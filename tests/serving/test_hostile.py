@@ -82,6 +82,12 @@ def test_of_several_kinds_the_one_that_was_meant_is_spoken_of(world):
     assert error["param"] == "stop" and "at most 16 items" in error["message"]
 
 
+def test_errors_are_short_whatever_they_repeat(world):
+    for path, sent in (("/v1/completions", {**BODY, "prompt": [{"a" * 100_000: 0}]}), (f"/{'a' * 50_000}", BODY)):
+        answer = world.ask("POST", path, json=sent)
+        assert answer.status_code in (400, 404) and len(answer.content) < 3000
+
+
 # -- schemas -----------------------------------------------------------------------------------------------------------
 
 KEYWORDS = (

@@ -18,11 +18,14 @@ from nemo_diffgemma.serving.failures import Failure, InvalidRequest, Overloaded
 
 _CODES = {413: "body_too_large"}
 _FIELD = re.compile(r"(?!str$|int$)([a-z_]+|\d+)")  # of a place in a body; other parts of it are names of types
+_LONGEST_MESSAGE = 2000  # characters
 _LONGEST_NAME = 80  # of a field that nobody knows
 _log = logging.getLogger(__name__)
 
 
 def body_of(message: str, kind: str, code: str | None = None, parameter: str | None = None) -> dict[str, Any]:
+    if len(message) > _LONGEST_MESSAGE:  # it repeats something long that was sent
+        message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 

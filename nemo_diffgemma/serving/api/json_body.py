@@ -34,4 +34,6 @@ class _Request(Request):
         try:
             return msgspec.json.decode(await self.body())
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise json.JSONDecodeError(str(error).removeprefix("JSON is malformed: "), "", 0) from None
+            why = str(error).removeprefix("JSON is malformed: ")
+            expected = "expected UTF-8, finite numbers, whole surrogate pairs"
+            raise json.JSONDecodeError(f"{why}; {expected}", "", 0) from None
