@@ -85,6 +85,13 @@ def test_without_a_key_only_health_and_figures_are_told(path):
     assert ask("GET", "/metrics", ["one"]).status_code == 200
 
 
+def test_heads_are_those_of_get():
+    for path in ("/health", "/metrics", "/", "/v1/models", "/nothing"):
+        alone, whole = (ask(method, path, []) for method in ("HEAD", "GET"))
+        assert (alone.status_code, alone.headers["content-type"]) == (whole.status_code, whole.headers["content-type"])
+    assert ask("HEAD", "/v1/completions", []).status_code == 405
+
+
 def test_a_body_too_large_is_not_read(path="/v1/completions"):
     assert ask("POST", path, [], json={**BODY, "prompt": "a" * 2000}).status_code == 413
     assert ask("POST", path, ["one"], json={**BODY, "prompt": "a" * 2000}).status_code == 401

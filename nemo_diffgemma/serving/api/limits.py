@@ -61,6 +61,8 @@ class Limits:
         if length.isdigit() and int(length) > self._most_bytes:
             await answer_of_http(_TooLarge(self._most_bytes))(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as some load balancers ask; of the reply to GET the server then sends the head
+            scope = {**scope, "method": "GET"}
         await self._app(scope, limited, send)
 
     def _may_ask(self, authorization: bytes) -> bool:
