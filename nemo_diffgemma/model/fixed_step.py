@@ -31,7 +31,7 @@ from nemo_diffgemma.config import SLIDING, ModelConfig
 from nemo_diffgemma.diffusion.constraint import Allowed, StepConstraint
 from nemo_diffgemma.diffusion.generate import Settled, StepInputs
 from nemo_diffgemma.model.cache import Cache, KeyValue
-from nemo_diffgemma.model.segments import FixedStream, Kind, Segment, Span
+from nemo_diffgemma.model.segments import FixedStream, Kind, Segment, Span, padding_of
 from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.groups import end_with_groups
 from nemo_diffgemma.transfer import to_device
@@ -206,7 +206,8 @@ class _FixedStep:
     def _fixed_stream(self, shape: Geometry, network: Network) -> FixedStream:
         """Canvases whose positions, and the columns that they see, are written by `load`."""
         multiple, tokens = network.groups.tp.size(), shape.rows * self._length
-        self._positions_T = self._buffer(tokens + -tokens % multiple, dtype=torch.long)
+        fewest = network.fewest_tokens
+        self._positions_T = self._buffer(tokens + padding_of(tokens, multiple, fewest), dtype=torch.long)
         self._masks = {
             kind: self._buffer(shape.rows, 1, 1, most + self._length, dtype=network.dtype) if masked else None
             for kind, (most, masked) in shape.columns
@@ -216,6 +217,7 @@ class _FixedStep:
             (Span(0, 1),) * shape.rows,
             tuple(Segment(row, Kind.CANVAS, 1, self._length) for row in range(shape.rows)),
             multiple,
+            fewest,
             positions_T=self._positions_T,
             masks={window if kind == SLIDING else None: mask for kind, mask in self._masks.items()},
         )

@@ -41,6 +41,26 @@ def added_product(sum_RN: Tensor, x_RK: Tensor, weight_NK: Tensor) -> Tensor:
     return torch.addmm(total, x, weight_NK.t())[: len(x_RK)]
 
 
+def multiplied(x_RK: Tensor, weight_KN: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x @ weight`, [R, N]."""
+    rows, more = _missing_rows(x_RK, *weight_KN.shape), max(0, FEWEST_OUTPUTS - weight_KN.shape[1])
+    if (not rows and not more) or _is_free(x_RK):
+        return torch.mm(x_RK, weight_KN, out=out)
+    padded = torch.mm(F.pad(x_RK, (0, 0, 0, rows)), F.pad(weight_KN, (0, more)))
+    result = padded[: len(x_RK), : weight_KN.shape[1]]
+    return result if out is None else out.copy_(result)
+
+
+def add_product_(sum_RN: Tensor, x_RK: Tensor, weight_KN: Tensor) -> None:
+    """`sum += x @ weight`."""
+    rows = _missing_rows(x_RK, *weight_KN.shape)
+    if not rows or _is_free(x_RK):
+        sum_RN.addmm_(x_RK, weight_KN)
+    else:
+        total, x = (F.pad(values, (0, 0, 0, rows)) for values in (sum_RN, x_RK))
+        sum_RN.copy_(total.addmm_(x, weight_KN)[: len(x_RK)])
+
+
 def grouped_product(x_RK: Tensor, weights_LKN: Tensor, ends_L: Tensor) -> Tensor:
     """Rows sorted by matrix times their matrix, [R, N]; those behind the last matrix's are undefined."""
     result = F.grouped_mm(x_RK, weights_LKN, offs=ends_L)

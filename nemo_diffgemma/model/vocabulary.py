@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nemo_diffgemma.diffusion.constraint import StepConstraint
 from nemo_diffgemma.diffusion.sampler import choose_chunk, choose_inside
+from nemo_diffgemma.model.row_products import add_product_, multiplied
 from nemo_diffgemma.model.token_classes import ClassMaxima
 
 CHUNK = 1024  # ids; a chunk of 256 positions is 1 MiB and stays in a core's cache (benchmarks/vocabulary.py)
@@ -198,9 +199,9 @@ class _Sweep:
         """soft += e @ rows, so far relative to the reference before."""
         soft_nH.mul_((before_n1 - reference_n1).exp_())
         if rows.dtype == torch.float32:
-            soft_nH.addmm_(e_nc, rows)
+            add_product_(soft_nH, e_nc, rows)
         else:  # transformers casts the probabilities to the dtype of the table as well
-            soft_nH.add_(torch.mm(e_nc.to(rows.dtype), rows))
+            soft_nH.add_(multiplied(e_nc.to(rows.dtype), rows))
 
     def soft_embedding(self, top_N1: Tensor, total_N1: Tensor, weight: Tensor, locked_N: Tensor | None) -> Tensor:
         """Expected table row over all ranks, [N, H] in the table's dtype; that of a locked id where there is one."""
@@ -290,9 +291,9 @@ def capped_logits(
     if out is None:
         out = torch.empty(hidden_NH.shape[0], rows.shape[0], dtype=torch.float32, device=rows.device)
     if rows.dtype == torch.float32:
-        torch.mm(hidden_NH, rows.t(), out=out)
+        multiplied(hidden_NH, rows.t(), out=out)
     else:
-        out.copy_(torch.mm(hidden_NH, rows.t()))
+        out.copy_(multiplied(hidden_NH, rows.t()))
     return out.mul_(1.0 / softcap).tanh_().mul_(gain)
 
 
