@@ -90,6 +90,7 @@ def play_in(folder: Path, scene: Callable[[World], Coroutine[Any, Any, None]], *
             for heart in world.hearts.values():
                 heart.cancel()
             await world.router.close()
+            zmq.asyncio.Context.instance().destroy()  # with the sockets of all replicas
 
     asyncio.run(asyncio.wait_for(whole(), 30))
 
