@@ -186,4 +186,4 @@ def _share(a: Tensor, b: Tensor) -> float:
 
 
 def _same_experts(chosen_TK: Tensor, other_TK: Tensor) -> float:
-    return float((chosen_TK == other_TK.cpu().sort(-1).values).all(-1).float().mean())
+    return float((chosen_TK[: len(other_TK)] == other_TK.cpu().sort(-1).values).all(-1).float().mean())

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_diffgemma.diffusion.noise import KeyedNoise
+from nemo_diffgemma.model.segments import padding_of
 from nemo_diffgemma.parallel.agreement import all_ranks, on_rank_zero
 from nemo_diffgemma.parallel.groups import device
 
@@ -92,7 +93,8 @@ def compare_tokens(
 class chosen_experts:
     """Experts that each of our layers chooses meanwhile, [T, K] ascending ids a layer.
 
-    T are the tokens that the layer's router reads: those of this rank, or all (`MixtureOfExperts.needs_whole_stream`).
+    T are the tokens that the layer's router reads: those of this rank, or all (`MixtureOfExperts.needs_whole_stream`),
+    and what the stream has as padding behind them.
     """
 
     def __init__(self, network: Any) -> None:
@@ -111,10 +113,11 @@ class chosen_experts:
             handle.remove()
 
 
+@torch.no_grad()
 def same_experts(network: Any, ours: Tensor, theirs_NK: Tensor) -> float:
     """Share of tokens that go to the same experts."""
     group, tokens = network.groups.tp, len(theirs_NK)
-    if len(ours) == -(-tokens // group.size()):  # this rank's, of a stream that is padded to whole tensor ranks
+    if len(ours) < tokens + padding_of(tokens, group.size(), network.fewest_tokens):  # this rank's
         parts = [torch.empty_like(ours) for _ in range(group.size())]
         dist.all_gather(parts, ours.contiguous(), group=group)
         ours = torch.cat(parts)
