@@ -31,6 +31,7 @@ from nemo_diffgemma.config import SLIDING, ModelConfig
 from nemo_diffgemma.diffusion.constraint import Allowed, StepConstraint
 from nemo_diffgemma.diffusion.generate import Settled, StepInputs
 from nemo_diffgemma.model.cache import Cache, KeyValue
+from nemo_diffgemma.model.row_products import fewest_tokens
 from nemo_diffgemma.model.segments import FixedStream, Kind, Segment, Span, padding_of
 from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.groups import end_with_groups
@@ -206,7 +207,7 @@ class _FixedStep:
     def _fixed_stream(self, shape: Geometry, network: Network) -> FixedStream:
         """Canvases whose positions, and the columns that they see, are written by `load`."""
         multiple, tokens = network.groups.tp.size(), shape.rows * self._length
-        fewest = network.fewest_tokens
+        fewest = fewest_tokens(self.device, multiple)
         self._positions_T = self._buffer(tokens + padding_of(tokens, multiple, fewest), dtype=torch.long)
         self._masks = {
             kind: self._buffer(shape.rows, 1, 1, most + self._length, dtype=network.dtype) if masked else None

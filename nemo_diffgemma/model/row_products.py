@@ -53,12 +53,10 @@ def multiplied(x_RK: Tensor, weight_KN: Tensor, out: Tensor | None = None) -> Te
 
 def add_product_(sum_RN: Tensor, x_RK: Tensor, weight_KN: Tensor) -> None:
     """`sum += x @ weight`."""
-    rows = _missing_rows(x_RK, *weight_KN.shape)
-    if not rows or _is_free(x_RK):
+    if not _missing_rows(x_RK, *weight_KN.shape) or _is_free(x_RK):
         sum_RN.addmm_(x_RK, weight_KN)
     else:
-        total, x = (F.pad(values, (0, 0, 0, rows)) for values in (sum_RN, x_RK))
-        sum_RN.copy_(total.addmm_(x, weight_KN)[: len(x_RK)])
+        sum_RN.copy_(added_product(sum_RN, x_RK, weight_KN.t()))
 
 
 def grouped_product(x_RK: Tensor, weights_LKN: Tensor, ends_L: Tensor) -> Tensor:
@@ -82,6 +80,15 @@ def _missing_rows(x_RK: Tensor, *sizes: int) -> int:
     return max(0, fewest - len(x_RK))
 
 
+def fewest_tokens(device: torch.device, ranks: int) -> int:
+    """Of a stream that so many ranks share, padding included: then no product of its tokens lacks rows."""
+    return 0 if _any_kernel(device) else FEWEST_ROWS * ranks
+
+
 def _is_free(x_RK: Tensor) -> bool:
-    """Whether any kernel will do."""
-    return x_RK.device.type != "cpu" or torch.is_grad_enabled() or len(x_RK) == 0
+    """Whether any kernel will do for these rows."""
+    return _any_kernel(x_RK.device) or len(x_RK) == 0
+
+
+def _any_kernel(device: torch.device) -> bool:
+    return device.type != "cpu" or torch.is_grad_enabled()

@@ -15,6 +15,7 @@ from nemo_diffgemma.serving.constraints.paths import Automata, best_classes, sta
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton, _edges
 
 CPU = torch.device("cpu")
+BATCHES = given(seed=st.integers(0, 2**32), rows=st.integers(1, 3), positions=st.integers(1, 9), rounded=st.booleans())
 
 
 def automaton(draw: np.random.Generator) -> TokenAutomaton:
@@ -26,6 +27,13 @@ def automaton(draw: np.random.Generator) -> TokenAutomaton:
     following[-1], following[:, -1] = states - 1, states - 1
     class_of_id = draw.integers(0, classes, 20).astype(np.int32)
     return TokenAutomaton(following, class_of_id, np.zeros(states, np.int32), 0, _edges(following))
+
+
+def several(seed: int, rows: int, rounded: bool) -> tuple[np.random.Generator, list[TokenAutomaton], Automata]:
+    """Some automata, alone and as a batch, and where more is drawn from."""
+    draw = np.random.default_rng(seed)
+    made = [automaton(draw) for _ in range(rows)]
+    return draw, made, Automata.joined([Automata.of(one, CPU) for one in made], rounded)
 
 
 def plain(made: TokenAutomaton, maxima_CK: np.ndarray, viable_S: np.ndarray) -> list[int] | None:
@@ -52,11 +60,9 @@ def plain(made: TokenAutomaton, maxima_CK: np.ndarray, viable_S: np.ndarray) -> 
 
 
 @settings(max_examples=200)
-@given(seed=st.integers(0, 2**32), rows=st.integers(1, 3), positions=st.integers(1, 9), rounded=st.booleans())
+@BATCHES
 def test_paths_are_those_of_the_plain_formula(seed, rows, positions, rounded):
-    draw = np.random.default_rng(seed)
-    made = [automaton(draw) for _ in range(rows)]
-    joined = Automata.joined([Automata.of(one, CPU) for one in made], rounded)
+    draw, made, joined = several(seed, rows, rounded)
     maxima = draw.integers(0, draw.integers(1, 4), (rows, positions, joined.following.shape[1])).astype(np.float32)
     if draw.random() < 0.5:  # sums that are rounded; else equal ones
         maxima *= draw.normal(size=maxima.shape).astype(np.float32) * 10
@@ -79,11 +85,9 @@ def test_paths_are_those_of_the_plain_formula(seed, rows, positions, rounded):
 
 
 @settings(max_examples=60)
-@given(seed=st.integers(0, 2**32), rows=st.integers(1, 3), positions=st.integers(1, 9), rounded=st.booleans())
+@BATCHES
 def test_states_are_those_of_token_after_token(seed, rows, positions, rounded):
-    draw = np.random.default_rng(seed)
-    made = [automaton(draw) for _ in range(rows)]
-    joined = Automata.joined([Automata.of(one, CPU) for one in made], rounded)
+    draw, made, joined = several(seed, rows, rounded)
     tokens, active = draw.integers(0, 20, (rows, positions)), draw.integers(0, positions + 1, rows)
     expected = []
     for one, ids, count in zip(made, tokens, active, strict=True):

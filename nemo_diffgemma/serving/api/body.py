@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
-Items = Annotated[list[T], Field(fail_fast=True)]  # reading ends at the first wrong one of a million
+ListOf = Annotated[list[T], Field(fail_fast=True)]  # reading ends at the first wrong one of a million
 
 
 def _nullable(schema: dict[str, Any]) -> None:

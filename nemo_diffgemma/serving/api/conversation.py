@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from nemo_diffgemma.json_files import brief
-from nemo_diffgemma.serving.api.body import Body, Items
+from nemo_diffgemma.serving.api.body import Body, ListOf
 from nemo_diffgemma.serving.failures import InvalidRequest
 
 
@@ -39,9 +39,9 @@ class Message(Body):
     """A turn of a conversation. Calls are the assistant's, and results of a role of their own, `tool`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Items[TextPart]
+    content: str | ListOf[TextPart]
     name: str | None = None
-    tool_calls: Items[CalledTool] | None = Field(default=None, description="Calls that an answer has made.")
+    tool_calls: ListOf[CalledTool] | None = Field(default=None, description="Calls that an answer has made.")
     tool_call_id: str | None = Field(default=None, description="Which call this is the result of.")
     reasoning_content: str | None = Field(default=None, description="What an answer's thoughts were.")
     reasoning: str | None = Field(default=None, description="The same by another name.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nemo_diffgemma.serving.api.body import Body, Items
+from nemo_diffgemma.serving.api.body import Body, ListOf
 from nemo_diffgemma.serving.api.conversation import Message
 from nemo_diffgemma.serving.api.response_format import ResponseFormat, TextFormat, refused_as
 from nemo_diffgemma.serving.api.tools import Offer, Tool, ToolChoice
@@ -37,7 +37,7 @@ class Diffusion(Body):
     canvas_length: int | None = Field(default=None, description="Tokens of a canvas; short ones suit short answers.")
 
     regex: str | None = Field(default=None, description="The answer's text is a match of it, as Python's fullmatch.")
-    choice: Items[str] | None = Field(default=None, description="The answer's text is one of these.")
+    choice: ListOf[str] | None = Field(default=None, description="The answer's text is one of these.")
     json_schema: dict[str, Any] | bool | None = Field(default=None, description="It is JSON that this schema accepts.")
 
     def sampler(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Common(Body):
     n: int = Field(default=1, ge=1, le=128, description="Answers; answer i is what seed + i gives alone.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: StopString | Annotated[Items[StopString], Field(max_length=16)] = []
+    stop: StopString | Annotated[ListOf[StopString], Field(max_length=16)] = []
     seed: Seed | None = Field(default=None, description="The same seed gives the same answer; without one it is drawn.")
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     diffusion: Diffusion = Diffusion()
@@ -120,7 +120,7 @@ class Common(Body):
 class Templated(Body):
     """What a chat template gets besides the messages."""
 
-    tools: Items[Tool] = []
+    tools: ListOf[Tool] = []
     tool_choice: ToolChoice | None = Field(
         default=None, description="Without it: auto. none hides the tools from the model; other choices force a call."
     )
@@ -149,7 +149,7 @@ class Templated(Body):
 class ChatBody(Common, Templated):
     """POST /v1/chat/completions"""
 
-    messages: Items[Message] = Field(min_length=1)
+    messages: ListOf[Message] = Field(min_length=1)
     parallel_tool_calls: bool = Field(default=True, description="An answer may have several calls.")
     response_format: ResponseFormat = Field(
         default=TextFormat(type="text"), description="What the text must be, behind a thought where there is one."
@@ -199,7 +199,7 @@ class ChatBody(Common, Templated):
 class CompletionBody(Common):
     """POST /v1/completions"""
 
-    prompt: str | Items[TokenId] | Items[str] | Items[Items[TokenId]]
+    prompt: str | ListOf[TokenId] | ListOf[str] | ListOf[ListOf[TokenId]]
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     logprobs: Scores = Field(default=None, description="Tell log-probabilities of tokens, and of so many at a place.")
@@ -214,5 +214,5 @@ class TokenizeBody(Templated):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Items[Message] | None = None
+    messages: ListOf[Message] | None = None
     add_special_tokens: bool = True

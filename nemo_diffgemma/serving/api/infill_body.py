@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nemo_diffgemma.serving.api.body import Body, Items
+from nemo_diffgemma.serving.api.body import Body, ListOf
 from nemo_diffgemma.serving.api.conversation import Message
 from nemo_diffgemma.serving.api.fields import Common, StopString, TokenId
 from nemo_diffgemma.serving.failures import InvalidRequest
@@ -41,12 +41,12 @@ class InfillBody(Common):
     """POST /v1/infill: `text` is locked where it is text; in `token_ids` null is a hole of one token."""
 
     text: (
-        Annotated[Items[Annotated[str, Field(min_length=1)] | HolePart], Field(min_length=1, max_length=1000)] | None
+        Annotated[ListOf[Annotated[str, Field(min_length=1)] | HolePart], Field(min_length=1, max_length=1000)] | None
     ) = Field(default=None, description='Spans and holes in their order: ["Once ", {"hole": 12}, " the end."]')
-    token_ids: Annotated[Items[TokenId | None], Field(min_length=1)] | None = None
-    prompt: str | Items[TokenId] | None = Field(default=None, description="What stands before the text.")
-    messages: Annotated[Items[Message], Field(min_length=1)] | None = Field(
+    token_ids: Annotated[ListOf[TokenId | None], Field(min_length=1)] | None = None
+    prompt: str | ListOf[TokenId] | None = Field(default=None, description="What stands before the text.")
+    messages: Annotated[ListOf[Message], Field(min_length=1)] | None = Field(
         default=None, description="Or a conversation, to which the text is the answer."
     )
     max_tokens: None = None
-    stop: Annotated[Items[StopString], Field(max_length=0)] = []
+    stop: Annotated[ListOf[StopString], Field(max_length=0)] = []

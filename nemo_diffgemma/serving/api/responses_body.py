@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from nemo_diffgemma.serving.api.body import Body, Items
+from nemo_diffgemma.serving.api.body import Body, ListOf
 from nemo_diffgemma.serving.api.conversation import CalledFunction, CalledTool, Message
 from nemo_diffgemma.serving.api.fields import ChatBody, Diffusion, Seed, StreamOptions
 from nemo_diffgemma.serving.api.response_format import JsonObjectFormat, JsonSchemaFormat, NamedSchema, TextFormat
@@ -30,7 +30,7 @@ class Piece(Body):
     logprobs: list[Any] | None = None
 
 
-Text = str | Items[Piece]
+Text = str | ListOf[Piece]
 
 
 class MessageItem(Body):
@@ -70,8 +70,8 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: Items[Piece] = []
-    content: Items[Piece] | None = None
+    summary: ListOf[Piece] = []
+    content: ListOf[Piece] | None = None
     encrypted_content: str | None = None
     status: Status | None = None
 
@@ -124,10 +124,10 @@ class ResponsesBody(Body):
     """POST /v1/responses"""
 
     model: str
-    input: str | Annotated[Items[Item], Field(min_length=1)]
+    input: str | Annotated[ListOf[Item], Field(min_length=1)]
     instructions: str | None = Field(default=None, description="A system message before the input.")
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    tools: Items[FunctionTool] = []
+    tools: ListOf[FunctionTool] = []
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
@@ -142,7 +142,7 @@ class ResponsesBody(Body):
     store: bool | None = Field(default=None, description="false: answers are not kept.")
     background: bool | None = Field(default=None, description="false: an answer has one connection.")
     truncation: Literal["disabled"] | None = None
-    include: Items[Literal["reasoning.encrypted_content"]] | None = Field(
+    include: ListOf[Literal["reasoning.encrypted_content"]] | None = Field(
         default=None, description="Changes nothing: thoughts are told in clear text."
     )
     temperature: float | None = Field(default=None, description="Ignored: see diffusion.t_min and t_max.")
