@@ -14,9 +14,11 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from nemo_diffgemma.cli.child_process import end_with_parent
@@ -32,7 +34,9 @@ def free_port() -> int:
             return port
 
 
-def _work(rank: int, world: int, port: int, connection: Any, gpus: str, hidden_modules: tuple[str, ...]) -> None:
+def _work(
+    rank: int, world: int, port: int, connection: Any, stacks: str, gpus: str, hidden_modules: tuple[str, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),
@@ -42,7 +46,7 @@ def _work(rank: int, world: int, port: int, connection: Any, gpus: str, hidden_m
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES=gpus,
     )
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR2, file=Path(stacks).open("w"))  # noqa: SIM115 - as long as the rank lives
     end_with_parent()  # stopped, they would not see it go
     for name in hidden_modules:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it now fails as if it were not installed
@@ -74,10 +78,12 @@ class Pool:
         # what has NeMo imported has looked for GPUs, and for modules
         context = multiprocessing.get_context("spawn") if gpus or hidden_modules else fork_context()
         self._connections, self._processes = [], []
+        self._stacks = tempfile.TemporaryDirectory()
         for rank in range(world):
             ours, theirs = context.Pipe()
+            stacks = f"{self._stacks.name}/{rank}"
             process = context.Process(
-                target=_work, args=(rank, world, port, theirs, gpus, hidden_modules), daemon=False
+                target=_work, args=(rank, world, port, theirs, stacks, gpus, hidden_modules), daemon=False
             )
             process.start()
             self._connections.append(ours)
@@ -95,8 +101,10 @@ class Pool:
         results = []
         for rank, connection in enumerate(self._connections):
             if not connection.poll(timeout):
-                self.kill(show_stacks=True)
-                raise TimeoutError(f"{reference}: rank {rank} gave no answer within {timeout} s")
+                late = f"{reference}: rank {rank} gave no answer within {timeout} s"
+                where = self._where_they_are()
+                self.kill()
+                raise TimeoutError(f"{late}\n{where}")
             try:
                 results.append(connection.recv())
             except EOFError:
@@ -127,12 +135,17 @@ class Pool:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
 
-    def kill(self, show_stacks: bool = False) -> None:
-        """End the ranks; `show_stacks` has each write to standard error where it is."""
-        if show_stacks:
-            for process in self._processes:
-                os.kill(process.pid, signal.SIGUSR1)
-                time.sleep(1)
+    def _where_they_are(self) -> str:
+        """What every rank has answered, or else the stacks of its threads."""
+        self._send(signal.SIGUSR2)  # training listens to the other one
+        time.sleep(1)
+        parts = []
+        for rank, connection in enumerate(self._connections):
+            answered = connection.recv()[1] if connection.poll() else None
+            parts += [f"rank {rank}:", str(answered or (Path(self._stacks.name) / str(rank)).read_text())]
+        return "\n".join(parts)
+
+    def kill(self) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:

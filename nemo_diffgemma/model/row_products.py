@@ -76,7 +76,7 @@ def _missing_rows(x_RK: Tensor, *sizes: int) -> int:
     """Rows to pad with, for a product of a matrix of these sizes."""
     fewest = FEWEST_ROWS
     if x_RK.dtype != torch.float32:
-        fewest = max(fewest, _SMALL // math.prod(sizes) + 1)
+        fewest = max(fewest, _SMALL // max(1, math.prod(sizes)) + 1)  # a rank may have no ids of the vocabulary
     return max(0, fewest - len(x_RK))
 
 

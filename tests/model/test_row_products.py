@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nemo_diffgemma.model.row_products import added_product, grouped_product, product
+from nemo_diffgemma.model.row_products import add_product_, added_product, grouped_product, multiplied, product
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -28,3 +30,22 @@ def test_rows_do_not_depend_on_their_number(dtype, rank):
 
 def ends(rows: int) -> torch.Tensor:
     return torch.tensor([rows], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@given(rows=st.integers(0, 20), features=st.integers(0, 40), outputs=st.integers(0, 40), grad=st.booleans())
+def test_products_of_any_size(dtype, rows, features, outputs, grad):
+    """Also of none: a rank may have no ids of a small vocabulary."""
+    draw = torch.Generator().manual_seed(rows)
+    x, w, total = (
+        torch.randint(-3, 4, shape, generator=draw).to(dtype)  # sums of them are exact
+        for shape in ((rows, features), (features, outputs), (rows, outputs))
+    )
+    expected, added = (x.float() @ w.float()).to(dtype), (total.float() + x.float() @ w.float()).to(dtype)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(product(x, w.t().contiguous()), expected)
+        assert torch.equal(multiplied(x, w), expected)
+        assert torch.equal(multiplied(x, w, out=torch.full_like(total, 9)), expected)
+        assert torch.equal(added_product(total, x, w.t().contiguous()), added)
+        add_product_(total, x, w)
+    assert torch.equal(total, added)
