@@ -249,7 +249,8 @@ class BundleEngine:
             if row not in self.running or canvas != row.canvas:
                 continue
             request = row.request
-            done, finite, live, *tokens = map(int, numbers[index * (3 + length) : (index + 1) * (3 + length)])
+            done, finite, live, new, *tokens = map(int, numbers[index * (4 + length) : (index + 1) * (4 + length)])
+            row.accepted += new
             if request.drafts:
                 accepted, entropy = (drafts[(2 * index + part) * length :][:length] for part in (0, 1))
                 remaining = request.sampler.max_denoising_steps - step
@@ -263,11 +264,11 @@ class BundleEngine:
     def _settle(self, row: Row, tokens: list[int], live: int) -> list[Event]:
         """The canvas of a row is final: it ends the answer, or becomes context of the next one."""
         new, reason = cut(row.request, row.answer, tokens, self.decode, self._markers)
-        settled = Settled(row.request.id, row.canvas, live, new)
+        settled = Settled(row.request.id, row.canvas, live, new, accepted=row.accepted)
         row.answer += new
         if reason is not None:
             return [settled, self._finish(row, reason)]
-        row.canvas, row.step = row.canvas + 1, 0
+        row.canvas, row.step, row.accepted = row.canvas + 1, 0, 0
         return [settled]
 
     def _finish(self, row: Row, reason: Reason, error: str | None = None) -> Finished:

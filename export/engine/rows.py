@@ -40,6 +40,7 @@ class Row:
     context: Context
     canvas: int = 0  # which is being denoised
     step: int = 0  # steps of it that have been enqueued
+    accepted: int = 0  # cells of it, by all steps whose results are known
     answer: list[int] = field(default_factory=list)
     state: State = field(init=False, repr=False)  # after its last step
 
@@ -109,7 +110,7 @@ class Rows:
         return to_ids(self._bits(REPLACEMENT, self._remaining_B1), self._vocabulary)
 
     def advance(self, found: Settled) -> Tensor:
-        """Keep the result of the step -> done, finite, live and best of each row, [B, 3 + C], as whole numbers."""
+        """Keep the result of the step -> done, finite, live, accepted cells and best of each row, [B, 4 + C]."""
         first_B, before = self._first_B, self._before
         never_B = torch.zeros_like(first_B)
         best_BC, unchanged_B, live_B, done_B = found.argmax, never_B.long(), never_B.long(), never_B
@@ -126,4 +127,4 @@ class Rows:
         after = State(found.canvas, found.soft, best_BC, unchanged_B, live_B, done_B)
         for row, *parts in zip(self._rows, *(part.unbind() for part in after), strict=True):
             row.state = State(*parts)
-        return torch.cat([torch.stack([done_B, finite_B, live_B], dim=1), best_BC], dim=1)
+        return torch.cat([torch.stack([done_B, finite_B, live_B, found.accepted.sum(1)], dim=1), best_BC], dim=1)

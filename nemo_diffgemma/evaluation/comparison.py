@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_diffgemma.diffusion.noise import KeyedNoise
-from nemo_diffgemma.model.row_products import fewest_tokens
-from nemo_diffgemma.model.segments import padding_of
+from nemo_diffgemma.model.row_products import multiple_of_tokens
 from nemo_diffgemma.parallel.agreement import all_ranks, on_rank_zero
 from nemo_diffgemma.parallel.groups import device
 
@@ -119,7 +118,7 @@ def same_experts(network: Any, ours: Tensor, theirs_NK: Tensor) -> float:
     """Share of tokens that go to the same experts."""
     group, tokens = network.groups.tp, len(theirs_NK)
     ranks = group.size()
-    if len(ours) < tokens + padding_of(tokens, ranks, fewest_tokens(device(), ranks)):  # this rank's
+    if len(ours) < tokens + -tokens % multiple_of_tokens(device(), ranks):  # this rank's
         parts = [torch.empty_like(ours) for _ in range(group.size())]
         dist.all_gather(parts, ours.contiguous(), group=group)
         ours = torch.cat(parts)

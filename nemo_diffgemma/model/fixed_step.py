@@ -31,8 +31,8 @@ from nemo_diffgemma.config import SLIDING, ModelConfig
 from nemo_diffgemma.diffusion.constraint import Allowed, StepConstraint
 from nemo_diffgemma.diffusion.generate import Settled, StepInputs
 from nemo_diffgemma.model.cache import Cache, KeyValue
-from nemo_diffgemma.model.row_products import fewest_tokens
-from nemo_diffgemma.model.segments import FixedStream, Kind, Segment, Span, padding_of
+from nemo_diffgemma.model.row_products import multiple_of_tokens
+from nemo_diffgemma.model.segments import FixedStream, Kind, Segment, Span
 from nemo_diffgemma.parallel.agreement import all_ranks
 from nemo_diffgemma.parallel.groups import end_with_groups
 from nemo_diffgemma.transfer import to_device
@@ -173,6 +173,7 @@ class _FixedStep:
         self._first_layers = _layers_by_kind(config)
         self._cache: Callable[[], Cache | None] = lambda: None
         self._constraint = constraint  # the one that the buffers hold
+        multiple = multiple_of_tokens(self.device, network.groups.tp.size())  # of this mode
         with torch.inference_mode(False):  # buffers are written in later passes of either mode
             self._inputs = self._input_buffers(shape, network)
             if constraint is not None:
@@ -181,7 +182,7 @@ class _FixedStep:
                 self._context_buffers(past, shape.rows, columns[kind].most)
                 for kind, past in zip(self._kinds, cache.layers, strict=True)
             )
-            self._stream = self._fixed_stream(shape, network)
+            self._stream = self._fixed_stream(shape, network, multiple)
 
     def _buffer(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(sizes, dtype=dtype, device=self.device)
@@ -204,11 +205,10 @@ class _FixedStep:
         )
         return KeyValue(keys, values, kept=())
 
-    def _fixed_stream(self, shape: Geometry, network: Network) -> FixedStream:
+    def _fixed_stream(self, shape: Geometry, network: Network, multiple: int) -> FixedStream:
         """Canvases whose positions, and the columns that they see, are written by `load`."""
-        multiple, tokens = network.groups.tp.size(), shape.rows * self._length
-        fewest = fewest_tokens(self.device, multiple)
-        self._positions_T = self._buffer(tokens + padding_of(tokens, multiple, fewest), dtype=torch.long)
+        tokens = shape.rows * self._length
+        self._positions_T = self._buffer(tokens + -tokens % multiple, dtype=torch.long)
         self._masks = {
             kind: self._buffer(shape.rows, 1, 1, most + self._length, dtype=network.dtype) if masked else None
             for kind, (most, masked) in shape.columns
@@ -218,7 +218,6 @@ class _FixedStep:
             (Span(0, 1),) * shape.rows,
             tuple(Segment(row, Kind.CANVAS, 1, self._length) for row in range(shape.rows)),
             multiple,
-            fewest,
             positions_T=self._positions_T,
             masks={window if kind == SLIDING else None: mask for kind, mask in self._masks.items()},
         )

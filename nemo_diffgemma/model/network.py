@@ -35,7 +35,7 @@ from nemo_diffgemma.model.gathered import gather_tokens
 from nemo_diffgemma.model.layer import Layer, recompute
 from nemo_diffgemma.model.norm import RMSNorm
 from nemo_diffgemma.model.rotary import cosine_and_sine, inverse_frequencies
-from nemo_diffgemma.model.row_products import fewest_tokens
+from nemo_diffgemma.model.row_products import multiple_of_tokens
 from nemo_diffgemma.model.segments import Span, Stream, left_padding, stream_of, without_padding
 from nemo_diffgemma.model.self_conditioning import SelfConditioning
 from nemo_diffgemma.model.token_scores import token_scores
@@ -123,8 +123,8 @@ class Network(MegatronModule):
         """
         places = tuple((sequence, start) for sequence, start in canvases)
         each = self.model_config.canvas_length if lengths is None else tuple(lengths)
-        ranks = self.groups.tp.size()
-        return stream_of(sequences, tuple(contexts), places, each, ranks, fewest_tokens(device(), ranks))
+        multiple = multiple_of_tokens(device(), self.groups.tp.size())
+        return stream_of(sequences, tuple(contexts), places, each, multiple)
 
     def _embed(
         self, stream: Stream, tokens: Tensor, soft_NH: Tensor | None, adapters: AdapterPass | None

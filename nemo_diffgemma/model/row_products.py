@@ -1,7 +1,8 @@
 """Products of which a row gets the same bits whatever the other rows are, and however many.
 
-Other rows of a pass may be another request's. CPU libraries compute fewer than `FEWEST_ROWS` rows by another kernel,
-which adds up in another order; without gradient such rows are padded with zeros there.
+Other rows of a pass may be another request's. Libraries of CPUs compute what remains of a matrix beside whole blocks by
+other kernels, which add up in another order, and where that begins depends on the number of rows and of threads. So
+without gradient all sizes of a product are padded with zeros to whole blocks there.
 
 Shapes: R rows, L matrices, K features, N outputs.
 """
@@ -9,86 +10,95 @@ Shapes: R rows, L matrices, K features, N outputs.
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# From so many rows on a row of a product does not depend on their number, on CPUs (tests/serving): 4 are enough in
-# float32, 5 in bfloat16.
-FEWEST_ROWS = 8
-FEWEST_OUTPUTS = 2  # one output is a product of a matrix and a vector
+# Measured with one to eight threads (tests/model/test_row_products.py). For one thread 4 rows are enough in float32 and
+# 5 in bfloat16; with several a row differs where 1 to 3 remain.
+BLOCK = 8
 _SMALL = 16 * 16 * 16  # rows * features * outputs up to which torch multiplies bfloat16 itself, above oneDNN does
 
 
 def product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
     """`x @ weight.T`, [R, N]."""
-    outputs, features = weight_NK.shape
-    rows, more = _missing_rows(x_RK, features, outputs), FEWEST_OUTPUTS - outputs
-    if (not rows and more <= 0) or _is_free(x_RK):
+    if _is_free(x_RK, weight_NK):
         return F.linear(x_RK, weight_NK)
-    padded = F.linear(F.pad(x_RK, (0, 0, 0, rows)), F.pad(weight_NK, (0, 0, 0, max(0, more))))
-    return padded[: len(x_RK), :outputs]
+    return multiplied(x_RK, weight_NK.t())
 
 
 def added_product(sum_RN: Tensor, x_RK: Tensor, weight_NK: Tensor) -> Tensor:
     """`sum + x @ weight.T`, [R, N]."""
-    rows = _missing_rows(x_RK, *weight_NK.shape)
-    if not rows or _is_free(x_RK):
+    if _is_free(x_RK, weight_NK):
         return torch.addmm(sum_RN, x_RK, weight_NK.t())
-    total, x = (F.pad(values, (0, 0, 0, rows)) for values in (sum_RN, x_RK))
-    return torch.addmm(total, x, weight_NK.t())[: len(x_RK)]
+    x, weight = _padded(x_RK, weight_NK.t())
+    rows, outputs = sum_RN.shape
+    return torch.addmm(_with_zeros(sum_RN, len(x), weight.shape[1]), x, weight)[:rows, :outputs]
 
 
 def multiplied(x_RK: Tensor, weight_KN: Tensor, out: Tensor | None = None) -> Tensor:
     """`x @ weight`, [R, N]."""
-    rows, more = _missing_rows(x_RK, *weight_KN.shape), max(0, FEWEST_OUTPUTS - weight_KN.shape[1])
-    if (not rows and not more) or _is_free(x_RK):
+    if _is_free(x_RK, weight_KN):
         return torch.mm(x_RK, weight_KN, out=out)
-    padded = torch.mm(F.pad(x_RK, (0, 0, 0, rows)), F.pad(weight_KN, (0, more)))
-    result = padded[: len(x_RK), : weight_KN.shape[1]]
+    x, weight = _padded(x_RK, weight_KN)
+    if out is not None and out.shape == (len(x), weight.shape[1]):
+        return torch.mm(x, weight, out=out)
+    result = torch.mm(x, weight)[: len(x_RK), : weight_KN.shape[1]]
     return result if out is None else out.copy_(result)
 
 
 def add_product_(sum_RN: Tensor, x_RK: Tensor, weight_KN: Tensor) -> None:
     """`sum += x @ weight`."""
-    if not _missing_rows(x_RK, *weight_KN.shape) or _is_free(x_RK):
+    if _is_free(x_RK, weight_KN):
         sum_RN.addmm_(x_RK, weight_KN)
+        return
+    x, weight = _padded(x_RK, weight_KN)
+    if sum_RN.shape == (len(x), weight.shape[1]):
+        sum_RN.addmm_(x, weight)
     else:
         sum_RN.copy_(added_product(sum_RN, x_RK, weight_KN.t()))
 
 
 def grouped_product(x_RK: Tensor, weights_LKN: Tensor, ends_L: Tensor) -> Tensor:
     """Rows sorted by matrix times their matrix, [R, N]; those behind the last matrix's are undefined."""
-    result = F.grouped_mm(x_RK, weights_LKN, offs=ends_L)
-    if _is_free(x_RK):
-        return result
-    for index, (start, end) in enumerate(itertools.pairwise([0, *ends_L.tolist()])):
-        missing = _missing_rows(x_RK[start:end], *weights_LKN.shape[1:])
-        if missing and end > start:
-            rows = F.pad(x_RK[start:end], (0, 0, 0, missing))
-            result[start:end] = torch.mm(rows, weights_LKN[index])[: end - start]
+    if _is_free(x_RK, weights_LKN):
+        return F.grouped_mm(x_RK, weights_LKN, offs=ends_L)
+    result = x_RK.new_empty(len(x_RK), weights_LKN.shape[2])
+    for weight_KN, (start, end) in zip(weights_LKN, itertools.pairwise([0, *ends_L.tolist()]), strict=True):
+        if end > start:
+            multiplied(x_RK[start:end], weight_KN, out=result[start:end])
     return result
 
 
-def _missing_rows(x_RK: Tensor, *sizes: int) -> int:
-    """Rows to pad with, for a product of a matrix of these sizes."""
-    fewest = FEWEST_ROWS
+def _padded(x_RK: Tensor, weight_KN: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with zeros behind their rows, features and outputs."""
+    features, outputs = (size + -size % BLOCK for size in weight_KN.shape)
+    rows = BLOCK
     if x_RK.dtype != torch.float32:
-        fewest = max(fewest, _SMALL // max(1, math.prod(sizes)) + 1)  # a rank may have no ids of the vocabulary
-    return max(0, fewest - len(x_RK))
+        rows = max(rows, _SMALL // (features * outputs) + 1)
+    rows = max(rows, len(x_RK) + -len(x_RK) % BLOCK)
+    return _with_zeros(x_RK, rows, features), _with_zeros(weight_KN, features, outputs)
 
 
-def fewest_tokens(device: torch.device, ranks: int) -> int:
-    """Of a stream that so many ranks share, padding included: then no product of its tokens lacks rows."""
-    return 0 if _any_kernel(device) else FEWEST_ROWS * ranks
+def _with_zeros(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    more = (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])
+    return F.pad(matrix, more) if any(more) else matrix
 
 
-def _is_free(x_RK: Tensor) -> bool:
-    """Whether any kernel will do for these rows."""
-    return _any_kernel(x_RK.device) or len(x_RK) == 0
+def multiple_of_tokens(device: torch.device, ranks: int) -> int:
+    """What the tokens of a stream that so many ranks share are padded to: then products of them need no padding.
+
+    Tiny weights in bfloat16 apart, of 512 numbers and fewer.
+    """
+    return ranks if any_kernel(device) else BLOCK * ranks
 
 
-def _any_kernel(device: torch.device) -> bool:
+def _is_free(*factors: Tensor) -> bool:
+    """Whether any kernel will do for this product."""
+    return any_kernel(factors[0].device) or any(factor.numel() == 0 for factor in factors)
+
+
+def any_kernel(device: torch.device) -> bool:
+    """Whether bits may depend on what stands beside: on a GPU, which computes tiles, and where gradients are wanted."""
     return device.type != "cpu" or torch.is_grad_enabled()

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from nemo_diffgemma.model.cache import KeyValue, extended
 from nemo_diffgemma.model.paged import PagedLayer
+from nemo_diffgemma.model.row_products import BLOCK, any_kernel
 from nemo_diffgemma.model.segments import FixedStream, Kind, Stream, parts
 from nemo_diffgemma.model.visibility import TILE, Group, Visibility
 
@@ -128,7 +129,24 @@ def _all_keys(q_mNCD: Tensor, k_mGKD: Tensor, v_mGKD: Tensor, mask: Tensor | Non
     m, heads, length, width = q_mNCD.shape
     q = q_mNCD.reshape(m, k_mGKD.shape[1], -1, width)
     # not a view: the memory-efficient kernel gives its output in an order of its own
-    return F.scaled_dot_product_attention(q, k_mGKD, v_mGKD, mask, scale=1.0).reshape(m, heads, length, width)
+    return _attention(q, k_mGKD, v_mGKD, mask).reshape(m, heads, length, width)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool = False) -> Tensor:
+    """`mask` is of all queries, or of one for all. Where bits of a row must be its own, few queries are padded, and a
+    matrix that stands alone gets company: one thread computes each of several, and all of them together a single one.
+    """
+    m, heads, queries, _ = q.shape
+    if not any_kernel(q.device):
+        if queries < BLOCK:
+            more = BLOCK - queries
+            q = F.pad(q, (0, 0, 0, more))
+            if mask is not None and mask.shape[-2] > 1:
+                mask = torch.cat([mask, mask[-1:].expand(more, -1)])
+        if m * heads == 1:
+            q, k, v = (x.expand(2, -1, -1, -1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=grouped)
+    return out[:m, :, :queries]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, group: Group, visibility: Visibility, repeat_heads: bool) -> Tensor:
@@ -153,11 +171,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, group: Group, visibility: Visibilit
         low = 0 if window is None else max(0, ahead + start - window + 1)
         mask = _band(end - start, ahead + start - low, window, q.device)
         keys = slice(low, ahead + end)
-        outs.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, keys], v[:, :, keys], attn_mask=mask, scale=1.0, enable_gqa=grouped
-            )
-        )
+        outs.append(_attention(q[:, :, start:end], k[:, :, keys], v[:, :, keys], mask, grouped))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 

@@ -1,7 +1,7 @@
 """The tokens of one pass as a list of segments, which say who sees whom.
 
 A pass carries one flat stream of tokens: the new context of some sequences, then any number of canvases, then padding
-up to a multiple of the tensor-parallel size (on a CPU at least `FEWEST_ROWS` for each rank). Sequences are independent:
+up to a multiple of the tensor-parallel size (`row_products.multiple_of_tokens`). Sequences are independent:
 each has its own first position, its own cached context, its own new context and its own canvases, of any number.
 Context tokens are causal. A canvas sees the context of its sequence before its start and every token of itself; two
 canvases never see each other, so any number of them can be scored in one pass.
@@ -86,11 +86,6 @@ def without_padding(ids_BS: Tensor, padding: Sequence[int]) -> tuple[Tensor, ...
     return tuple(row[columns:] for row, columns in zip(ids_BS.unbind(), padding, strict=True))
 
 
-def padding_of(tokens: int, multiple: int, fewest: int) -> int:
-    """How many tokens a stream of so many has behind them."""
-    return max(-tokens % multiple, fewest - tokens) if tokens else 0
-
-
 @dataclass(frozen=True, eq=False)
 class Stream:
     """The tokens of one pass: `segments` of `sequences`, whose spans are their contexts before the pass.
@@ -101,8 +96,7 @@ class Stream:
 
     sequences: tuple[Span, ...]
     segments: tuple[Segment, ...]
-    multiple: int = 1  # padding makes the tokens a multiple of it,
-    fewest: int = 0  # itself such a multiple, and at least so many
+    multiple: int = 1  # padding makes the tokens a multiple of it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_tables", {})
@@ -146,7 +140,7 @@ class Stream:
 
     @property
     def padding(self) -> int:
-        return padding_of(self.context_tokens + self.canvas_tokens, self.multiple, self.fewest)
+        return -(self.context_tokens + self.canvas_tokens) % self.multiple
 
     @cached_property
     def tokens(self) -> int:
@@ -206,7 +200,6 @@ def stream_of(
     canvases: tuple[tuple[int, int], ...],
     lengths: int | tuple[int, ...],
     multiple: int,
-    fewest: int = 0,
 ) -> Stream:
     """The stream of `contexts` (new tokens of each sequence, may be none) and `canvases` (sequence, start).
 
@@ -221,7 +214,7 @@ def stream_of(
     new += [
         Segment(sequence, Kind.CANVAS, start, length) for (sequence, start), length in zip(canvases, each, strict=True)
     ]
-    return Stream(sequences, tuple(new), multiple, fewest)
+    return Stream(sequences, tuple(new), multiple)
 
 
 class Slices:

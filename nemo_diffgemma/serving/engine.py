@@ -322,7 +322,7 @@ class Engine:
         """Send what the host must know of a pass on its way."""
         numbers = torch.cat(
             [
-                torch.cat([torch.stack([o.done, o.finite, o.live], dim=1).long(), o.best], dim=1).flatten()
+                torch.cat([torch.stack([o.done, o.finite, o.live, o.accepted.sum(1)], dim=1), o.best], dim=1).flatten()
                 for o in outcomes
             ]
         )
@@ -361,12 +361,13 @@ class Engine:
         for sequence, canvas, step in results.turns:
             request = sequence.request
             length = request.canvas_length
-            done, finite, live = (int(number) for number in itertools.islice(numbers, 3))
+            done, finite, live, accepted_now = (int(number) for number in itertools.islice(numbers, 4))
             tokens = [int(number) for number in itertools.islice(numbers, length)]
             accepted, entropy = (list(itertools.islice(drafts or (), length)) for _ in range(2))
             scored = None if request.logprobs is None else next(scores)
             if sequence not in self.running + self.moved_out or canvas != sequence.canvas:
                 continue
+            sequence.accepted += accepted_now
             if request.drafts:
                 remaining = request.sampler.max_denoising_steps - step
                 events.append(Draft(request.id, canvas, remaining, tokens, [bool(x) for x in accepted], entropy))
@@ -383,7 +384,7 @@ class Engine:
         scores = None
         if scored is not None and request.logprobs is not None:
             scores = scores_of(scored, request.logprobs, len(new), request.canvas_length)
-        settled = Settled(request.id, sequence.canvas, live, new, scores)
+        settled = Settled(request.id, sequence.canvas, live, new, scores, sequence.accepted)
         sequence.answer += new
         if reason is not None:
             return [settled, self._finish(sequence, reason)]

@@ -90,6 +90,10 @@ class Replica:
     def has_free_slot(self) -> bool:
         return len(self.jobs) < self.facts.max_running
 
+    def has_room(self, job: Job) -> bool:
+        """Its memory can hold the request."""
+        return job.request.most_context <= self.facts.context_tokens
+
     def known(self, keys: Sequence[Key]) -> int:
         """How many of a prompt's first tiles it has likely encoded."""
         known = 0

@@ -35,6 +35,8 @@ class Metrics:
         self.cached_tokens = counter("prompt_tokens_cached", "Tokens of prompts that the prefix cache had")
         self.tokens = counter("generated_tokens", "Tokens of answers")
         self.steps = counter("denoising_steps", "Denoising steps of canvases that settled; tokens by steps is TPF")
+        self.cells = counter("cells_denoised", "Cells of those canvases, once a step")
+        self.accepted = counter("cells_accepted", "Of these, accepted ones; their share is the acceptance")
         self.canvases = counter("canvases", "Canvases that settled")
         self.steps_of_canvas = histogram("steps_per_canvas", "Denoising steps until a canvas settled", _STEPS)
         self.first_canvas = histogram("time_to_first_canvas_seconds", "From the request to its first tokens", _SECONDS)
@@ -51,6 +53,8 @@ class Metrics:
         self.canvases.inc()
         self.steps.inc(event.steps)
         self.steps_of_canvas.observe(event.steps)
+        self.cells.inc(event.steps * job.request.canvas_length)
+        self.accepted.inc(event.accepted)
         self.tokens.inc(len(event.tokens))
         (self.between_canvases if event.canvas else self.first_canvas).observe(now - job.last_told)
         job.last_told = now

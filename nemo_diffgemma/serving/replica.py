@@ -148,8 +148,9 @@ class Replica:
         """What rank 0 has heard; others hear it from there."""
         if self._mailbox is None:
             return []
-        errands = self._mailbox.take(0 if self.engine.has_work or self._signalled else _IDLE_SECONDS)
-        if self._signalled and not self.draining:
+        is_first_signal = self._signalled and not self.draining
+        errands = self._mailbox.take(0 if self.engine.has_work or is_first_signal else _IDLE_SECONDS)
+        if is_first_signal:
             errands.append(Drain())
         if self._mailbox.lonely and not self.draining:
             print("replica: nothing heard of the front end for long; ending", file=sys.stderr)

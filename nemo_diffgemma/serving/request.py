@@ -32,7 +32,7 @@ class Request(Struct, frozen=True, tag=True):
     The answer is a text of `language`, whole: it ends within `max_tokens`, and the reason is STOP in every case. With
     either there is no `stop`, which would cut it. A replica compiles the language before it accepts the request; it
     refuses what cannot be compiled in time, what has no text of `max_tokens` or fewer with the `locked` tokens in their
-    places, and every language where it has no tokenizer. `serving.answer_check` reads a finished answer once more.
+    places, and every language where it has no tokenizer. `serving.untrusted` reads a finished answer once more.
 
     `adapter` is the name of one that the replica has. `logprobs` asks for the probability of each token
     of a settled canvas, and of so many of the most probable ids at its place. With `chat` the answer may have thoughts
@@ -119,6 +119,7 @@ class Scores(Struct, frozen=True):
 class Settled(Struct, frozen=True, tag=True):
     """New tokens of an answer: a canvas that will not change, up to what ends the answer; `steps` it took.
 
+    `accepted` counts the cells that its steps have accepted, all steps together, the others became noise again.
     `scores` has an entry a token where the request asks for them.
     """
 
@@ -127,6 +128,7 @@ class Settled(Struct, frozen=True, tag=True):
     steps: int
     tokens: list[int]
     scores: list[Scores] | None = None
+    accepted: int = 0
 
 
 class Finished(Struct, frozen=True, tag=True):

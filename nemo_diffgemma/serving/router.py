@@ -1,7 +1,7 @@
 """The front end's half of ZeroMQ: which replica gets a request, and what happens when one dies. asyncio, no torch.
 
-A request goes to a replica with a free slot, of these to the one that has most of its prompt in its prefix cache, of
-these to the one with the fewest requests.
+A request goes to a replica that has room for it and a free slot, of these to the one that has most of its prompt in its
+prefix cache, of these to the one with the fewest requests.
 
 A replica whose process or connection has ended, which is noticed within a second, is lost: its requests begin again on
 another one, or wait for the next. One that is silent for some seconds may be busy, stopped or cut off: its requests
@@ -152,7 +152,7 @@ class Router:
         return min(60, max(1, math.ceil(excess / rate)))
 
     def _place(self, job: Job) -> None:
-        able = [replica for replica in self.replicas.values() if replica.is_able]
+        able = [replica for replica in self.replicas.values() if replica.is_able and replica.has_room(job)]
         if not able:
             self._unplaced.append(job)
             return
@@ -233,6 +233,8 @@ class Router:
         if ours != theirs:
             _log.error("replica %s has another model than this server; it gets no requests", hello.name)
             return
+        most = max(self.facts.context_tokens, hello.facts.context_tokens)
+        self.facts = msgspec.structs.replace(self.facts, context_tokens=most)
         self.replicas[identity] = Replica(identity, hello.name, hello.facts, time.monotonic())
         self._on_ready(hello.name)
         self._send(identity, Welcome(wants_text=bool(hello.facts.text) and self.text is None))
@@ -286,8 +288,11 @@ class Router:
         if not replica.is_silent:
             replica.is_silent = True
             _log.warning("replica %s: silent for %.1f s, with %d requests", replica.name, seconds, len(replica.jobs))
-        if any(other.is_able for other in self.replicas.values()):
+        others = [other for other in self.replicas.values() if other.is_able]
+        if others:
             for job in [one for one in replica.jobs.values() if one.moves < _MOVES]:
+                if not any(other.has_room(job) for other in others):
+                    continue
                 del replica.jobs[job.request.id]
                 self._send(replica.identity, Cancel(job.request.id))
                 job.renew()

@@ -22,6 +22,7 @@ class Sequence:
     arrival: int  # requests are numbered as they come
     canvas: int = 0  # which is being denoised
     step: int = 0  # steps of it that have been enqueued
+    accepted: int = 0  # cells of it, by all steps whose results are known
     answer: list[int] = field(default_factory=list)
     constraint: ConstrainedSequence | None = None
 
@@ -54,4 +55,4 @@ class Sequence:
         """Go on behind a canvas that has settled and does not end the answer."""
         if self.constraint is not None:
             self.constraint.settle(tokens)
-        self.canvas, self.step = self.canvas + 1, 0
+        self.canvas, self.step, self.accepted = self.canvas + 1, 0, 0

@@ -104,6 +104,8 @@ class Heard:
             if isinstance(event, Settled):
                 self.tokens.setdefault(event.id, []).extend(event.tokens)
                 self.steps.setdefault(event.id, []).append(event.steps)
+                shown = [draft for draft in self.drafts.get(event.id, []) if draft.canvas == event.canvas]
+                assert not shown or event.accepted == sum(sum(draft.accepted) for draft in shown)
                 if event.scores is not None:
                     self.scores.setdefault(event.id, []).extend(event.scores)
             elif isinstance(event, Draft):

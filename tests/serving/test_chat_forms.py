@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,6 +95,8 @@ def test_thinking_is_asked_for_in_two_ways(text, given, thinks):
         ([ASK, {"role": "tool", "content": "wet"}], "messages.1.tool_call_id"),
         ([ASK | {"tool_calls": []}, ASK | {"tool_calls": [{"id": "a", "function": {"name": "f"}}]}],
          "messages.1.tool_calls"),
+        ([ASK | {"tool_call_id": "a"}], "messages.0.tool_call_id"),
+        ([ASK, {"role": "system", "content": "a", "reasoning_content": "b"}], "messages.1.reasoning_content"),
         ([{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{"}}]}],
          "messages.0.tool_calls.0.function.arguments"),
         ([{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "[" * 9999}}]}],
@@ -193,11 +196,35 @@ def test_what_no_answer_can_be_held_to_is_refused_by_name(given, parameter, what
     assert (refused.value.status, refused.value.parameter) == (400, parameter)
 
 
+def test_a_language_can_be_made_elsewhere():
+    """Of what is sent to where it is made, nothing that it needs is missing; and what it needs not is not sent."""
+    for more in ({"response_format": SCHEMA}, {"tools": [STRICT]}, {"diffusion": {"regex": "a"}},
+                 {"tools": [WEATHER], "tool_choice": "required", "reasoning_effort": "low"}):  # fmt: skip
+        asked = body(**more)
+        assert asked.may_be_held and b"Where" not in pickle.dumps(asked.without_content())
+        language = pickle.loads(pickle.dumps(asked.without_content())).language
+        assert language == asked.language
+        other = body(messages=[ASK])
+        other.know(language)
+        assert other.language == language
+    assert not body().may_be_held and not body(tools=[WEATHER]).may_be_held
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [({}, []), ({"store": True, "temperature": 0.5}, ["temperature", "store"]), ({"store": False}, []),
+     ({"stream_options": {"include_obfuscation": True}}, ["stream_options.include_obfuscation"]),
+     ({"max_tokens": 3, "max_completion_tokens": 4}, ["max_tokens"]), ({"max_tokens": 3}, [])],
+)  # fmt: skip
+def test_what_changes_nothing_is_said(given, named):
+    assert body(**given).ignored == named
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
 def desk_of(text: ServedText, violated: bool = False) -> Any:
-    async def check(request: Request, tokens: list[int]) -> None:
+    async def check(job: Job, tokens: list[int]) -> None:
         if violated:
             raise Failure("not what was asked for", "constraint_violated")
 

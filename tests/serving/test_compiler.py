@@ -20,6 +20,7 @@ from nemo_diffgemma.serving.constraints import (
     json_object,
     regex,
 )
+from nemo_diffgemma.serving.constraints.compiler import KEPT
 from tests.serving import examples
 
 VOCABULARY = Vocabulary(examples.tokens(), examples.vocab_size(), (examples.EOS,))
@@ -78,6 +79,24 @@ def test_what_nobody_waits_for_is_not_compiled():
         assert all(future.cancelled() for future in futures) and not begun.cancelled()
         assert compiler.submit(choice(["ab"])).result(120).start >= 0
         assert isinstance(begun.exception(), ConstraintError)
+
+
+def test_of_any_number_what_nobody_waits_for_is_not_compiled():
+    with Compiler(VOCABULARY, Limits(seconds=3.0)) as compiler:
+        begun = compiler.submit(regex(EXPONENTIAL))
+        while not begun.running():
+            time.sleep(0.01)
+        waiting = [choice([str(number)]) for number in range(3 * KEPT)]
+        futures = [compiler.submit(one) for one in waiting]
+        for one in waiting:
+            compiler.cancel(one)
+        assert all(future.cancelled() for future in futures)
+
+
+def test_of_automata_that_are_there_few_are_kept(compiler):
+    for number in range(KEPT + 9):
+        compiler.compile(choice([f"{number % 3}"] if number < 3 else [f"a{number}"]))
+    assert len(compiler._compiled) <= KEPT
 
 
 def test_what_a_library_stumbles_over_is_refused_and_the_child_lives(compiler):

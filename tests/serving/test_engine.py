@@ -7,12 +7,10 @@ import itertools
 import msgspec
 import pytest
 import torch
-from torch.nn import functional as F
 
 from nemo_diffgemma.config import GLOBAL, SLIDING
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.model.row_products import FEWEST_ROWS, grouped_product
 from nemo_diffgemma.model.visibility import TILE
 from nemo_diffgemma.serving.blocks import Blocks
 from nemo_diffgemma.serving.context_memory import ContextMemory
@@ -122,20 +120,24 @@ def test_the_beginning_of_a_prompt_stays_longest(single, tiles_of_pass):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_rows_of_products_do_not_depend_on_their_number(dtype):
-    """What `FEWEST_ROWS` promises of this CPU, for a dense product and for one expert among others."""
-    draw = torch.Generator().manual_seed(0)
-    for inner, outer in [(16, 64), (64, 32), (64, 500), (352, 128), (512, 1024)]:
-        x = torch.randn(300, inner, generator=draw).to(dtype)
-        weights = torch.randn(2, outer, inner, generator=draw).to(dtype).transpose(1, 2)
-        with torch.no_grad():
-            whole = grouped_product(x, weights, torch.tensor([0, 300], dtype=torch.int32))
-            assert torch.equal(whole, F.linear(x, weights[1].T))
-            for rows in [1, 2, 3, 4, 5, 7, 8, 9, 31, 64, 257]:
-                part = grouped_product(x[:rows], weights, torch.tensor([0, rows], dtype=torch.int32))
-                assert torch.equal(part, whole[:rows]), (inner, outer, rows)
-                if rows >= FEWEST_ROWS:
-                    assert torch.equal(F.linear(x[:rows], weights[1].T), whole[:rows]), (inner, outer, rows)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_hidden_states_do_not_depend_on_what_else_a_pass_has(single, threads, dtype, count):
+    """To the bit: a canvas alone and beside two others, of lengths with which experts get any number of rows."""
+    threads(count)
+    model, draw = cases.network(dtype), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        cache = model.encode(torch.randint(cases.IDS, (3, 40), generator=draw))
+        for length in (1, 3, 7, 9, 10, 11, 16, 29, 32):
+            tokens = torch.randint(cases.IDS, (3, length), generator=draw)
+
+            def hidden(rows, tokens=tokens, length=length):
+                canvases = [(row, 40) for row in rows]
+                stream = model.stream(cache.sequences, canvases=canvases, lengths=[length] * len(rows))
+                return model.run(tokens[rows].flatten(), stream, cache=cache).canvas_hidden.view(len(rows), length, -1)
+
+            beside = hidden([0, 1, 2])
+            for row in range(3):
+                assert torch.equal(hidden([row])[0], beside[row]), length
 
 
 def test_a_cancelled_request_leaves_at_once_and_changes_nothing(engine):

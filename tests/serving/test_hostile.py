@@ -88,6 +88,19 @@ def test_errors_are_short_whatever_they_repeat(world):
         assert answer.status_code in (400, 404) and len(answer.content) < 3000
 
 
+def test_of_a_large_body_the_same_is_said(world):
+    """It is checked in a thread."""
+    padding = {"user": "a" * 100_000}
+    for path in BODIES:
+        for wrong in ({"nobody": 1}, {"model": 3}, {"n": 0, "max_output_tokens": 0}, {"diffusion": {"regex": 1}}, {}):
+            sent = {**BODIES[path], **wrong}
+            small, large = (world.ask("POST", path, json={**more, **sent}) for more in ({}, padding))
+            if path == "/tokenize":  # has no such field
+                assert large.status_code == 400
+            else:
+                assert (small.status_code, small.json()) == (large.status_code, large.json()), (path, wrong)
+
+
 # -- schemas -----------------------------------------------------------------------------------------------------------
 
 KEYWORDS = (

@@ -25,6 +25,7 @@ from nemo_diffgemma.serving.constraints.patterns import translated
 from tests.serving import examples
 
 DATE = {"type": "string", "format": "date"}
+OLDER = "http://json-schema.org/draft-07/schema#"
 
 
 def compiled(expression: str) -> ByteAutomaton:
@@ -51,6 +52,13 @@ def test_known_traps_of_the_engine_below(pattern):
 def test_classes_are_ascii():
     assert not compiled(translated(r"\d")).accepts("٣".encode())
     assert not compiled(translated(r"\w")).accepts("é".encode())
+
+
+@pytest.mark.parametrize("pattern", [r"[\s\S]*", r"[\D\d]*", r"[a\w\W]*", r"(?:[\S\s]{1,9})?"])
+def test_a_class_and_its_complement_are_all_characters(pattern):
+    automaton = compiled(translated(pattern))
+    for text in ("é", "\u00a0", "\u0085", "٣", "\n", "a\u2003b"):
+        assert automaton.accepts(text.encode()) and re.fullmatch(pattern, text)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +126,12 @@ def test_numbers_between_whole_bounds(low, width, above, below, probes):
      ({"const": [1], "items": {"pattern": "(a+)+$"}}, "'items' beside"),
      ({"enum": ["a"], "maxLength": "x"}, "maxLength is no"), ({"const": 1, "type": "thing"}, "type is no"),
      ({"type": "object", "required": ["a"], "additionalProperties": False}, "impossible"),
+     ({"oneOf": [{"type": "object", "properties": {"k": {"const": n}}, "required": ["k"]} for n in (1, 1.0)]}, "oneOf"),
+     ({"oneOf": [{"type": "object", "properties": {"k": {"const": n}}} for n in (1, 2)]}, "oneOf"),
+     ({"oneOf": [{"type": "number"}, {"type": ["integer", "null"]}]}, "oneOf"),
+     ({"$schema": OLDER, "prefixItems": [{"const": 1}], "items": {"type": "null"}}, "'prefixItems'.*dialect"),
+     ({"$schema": "http://json-schema.org/draft-03/schema#", "format": "time"}, "draft 3"),
+     ({"$ref": f"#/$defs/{'a' * 2000}"}, "expected a place"),
      ({"$ref": "#"}, "impossible"), ({"type": "string", "pattern": "(?=a)"}, "look-around"),
      ({"$defs": {n: {"anyOf": [{"$ref": f"#/$defs/{m}"} for m in "abcdef"]} for n in "abcdef"}, "$ref": "#/$defs/a"},
       "schemas|impossible")],
@@ -147,6 +161,14 @@ def test_keywords_that_cannot_be_expressed_are_refused_by_name(schema, named):
         ({"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 1},
          ["{}", '{"a": true}'], ['{"a": true, "b": false}', '{"a": 1}']),
         ({"items": False}, ["[]"], ["[1]"]),
+        ({"$defs": {"a b": {"const": 1}, "a%20b": {"const": 2}, "c/d~": {"const": 3}},
+          "anyOf": [{"$ref": "#/$defs/a%20b"}, {"$ref": "#/$defs/c~1d~0"}]}, ["1", "3"], ["2"]),
+        ({"$schema": "http://json-schema.org/draft-04/schema#", "type": "integer", "enum": [1, 2.0]}, ["1"], ["2.0"]),
+        ({"oneOf": [{"type": "object", "properties": {"a": {"enum": [n, [n]]}, "b": {"const": n // 2}},
+                     "required": ["a", "b"]} for n in range(4)]},
+         ['{"a": 3, "b": 1}', '{"a": [2], "b": 1}'], ['{"a": 3, "b": 0}']),
+        ({"oneOf": [{"type": "object", "properties": {"k": {"const": v}}, "required": ["k"]} for v in (1, True, "1")]},
+         ['{"k": true}', '{"k": "1"}'], ['{"k": false}']),
     ],
     ids=str,
 )  # fmt: skip

@@ -204,6 +204,7 @@ def test_an_error_is_text_and_the_message_is_not_lost(chat):
 def test_the_keyboard_reaches_everything_and_leaves_again(chat):
     page = chat.page
     send(page, "Hello")
+    page.locator("button.play:has-text('Play')").wait_for()  # all steps have been shown
     page.locator("summary").first.evaluate("() => document.activeElement.blur()")
     reached = []
     for _ in range(60):

@@ -20,6 +20,7 @@ from nemo_diffgemma.errors import UserError
 from nemo_diffgemma.serving.answer_parts import Said, Thought, ToolCall
 from nemo_diffgemma.serving.api.replies import ChatReply, CompletionReply, ResponseReply
 from nemo_diffgemma.serving.api.response_items import Items
+from nemo_diffgemma.serving.api.responses_body import ResponsesBody
 from nemo_diffgemma.serving.constraints import json_of_schema, tool_calls
 from tests.serving import cases, gemma, served
 
@@ -159,11 +160,65 @@ def test_a_tool_is_called_and_its_result_taken(client, choice):
     assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
     second = client.responses.create(input=[question, call, result], **{**asked, "max_output_tokens": 16})
-    third = client.responses.create(
-        input=[question, call, {**result, "output": "sun"}], **{**asked, "max_output_tokens": 16}
-    )
+    other = {**result, "call_id": streamed.call_id, "output": "sun"}
+    third = client.responses.create(input=[question, streamed, other], **{**asked, "max_output_tokens": 16})
     assert second.usage.input_tokens == third.usage.input_tokens + 1 > first.usage.input_tokens
     assert second.diffusion["token_ids"] != third.diffusion["token_ids"], "the result counts"
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client's own type
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_what_the_client_has_parsed_may_be_sent_back(client, stream):
+    """Its helpers add fields to answers: a conversation goes on with them."""
+    given_ = dict(model="tiny", max_tokens=64, extra_body=QUICK)
+    tool = openai.pydantic_function_tool(Point)
+    forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    for more in ({"response_format": Point}, forced):
+        messages: list[Any] = [{"role": "user", "content": "Where?"}]
+        for _ in range(2):
+            if stream:
+                with client.chat.completions.stream(messages=messages, **more, **given_) as events:
+                    message = events.get_final_completion().choices[0].message
+            else:
+                message = client.chat.completions.parse(messages=messages, **more, **given_).choices[0].message
+            assert message.parsed or message.tool_calls[0].function.parsed_arguments
+            messages.append(message)
+            for call in message.tool_calls or []:
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": "there"})
+            messages.append({"role": "user", "content": "And now?"})
+    items: list[Any] = [{"role": "user", "content": "Where?"}]
+    asked = dict(model="tiny", max_output_tokens=64, extra_body=QUICK, text_format=Point)
+    for _ in range(2):
+        if stream:
+            with client.responses.stream(input=items, **asked) as events:
+                response = events.get_final_response()
+        else:
+            response = client.responses.parse(input=items, **asked)
+        assert response.output_parsed is not None
+        items += [*response.output, {"role": "user", "content": "And now?"}]
+
+
+@pytest.mark.parametrize(
+    "items, expected",
+    [
+        ("R1 user assistant", ["assistant:R1:", "user::u", "assistant::a"]),
+        ("user R1 assistant", ["user::u", "assistant:R1:a"]),
+        ("user R1 R2 call result assistant", ["user::u", "assistant:R1R2:", "tool::r", "assistant::a"]),
+        ("user call R1 result", ["user::u", "assistant::", "assistant:R1:", "tool::r"]),
+        ("user R1", ["user::u", "assistant:R1:"]),
+    ],
+)
+def test_thoughts_are_of_the_turn_that_they_stand_in(items, expected):
+    made = {
+        "user": {"role": "user", "content": "u"},
+        "assistant": {"role": "assistant", "content": "a"},
+        "call": {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        "result": {"type": "function_call_output", "call_id": "c", "output": "r"},
+    }
+    for name in ("R1", "R2"):
+        made[name] = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": name}]}
+    messages = ResponsesBody(model="m", input=[made[name] for name in items.split()]).chat().messages
+    assert [f"{one.role}:{one.reasoning_content or ''}:{one.text}" for one in messages] == expected
 
 
 @pytest.mark.parametrize(

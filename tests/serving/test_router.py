@@ -308,6 +308,26 @@ def test_a_replica_of_another_model_gets_no_requests(play):
     play(scene)
 
 
+def test_a_request_goes_where_there_is_room_for_it(play):
+    async def scene(world):
+        small = await world.join("small", msgspec.structs.replace(FACTS, context_tokens=64))
+        assert world.router.facts.context_tokens == 64
+        late = world.ask(tuple(range(200)))
+        assert late.replica is None, "it waits"
+        large = await world.join("large")
+        assert world.router.facts.context_tokens == FACTS.context_tokens
+        assert late.replica.name == "large"
+        assert [world.ask(tuple(range(100))).replica.name for _ in range(4)] == ["large"] * 4
+        assert world.ask((1,)).replica.name == "small", "it has fewer"
+        world.kill(large)
+        while not world.router.replicas[b"large"].is_silent:
+            await asyncio.sleep(0.05)
+        assert late.replica.name == "large", "nobody else has room"
+        await small.hear(Request)
+
+    play(scene)
+
+
 def test_slow_readers_miss_drafts_and_no_token(play):
     async def scene(world):
         a = await world.join("a")

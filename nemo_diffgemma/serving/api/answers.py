@@ -155,7 +155,7 @@ async def collect(desk: Desk, answers: Sequence[Answer]) -> Sequence[Answer]:
         for answer in answers:
             while answer.end is None:
                 answer.take(await answer.job.next())
-            await desk.check(answer.job.request, answer.words.tokens)
+            await desk.check(answer.job, answer.words.tokens)
         return answers
     finally:
         desk.leave(jobs)
@@ -200,7 +200,7 @@ async def _events(desk: Desk, jobs: Sequence[Job], format: Format) -> AsyncItera
                 continue
             since, parts = len(answer.words.tokens), answer.take(event)
             if answer.end is not None:
-                await desk.check(answer.job.request, answer.words.tokens)
+                await desk.check(answer.job, answer.words.tokens)
             choices = format.deltas(index, parts, answer.finish_reason)
             if isinstance(event, Settled):
                 if format.body.scores is not None:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from nemo_diffgemma.serving.answer_check import AnswerCheck
 from nemo_diffgemma.serving.api import chat, completions, infill, information, page, responses
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.errors import add_handlers
@@ -17,6 +16,7 @@ from nemo_diffgemma.serving.api.replies import failures
 from nemo_diffgemma.serving.metrics import Metrics
 from nemo_diffgemma.serving.router import Router
 from nemo_diffgemma.serving.settings import FrontSettings
+from nemo_diffgemma.serving.untrusted import Untrusted
 
 
 def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> FastAPI:
@@ -28,11 +28,11 @@ def create_app(router: Router, settings: FrontSettings, metrics: Metrics) -> Fas
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        check.close()
+        untrusted.close()
 
-    check = AnswerCheck(metrics)
+    untrusted = Untrusted(metrics)
     app = FastAPI(title="nemo_diffgemma", docs_url=None, redoc_url=None, lifespan=lifespan)
-    desk = Desk(router, settings, check)
+    desk = Desk(router, settings, untrusted)
     add_handlers(app)
     app.add_middleware(Limits, settings=settings)
     if settings.cors_origins:  # around the limits: a browser asks whether it may without its key

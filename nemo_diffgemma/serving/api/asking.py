@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from nemo_diffgemma.diffusion.sampler_config import SamplerConfig
 from nemo_diffgemma.errors import UserError
-from nemo_diffgemma.serving.answer_check import AnswerCheck
-from nemo_diffgemma.serving.api.fields import Common
-from nemo_diffgemma.serving.failures import InvalidRequest, Unavailable, UnknownModel
+from nemo_diffgemma.serving.api.fields import Common, StreamOptions
+from nemo_diffgemma.serving.failures import InvalidRequest, TimedOut, Unavailable, UnknownModel
 from nemo_diffgemma.serving.job import Job
 from nemo_diffgemma.serving.messages import Facts
 from nemo_diffgemma.serving.request import Request
 from nemo_diffgemma.serving.router import Router
 from nemo_diffgemma.serving.settings import FrontSettings
 from nemo_diffgemma.serving.text import ServedText
+from nemo_diffgemma.serving.untrusted import Untrusted
 
 _SEED_BITS = 48  # of a seed that is drawn: JavaScript's numbers hold it
 CLIENT_GONE = 499
@@ -29,8 +30,8 @@ CLIENT_GONE = 499
 class Desk:
     """Where requests come in."""
 
-    def __init__(self, router: Router, settings: FrontSettings, check: AnswerCheck) -> None:
-        self.router, self.settings, self._check = router, settings, check
+    def __init__(self, router: Router, settings: FrontSettings, untrusted: Untrusted) -> None:
+        self.router, self.settings, self._untrusted = router, settings, untrusted
 
     @property
     def facts(self) -> Facts:
@@ -61,6 +62,8 @@ class Desk:
     def requests(self, prompts: Sequence[Sequence[int]], body: Common, max_tokens: int | None) -> list[Request]:
         """The answers that a body asks for, `n` for each prompt. Raises `InvalidRequest` or `UserError`."""
         facts, stop = self.facts, body.stop_strings
+        if body.stream_options != StreamOptions() and not body.stream:
+            raise InvalidRequest("stream_options needs stream: true", "invalid_value", "stream_options")
         if stop and self.router.text is None:
             raise InvalidRequest("this model has no tokenizer, so it cannot find stop strings", None, "stop")
         if stop and body.language is not None:
@@ -111,6 +114,27 @@ class Desk:
             raise InvalidRequest(f"{what}; {room}", "context_length_exceeded", "max_tokens" if canvases else "messages")
         return asked or min(most, self.settings.default_max_tokens)
 
+    async def in_time[T](self, began: float, work: Awaitable[T]) -> T:
+        """What `work` gives in the time limit of a request that began then, by the monotonic clock.
+
+        Raises `TimedOut`; a thread goes on to its end.
+        """
+        seconds = self.settings.request_seconds
+        try:
+            async with asyncio.timeout(began + seconds - time.monotonic()):
+                return await work
+        except TimeoutError:
+            raise TimedOut(f"not answered in {seconds:g} s", "timeout") from None
+
+    async def in_thread[**P, T](self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """What may take a while, beside the event loop. Raises `TimedOut`."""
+        return await self.in_time(time.monotonic(), asyncio.to_thread(work, *arguments, **options))
+
+    async def learn_language(self, body: Common) -> None:
+        """From here on `body.language` is known. Raises `InvalidRequest` or `TimedOut`."""
+        if body.may_be_held:
+            body.know(await self.in_time(time.monotonic(), self._untrusted.language(body.without_content())))
+
     async def submit(self, requests: Sequence[Request]) -> list[Job]:
         """Jobs that a replica has accepted. Raises `Failure`; then none is left behind."""
         jobs = self.router.submit(requests)
@@ -122,9 +146,9 @@ class Desk:
             raise
         return jobs
 
-    async def check(self, request: Request, tokens: Sequence[int]) -> None:
-        """Whether an answer is what its request wants it to be. Raises `Failure`."""
-        await self._check(request, tokens, self.router.text)
+    async def check(self, job: Job, tokens: Sequence[int]) -> None:
+        """Whether an answer is what its request wants it to be, in its time limit. Raises `Failure`."""
+        await self.in_time(job.began, self._untrusted.check(job.request, tokens, self.router.text))
 
     def leave(self, jobs: Sequence[Job]) -> None:
         """Whoever waited for these does no more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,8 +75,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def prompt_of(desk: Desk, body: ChatBody) -> list[int]:
-    """Ids of the conversation; `body.language` is known then, too. It may take a while."""
-    body.language  # noqa: B018
+    """Ids of the conversation. It may take a while."""
     if body.offer.tools and desk.text.part_markers.call is None:
         raise InvalidRequest("this model's tokenizer has no tokens for calls of tools", "invalid_value", "tools")
     return desk.text.encode_chat(for_template(body.messages), body.template_variables)
@@ -87,7 +85,8 @@ def routes(desk: Desk) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     async def answer(body: ChatBody) -> Response:
-        prompt = await asyncio.to_thread(prompt_of, desk, body)
+        await desk.learn_language(body)
+        prompt = await desk.in_thread(prompt_of, desk, body)
         jobs = await desk.submit(desk.requests([prompt], body, body.max_completion_tokens or body.max_tokens))
         return await reply(desk, jobs, _Chat(desk, body))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,14 +44,14 @@ async def _ids(desk: Desk, body: CompletionBody) -> list[list[int]]:
     if not prompts:
         raise InvalidRequest("there is no prompt", "invalid_value", "prompt")
     desk.router.check_room(len(prompts) * body.n)  # before any of it is made
-    return [await asyncio.to_thread(desk.text.encode, one) if isinstance(one, str) else one for one in prompts]
+    return [await desk.in_thread(desk.text.encode, one) if isinstance(one, str) else one for one in prompts]
 
 
 def routes(desk: Desk) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     async def answer(body: CompletionBody) -> Response:
-        await asyncio.to_thread(getattr, body, "language")  # which may take a while
+        await desk.learn_language(body)
         jobs = await desk.submit(desk.requests(await _ids(desk, body), body, body.max_tokens))
         return await reply(desk, jobs, _Completion(desk, body))
 

@@ -25,6 +25,7 @@ class CalledFunction(Body):
 
     name: str
     arguments: str = ""
+    parsed_arguments: Any = Field(default=None, description="What the openai package adds. Not read.")
 
 
 class CalledTool(Body):
@@ -33,6 +34,7 @@ class CalledTool(Body):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = Field(default=None, description="Of a call in a stream. Not read.")
 
 
 class Message(Body):
@@ -47,6 +49,7 @@ class Message(Body):
     reasoning: str | None = Field(default=None, description="The same by another name.")
     refusal: str | None = None
     annotations: list[Any] | None = None
+    parsed: Any = Field(default=None, description="What the openai package adds. Not read.")
 
     @model_validator(mode="before")
     @classmethod
@@ -75,17 +78,30 @@ def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
             calls = [_call(call, f"{at}.tool_calls.{n}") for n, call in enumerate(message.tool_calls or [])]
             turn |= {"tool_calls": calls} if calls else {}
             called |= {call["id"] for call in calls}
-        elif message.tool_calls:
-            raise _refusal(f"{at}.tool_calls", f"a message of role {message.role} calls no tool")
+        else:
+            _check_is_no_answer(message, at)
         if message.role == "tool":
             if message.tool_call_id not in called:
                 what = f"{brief(message.tool_call_id)} is no call of an assistant's message before"
                 raise _refusal(f"{at}.tool_call_id", what)
             turn["tool_call_id"] = message.tool_call_id
+        elif message.tool_call_id is not None:
+            raise _refusal(f"{at}.tool_call_id", f"a message of role {message.role} is no result of a call")
         if message.name is not None:
             turn["name"] = message.name
         made.append(turn)
     return made
+
+
+def _check_is_no_answer(message: Message, at: str) -> None:
+    of_answers = {
+        "tool_calls": message.tool_calls,
+        "reasoning_content": message.reasoning_content,
+        "reasoning": message.reasoning,
+    }
+    for name, given in of_answers.items():
+        if given:
+            raise _refusal(f"{at}.{name}", f"a message of role {message.role} has none; expected it of the assistant's")
 
 
 def _call(call: CalledTool, at: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -103,6 +103,20 @@ class Common(Body):
         return self.diffusion.language
 
     @property
+    def may_be_held(self) -> bool:
+        """Whether it can have a language: else none needs to be made."""
+        return any(getattr(self.diffusion, name) is not None for name in ("regex", "choice", "json_schema"))
+
+    def without_content(self) -> Self:
+        """All that `language` is made of, without what is long."""
+        content = ("messages", "prompt", "text", "token_ids")
+        return self.model_copy(update={name: None for name in content if name in type(self).model_fields})
+
+    def know(self, language: Language | None) -> None:
+        """It was made elsewhere."""
+        self.__dict__["language"] = language  # where `cached_property` has it
+
+    @property
     def scores(self) -> int | None:
         """Of how many ids at each place the log-probability is told, beside the chosen one's; None: of none at all."""
         return None
@@ -114,7 +128,9 @@ class Common(Body):
     @property
     def ignored(self) -> list[str]:
         """Names of given fields that change nothing."""
-        return [name for name in IGNORED if getattr(self, name) is not None]
+        given = [name for name in IGNORED if getattr(self, name) is not None]
+        given += ["store"] if self.store else []
+        return given + (["stream_options.include_obfuscation"] if self.stream_options.include_obfuscation else [])
 
 
 class Templated(Body):
@@ -154,7 +170,9 @@ class ChatBody(Common, Templated):
     response_format: ResponseFormat = Field(
         default=TextFormat(type="text"), description="What the text must be, behind a thought where there is one."
     )
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+        default=None, description="The most tokens of an answer. max_tokens beside it is ignored."
+    )
     logprobs: bool = Field(default=False, description="Tell each token's log-probability where its canvas settled.")
     top_logprobs: Scores = Field(default=None, description="And those of so many ids at its place.")
 
@@ -162,26 +180,35 @@ class ChatBody(Common, Templated):
     def has_parts(self) -> bool:
         return True
 
+    @property
+    def ignored(self) -> list[str]:
+        return super().ignored + (["max_tokens"] if self.max_tokens and self.max_completion_tokens else [])
+
     @cached_property
     def offer(self) -> Offer:
         """Raises `InvalidRequest`."""
         return Offer.of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
+    @property
+    def may_be_held(self) -> bool:
+        """Raises `InvalidRequest`."""
+        return super().may_be_held or self.response_format.type != "text" or self.offer.may_hold
+
     @cached_property
     def language(self) -> Language | None:
         """Of calls that are forced, or of the text. Raises `InvalidRequest`."""
-        of_text = self.response_format.language
-        if of_text is not None and self.diffusion.language is not None:
+        of_format, of_diffusion = self.response_format.language, self.diffusion.language
+        if of_format is not None and of_diffusion is not None:
             raise InvalidRequest(
                 "response_format and diffusion both say what the text must be", "invalid_value", "response_format"
             )
-        of_text = of_text or self.diffusion.language
+        of_text = of_format or of_diffusion
         if of_text is not None and self.offer.tools and not self.offer.is_forced:
             raise InvalidRequest(
                 "an answer that may call tools cannot be held to a format of text as well; give tool_choice: none for "
                 "the text, or required for calls",
                 "invalid_value",
-                "response_format" if self.response_format.language else "diffusion",
+                "response_format" if of_format else "diffusion",
             )
         language = refused_as("tools", lambda: self.offer.language) or of_text
         if language is not None and self.template_variables.get("enable_thinking"):

@@ -6,7 +6,6 @@ the tokens of all holes have the highest mean log-probability in the last step, 
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -120,7 +119,7 @@ class Infill:
                     canvas = {"token_ids": event.tokens, "steps": event.steps, "canvas": event.canvas}
                     yield sse({**head, "choices": [], "diffusion": {"settled": where | canvas}}, "diffusion.settled")
             for answer in answers:
-                await self.desk.check(answer.job.request, answer.words.tokens)
+                await self.desk.check(answer.job, answer.words.tokens)
             yield sse(self.whole(answers))
             yield b"data: [DONE]\n\n"
         except Exception as error:
@@ -128,10 +127,8 @@ class Infill:
 
 
 def _read(desk: Desk, body: InfillBody) -> tuple[list[Part], list[int]]:
-    """The text and what stands before it; `body.language` is known then, too. It may take a while."""
-    read = _parts(desk, body), _prompt(desk, body)
-    body.language  # noqa: B018
-    return read
+    """The text and what stands before it. It may take a while."""
+    return _parts(desk, body), _prompt(desk, body)
 
 
 def _parts(desk: Desk, body: InfillBody) -> list[Part]:
@@ -165,7 +162,8 @@ def routes(desk: Desk) -> APIRouter:
 
     async def answer(body: InfillBody) -> Response:
         desk.facts  # noqa: B018  raises before there is any
-        parts, prompt = await asyncio.to_thread(_read, desk, body)
+        await desk.learn_language(body)
+        parts, prompt = await desk.in_thread(_read, desk, body)
         infill = Infill(desk, body, templates(parts))
         jobs = await desk.submit(infill.requests(prompt))
         if body.stream:

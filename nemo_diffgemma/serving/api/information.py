@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from nemo_diffgemma.serving.api.asking import Desk
 from nemo_diffgemma.serving.api.conversation import for_template
-from nemo_diffgemma.serving.api.fields import TokenizeBody
+from nemo_diffgemma.serving.api.fields import Templated, TokenizeBody
 from nemo_diffgemma.serving.api.json_body import JsonRoute
 from nemo_diffgemma.serving.api.replies import HealthReply, ModelReply, ModelsReply, TokensReply
 from nemo_diffgemma.serving.failures import InvalidRequest
@@ -66,7 +66,7 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     @router.post("/tokenize", responses={200: {"model": TokensReply}})
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody) -> Response:
         """Ids of a text, or of a conversation with the answer's beginning behind it."""
         if body.model is not None:
             desk.check_model(body.model)
@@ -74,10 +74,15 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
             raise InvalidRequest("give one of prompt and messages", "invalid_value", "prompt")
         if body.messages is not None:
             variables = body.template_variables
-            ids = await asyncio.to_thread(desk.text.encode_chat, for_template(body.messages), variables)
+            ids = await desk.in_thread(desk.text.encode_chat, for_template(body.messages), variables)
         else:
             assert body.prompt is not None
-            ids = await asyncio.to_thread(desk.text.encode, body.prompt, body.add_special_tokens)
-        return {"tokens": ids, "count": len(ids), "context_tokens": desk.facts.context_tokens}
+            of_messages = [name for name in Templated.model_fields if name in body.model_fields_set]
+            if of_messages:
+                what = f"{of_messages[0]} is for messages; a prompt is read as it is"
+                raise InvalidRequest(what, "invalid_value", of_messages[0])
+            ids = await desk.in_thread(desk.text.encode, body.prompt, body.add_special_tokens)
+        reply = {"tokens": ids, "count": len(ids), "context_tokens": desk.facts.context_tokens}
+        return Response(msgspec.json.encode(reply), media_type="application/json")  # FastAPI looks at each number
 
     return router

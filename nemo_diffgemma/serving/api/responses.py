@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 import uuid
@@ -105,7 +104,7 @@ class _Response:
                 continue
             parts = answer.take(event)
             if answer.end is not None:
-                await self.desk.check(answer.job.request, answer.words.tokens)
+                await self.desk.check(answer.job, answer.words.tokens)
             for told in self.items.take(parts):
                 yield told
         for told in self.items.close(self.status):
@@ -138,9 +137,10 @@ def routes(desk: Desk) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     async def answer(body: ResponsesBody) -> Response:
-        chat = body.chat()
+        chat = await desk.in_thread(body.chat)
         try:
-            prompt = await asyncio.to_thread(prompt_of, desk, chat)
+            await desk.learn_language(chat)
+            prompt = await desk.in_thread(prompt_of, desk, chat)
             jobs = await desk.submit(desk.requests([prompt], chat, chat.max_tokens))
         except InvalidRequest as failure:
             raise _renamed(failure) from None

@@ -28,6 +28,7 @@ class Piece(Body):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Any = Field(default=None, description="What the openai package adds. Not read.")
 
 
 Text = str | ListOf[Piece]
@@ -51,6 +52,7 @@ class CallItem(Body):
     call_id: str
     name: str
     arguments: str
+    parsed_arguments: Any = Field(default=None, description="What the openai package adds. Not read.")
     id: str | None = None
     status: Status | None = None
 
@@ -220,6 +222,13 @@ def _messages(instructions: str | None, given: str | Sequence[Item]) -> list[Mes
     called: set[str] = set()
     thoughts: list[str] = []
     is_open = False  # the last message is an assistant's, to which calls may be added
+
+    def think() -> None:
+        """Thoughts that nothing of the assistant's follows are a turn of their own."""
+        if thoughts:
+            made.append(Message(role="assistant", content="", reasoning_content="".join(thoughts)))
+            thoughts.clear()
+
     for index, item in enumerate(given):
         if isinstance(item, ReasoningItem):
             thoughts += [piece.text for piece in item.content or item.summary]
@@ -228,9 +237,11 @@ def _messages(instructions: str | None, given: str | Sequence[Item]) -> list[Mes
             if item.call_id not in called:
                 at = f"input.{index}.call_id"
                 raise InvalidRequest(f"{at}: {item.call_id!r} is no call before it", "invalid_value", at)
+            think()
             made.append(Message(role="tool", content=_text(item.output), tool_call_id=item.call_id))
             is_open = False
         elif isinstance(item, MessageItem) and item.role != "assistant":
+            think()
             made.append(Message(role=item.role, content=_text(item.content)))
             is_open = False
         else:
@@ -240,8 +251,11 @@ def _messages(instructions: str | None, given: str | Sequence[Item]) -> list[Mes
                 thoughts, is_open = [], True
             if isinstance(item, CallItem):
                 function = CalledFunction(name=item.name, arguments=item.arguments)
-                made[-1].tool_calls = [*(made[-1].tool_calls or []), CalledTool(id=item.call_id, function=function)]
+                calls = made[-1].tool_calls or []
+                calls.append(CalledTool(id=item.call_id, function=function))
+                made[-1].tool_calls = calls
                 called.add(item.call_id)
+    think()
     if not made:
         raise InvalidRequest("input has no message", "invalid_value", "input")
     return made

@@ -61,10 +61,12 @@ class Offer:
     @classmethod
     def of(cls, tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool) -> Offer:
         """Raises `InvalidRequest`."""
-        names = [tool.function.name for tool in tools]
-        for index, name in enumerate(names):
-            if name in names[:index]:
+        names: dict[str, None] = {}
+        for index, tool in enumerate(tools):
+            name = tool.function.name
+            if name in names:
                 raise InvalidRequest(f"there are two tools {name!r}", "invalid_value", f"tools.{index}.function.name")
+            names[name] = None
         if choice == "none":
             return cls()
         if isinstance(choice, NamedChoice):
@@ -81,6 +83,11 @@ class Offer:
     def most_calls(self) -> int | None:
         """That an answer may have; None: any number."""
         return 0 if not self.tools else None if self.parallel else 1
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether it has a language."""
+        return self.is_forced or any(tool.function.strict for tool in self.tools)
 
     @property
     def language(self) -> Language | None:

@@ -1,4 +1,4 @@
-"""The child process of `compiler.py`: compiles constraints and checks texts, one after the other, until it is left.
+"""The child process of `compiler.py`: makes and compiles languages, and checks texts, until it is left.
 
 python -P -m nemo_diffgemma.serving.constraints.child FILE_DESCRIPTOR
 
@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from nemo_diffgemma.cli.child_process import end_with_parent
 from nemo_diffgemma.serving.constraints.errors import ConstraintError, ConstraintViolation
 from nemo_diffgemma.serving.constraints.worker import Worker
+from nemo_diffgemma.serving.failures import Failure
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
             job, *arguments = connection.recv()
             try:
                 result = getattr(worker, job)(*arguments)
-            except (ConstraintError, ConstraintViolation) as error:
+            except (ConstraintError, ConstraintViolation, Failure) as error:
                 result = error
             except (MemoryError, RecursionError) as error:
                 result = ConstraintError(f"the constraint is too large to be compiled ({type(error).__name__})")

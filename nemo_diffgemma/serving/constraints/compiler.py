@@ -17,10 +17,10 @@ from multiprocessing import Pipe
 from typing import Any, Self
 
 from nemo_diffgemma.repository import ROOT
-from nemo_diffgemma.serving.constraints.errors import ConstraintError, ConstraintViolation
+from nemo_diffgemma.serving.constraints.errors import ConstraintError
 from nemo_diffgemma.serving.constraints.languages import Language
 from nemo_diffgemma.serving.constraints.token_automaton import TokenAutomaton
-from nemo_diffgemma.serving.constraints.worker import Limits, Vocabulary
+from nemo_diffgemma.serving.constraints.worker import HasLanguage, Limits, Vocabulary
 
 KEPT = 64  # automata: 1 to 10 MB each
 START_SECONDS = 120.0  # for a child to import what it needs and to read the vocabulary, on a machine that is busy
@@ -45,8 +45,9 @@ class Compiler:
                 future = self._threads.submit(self._ask, "compile", language)
                 self._compiled[language.expression] = future
             self._compiled.move_to_end(language.expression)
-            while len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
+            over = [name for name, one in self._compiled.items() if one.done()][: max(0, len(self._compiled) - KEPT)]
+            for name in over:  # what is waited for stays: whoever cancels it must find it
+                del self._compiled[name]
         return future
 
     def cancel(self, language: Language) -> None:
@@ -64,6 +65,10 @@ class Compiler:
         """Keep its automaton no longer: somebody else does."""
         with self._lock:
             self._compiled.pop(language.expression, None)
+
+    def submit_language(self, of: HasLanguage) -> Future[Language | None]:
+        """`of.language`, or the exception that it raises; `ConstraintError` if late. `of` is pickled."""
+        return self._threads.submit(self._ask, "language", of)
 
     def submit_check(self, language: Language, text: str) -> Future[None]:
         """`language.check(text)` in the limit of time: None, `ConstraintViolation`, or `ConstraintError` if late."""
@@ -98,7 +103,7 @@ class Compiler:
             with self._lock:
                 self._children = {other for other in self._children if other.is_alive} | {child}
         result = child.ask(self._limits.seconds, job, *arguments)
-        if isinstance(result, ConstraintError | ConstraintViolation):
+        if isinstance(result, Exception):
             raise result
         return result
 

@@ -10,17 +10,19 @@ empty as well, what may do without it does.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from nemo_diffgemma.json_files import brief
 from nemo_diffgemma.serving.constraints import numbers
 from nemo_diffgemma.serving.constraints.errors import ConstraintError
 from nemo_diffgemma.serving.constraints.formats import FORMATS
 from nemo_diffgemma.serving.constraints.json_values import JSON
-from nemo_diffgemma.serving.constraints.schema_check import MOST_SCHEMAS, check
+from nemo_diffgemma.serving.constraints.schema_check import MOST_SCHEMAS, check, dialect_of
 from nemo_diffgemma.serving.constraints.values import Values
 
 Schema = Mapping[str, Any] | bool
@@ -28,7 +30,8 @@ Place = tuple[str | int, ...]
 
 NESTING = 3  # how often a $ref may stand within itself
 LONGEST = 1_000_000  # characters of the expression: schemas that refer to each other may grow without end
-MOST_BRANCHES = 200  # of a oneOf: each is compared with each
+LONGEST_REFERENCE = 1000  # characters of a $ref
+MOST_BRANCHES = 200  # of a oneOf
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $comment $schema $id $defs "
@@ -68,7 +71,7 @@ def problem_of(value: Any, schema: Schema) -> str:
     """What `jsonschema` says against a value, or nothing."""
     import jsonschema
 
-    kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    kind = dialect_of(schema)
     if isinstance(schema, Mapping):  # every $ref is a place in it, whatever its name
         schema = {name: given for name, given in schema.items() if name != "$id"}
     worst = jsonschema.exceptions.best_match(kind(schema, format_checker=kind.FORMAT_CHECKER).iter_errors(value))
@@ -157,8 +160,6 @@ class _Translator:
 
         The rest is of those keywords that are quick to check, whatever a stranger writes: no patterns.
         """
-        from jsonschema import Draft202012Validator
-
         beside = [name for name in schema if name not in _BESIDE_LISTED and not name.startswith("x-")]
         if beside:
             raise self._refusal(at, f"has {beside[0]!r} beside 'enum' or 'const'; leave it out")
@@ -167,7 +168,7 @@ class _Translator:
             raise self._refusal((*at, "enum"), f"is {values!r}; expected a list of values")
         # without `enum`, in which jsonschema looks for each value from the beginning
         rest = {name: given for name, given in schema.items() if name not in _ANNOTATIONS | {"enum"}}
-        accepted = Draft202012Validator(rest).is_valid
+        accepted = dialect_of(self._root)(rest).is_valid
         return _either([self._values.exactly(value) for value in values if accepted(value)])
 
     def _combined(self, keyword: str, given: Any, at: Place) -> str | None:
@@ -194,10 +195,11 @@ class _Translator:
         return written
 
     def _target(self, reference: Any, at: Place) -> Schema:
-        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-            raise self._refusal(at, f"is {reference!r}; expected a place in this schema, such as '#/$defs/name'")
+        is_place = isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
+        if not is_place or len(reference) > LONGEST_REFERENCE:
+            raise self._refusal(at, f"is {brief(reference)}; expected a place in this schema, such as '#/$defs/name'")
         target: Any = self._root
-        names = [part.replace("~1", "/").replace("~0", "~") for part in reference[2:].split("/")]
+        names = [part.replace("~1", "/").replace("~0", "~") for part in unquote(reference[2:]).split("/")]
         for name in names if reference != "#" else ():
             try:
                 target = target[int(name)] if isinstance(target, Sequence) else target[name]
@@ -208,10 +210,21 @@ class _Translator:
         return target
 
     def _exclude_each_other(self, schemas: Sequence[Any]) -> bool:
-        """Whether no value can satisfy two of them: other types, or other constants of a member that all require."""
-        resolved = [self._resolved(schema) for schema in schemas]
-        pairs = ((a, b) for i, a in enumerate(resolved) for b in resolved[:i])
-        return all(_types_differ(a, b) or _tags_differ(a, b) for a, b in pairs)
+        """Whether no value can satisfy two of them: other types, or other constants of a member that both require."""
+        branches = [self._resolved(schema) for schema in schemas]
+        apart = [0] * len(branches)  # of each branch a bit for every other one that it excludes
+        types: dict[int, Collection[Any]] = dict(enumerate(map(_types, branches)))
+        for sets in (types, *_tags(branches).values()):
+            having: Counter[Any] = Counter()
+            all_of_them = 0
+            for index, values in sets.items():
+                all_of_them |= 1 << index
+                for value in values:
+                    having[value] |= 1 << index
+            for index, values in sets.items():
+                shared = functools.reduce(operator.or_, (having[value] for value in values), 0)
+                apart[index] |= all_of_them & ~shared
+        return all(bits | 1 << index == (1 << len(branches)) - 1 for index, bits in enumerate(apart))
 
     def _resolved(self, schema: Any) -> Any:
         for _ in range(NESTING):
@@ -291,6 +304,10 @@ class _Translator:
         return self._values.array(item, fewest, most)
 
     def _tuple(self, schema: Mapping[str, Any], fewest: int, most: int | None, at: Place) -> str | None:
+        if "prefixItems" not in dialect_of(self._root).VALIDATORS:
+            raise self._refusal(
+                at, "has 'prefixItems', which the dialect of its $schema does not know; leave $schema out"
+            )
         given = schema["prefixItems"]
         if not isinstance(given, Sequence) or isinstance(given, str) or not given:
             raise self._refusal((*at, "prefixItems"), f"is {given!r}; expected a list of schemas")
@@ -346,27 +363,31 @@ def _either(parts: Sequence[str | None]) -> str | None:
     return "|".join(f"(?:{part})" for part in dict.fromkeys(parts) if part is not None) or None
 
 
-def _types_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    def types(schema: Mapping[str, Any]) -> set[str]:
-        given = schema.get("type", [])
-        chosen = {given} if isinstance(given, str) else set(given)
-        return chosen | {"integer"} if "number" in chosen else chosen
-
-    return bool(types(one) and types(other)) and not types(one) & types(other)
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    """The types that a value of it may have."""
+    given = schema.get("type", _TYPES)
+    chosen = {given} if isinstance(given, str) else set(given)
+    return chosen | {"integer"} if "number" in chosen else chosen
 
 
-def _tags_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    def tags(schema: Mapping[str, Any], name: str) -> set[str]:
-        member = schema.get("properties", {}).get(name, {})
-        values = (
-            member.get("enum", [member["const"]] if "const" in member else []) if isinstance(member, Mapping) else []
-        )
-        return {json.dumps(value, sort_keys=True) for value in values}
+def _tags(branches: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Collection[Any]]]:
+    """The constants of members that objects must have: by name, then by the number of the branch."""
+    found: dict[str, dict[int, Collection[Any]]] = defaultdict(dict)
+    for index, schema in enumerate(branches):
+        if schema.get("type") == "object":
+            properties = schema.get("properties", {})
+            for name in set(schema.get("required", [])) & set(properties):
+                member = properties[name]
+                if isinstance(member, Mapping) and ("enum" in member or "const" in member):
+                    values = member["enum"] if "enum" in member else [member["const"]]
+                    found[name][index] = [_as_equal(value) for value in values]
+    return found
 
-    def is_object(schema: Mapping[str, Any]) -> bool:
-        return schema.get("type") == "object" and "properties" in schema
 
-    if not (is_object(one) and is_object(other)):
-        return False
-    shared = set(one.get("required", [])) & set(other.get("required", []))
-    return any(tags(one, n) and tags(other, n) and not tags(one, n) & tags(other, n) for n in shared)
+def _as_equal(value: Any) -> Any:
+    """Something hashable, equal for equal values of JSON: 1 is 1.0, and true is neither."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _as_equal(one)) for name, one in value.items())
+    if isinstance(value, list):
+        return tuple(map(_as_equal, value))
+    return (type(value) is bool, value)

@@ -137,6 +137,9 @@ def _set(items: list[Any]) -> Ranges:
     """The characters of [...]. A class is ASCII where it stands, and what Python takes for it where it is negated."""
     negated = items[0][0] is op.NEGATE
     parts: list[Ranges] = []
+    names = {str(value).removeprefix("CATEGORY_") for kind, value in items[negated:] if kind is op.CATEGORY}
+    if not negated and any(f"NOT_{name}" in names for name in names):
+        return characters.ALL  # [\s\S], whatever its two halves are here
     for kind, value in items[negated:]:
         if kind is op.LITERAL:
             parts.append(((value, value),))

@@ -11,6 +11,13 @@ MOST_SCHEMAS = 20_000  # objects of a schema; and schemas that a translation vis
 MOST_MIXED = 1000  # values of a list that are not all strings or all numbers: jsonschema compares each with each
 
 
+def dialect_of(schema: Mapping[str, Any] | bool) -> Any:
+    """The class of jsonschema for the dialect that a schema names; 2020-12 if none."""
+    import jsonschema
+
+    return jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+
+
 def check(schema: Mapping[str, Any] | bool) -> None:
     """Raise `ConstraintError` unless `schema` is valid by the dialect that it names, 2020-12 if none.
 
@@ -23,7 +30,10 @@ def check(schema: Mapping[str, Any] | bool) -> None:
     if isinstance(schema, Mapping) and not isinstance(schema.get("$schema", ""), str):
         raise ConstraintError(f"schema at #/$schema is {schema['$schema']!r}; expected the address of a dialect")
     try:
-        jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
+        dialect = dialect_of(schema)
+        if dialect is jsonschema.Draft3Validator:  # most of its keywords mean something else
+            raise ConstraintError("schema at #/$schema is of draft 3; expected draft 4 or later, or no $schema")
+        dialect.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ConstraintError(f"schema at {error.json_path} is no JSON schema: {error.message[:300]}") from None
 

@@ -1,9 +1,10 @@
-"""What `child.py` does, for one vocabulary: compile a language, check a text."""
+"""What `child.py` does, for one vocabulary: make a language, compile it, check a text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from nemo_diffgemma.serving.constraints.byte_automaton import byte_automaton
 from nemo_diffgemma.serving.constraints.languages import Language
@@ -29,6 +30,13 @@ class Limits:
     memory: int = 4 << 30
 
 
+class HasLanguage(Protocol):
+    """Says what an answer must be: a `property` that may take a while."""
+
+    @property
+    def language(self) -> Language | None: ...
+
+
 class Worker:
     """Jobs are its methods, by name."""
 
@@ -39,6 +47,9 @@ class Worker:
     def compile(self, language: Language) -> TokenAutomaton:
         automaton = byte_automaton(language.expression, self._limits.states)
         return token_automaton(automaton, self._trie, self._vocabulary.size, self._vocabulary.eos_ids)
+
+    def language(self, of: HasLanguage) -> Language | None:
+        return of.language
 
     def check(self, language: Language, text: str) -> None:
         language.check(text)

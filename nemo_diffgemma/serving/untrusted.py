@@ -1,10 +1,11 @@
-"""Finished answers against the languages that they must be of, once more, by libraries that had no part in them.
+"""What strangers can make take for ever, in child processes: their schemas and patterns, and answers read once more.
 
-    check = AnswerCheck(metrics)
-    await check(request, tokens, text)     # before a client is told that its answer is whole
+    untrusted = Untrusted(metrics)
+    language = await untrusted.language(body)           # what a body says that its answer must be
+    await untrusted.check(request, tokens, text)        # before a client is told that its answer is whole
 
-Python's `re`, or `json` and `jsonschema`, read the text in a child process with a limit of time: a pattern that takes
-for ever stops neither the event loop nor other answers. No torch.
+A child has a limit of time for a job, and of memory. So nothing that is sent stops the event loop or other answers. No
+torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from nemo_diffgemma.serving.constraints import Compiler, ConstraintError, ConstraintViolation, Limits, Vocabulary
+from nemo_diffgemma.serving.constraints import (
+    Compiler,
+    ConstraintError,
+    ConstraintViolation,
+    Language,
+    Limits,
+    Vocabulary,
+)
+from nemo_diffgemma.serving.constraints.worker import HasLanguage
 from nemo_diffgemma.serving.failures import Failure, InvalidRequest
 from nemo_diffgemma.serving.metrics import Metrics
 from nemo_diffgemma.serving.request import Request
@@ -22,18 +31,26 @@ from nemo_diffgemma.serving.text import ServedText
 _log = logging.getLogger(__name__)
 
 
-class AnswerCheck:
-    """Checks answers, `processes` at a time, `seconds` each at most. The first child starts with the first answer."""
+class Untrusted:
+    """`processes` jobs at a time, `seconds` each at most. The first child starts with the first job."""
 
     def __init__(self, metrics: Metrics, seconds: float = 5.0, processes: int = 2) -> None:
         self._metrics = metrics
         self._compiler = Compiler(Vocabulary({}, 0, ()), Limits(seconds=seconds), processes)
 
-    async def __call__(self, request: Request, tokens: Sequence[int], text: ServedText | None) -> None:
+    async def language(self, body: HasLanguage) -> Language | None:
+        """`body.language`. Raises `InvalidRequest`, also for one that is not made in time."""
+        try:
+            return await asyncio.wrap_future(self._compiler.submit_language(body))
+        except ConstraintError as error:
+            raise InvalidRequest(str(error), "constraint_too_large") from None
+
+    async def check(self, request: Request, tokens: Sequence[int], text: ServedText | None) -> None:
         """Return if the answer, all its `tokens` with the one that ends it, is of `request.language`, or it has none.
 
-        Raises `Failure` for an answer that is not: a defect of this server, counted and logged, never an answer.
-        Raises `InvalidRequest` for a pattern that cannot be checked in time.
+        Python's `re`, or `json` and `jsonschema`, read it: libraries that had no part in it. Raises `Failure` for an
+        answer that is not: a defect of this server, counted and logged, never an answer. Raises `InvalidRequest` for a
+        pattern that cannot be checked in time.
         """
         if request.language is None:
             return
