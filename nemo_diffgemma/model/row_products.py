@@ -9,8 +9,6 @@ Shapes: R rows, L matrices, K features, N outputs.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,25 +62,34 @@ def grouped_product(x_RK: Tensor, weights_LKN: Tensor, ends_L: Tensor) -> Tensor
     """Rows sorted by matrix times their matrix, [R, N]; those behind the last matrix's are undefined."""
     if _is_free(x_RK, weights_LKN):
         return F.grouped_mm(x_RK, weights_LKN, offs=ends_L)
-    result = x_RK.new_empty(len(x_RK), weights_LKN.shape[2])
-    for weight_KN, (start, end) in zip(weights_LKN, itertools.pairwise([0, *ends_L.tolist()]), strict=True):
-        if end > start:
-            multiplied(x_RK[start:end], weight_KN, out=result[start:end])
-    return result
+    features, outputs = weights_LKN.shape[1:]
+    fewest, *sizes = _blocks(x_RK.dtype, features, outputs)
+    x, weights = _with_zeros(x_RK, len(x_RK), sizes[0]), _with_zeros(weights_LKN, *sizes)
+    result, start = x.new_empty(len(x) + max(fewest, BLOCK), sizes[1]), 0
+    for weight_KN, end in zip(weights.unbind(), ends_L.tolist(), strict=True):
+        if end > start:  # a block is filled by the next matrix's rows, whose turn comes then
+            behind = start + max(fewest, end - start + (start - end) % BLOCK)
+            rows = x[start:behind] if behind <= len(x) else _with_zeros(x[start:end], behind - start, sizes[0])
+            torch.mm(rows, weight_KN, out=result[start:behind])
+        start = end
+    return result[: len(x), :outputs]
 
 
 def _padded(x_RK: Tensor, weight_KN: Tensor) -> tuple[Tensor, Tensor]:
     """Both with zeros behind their rows, features and outputs."""
-    features, outputs = (size + -size % BLOCK for size in weight_KN.shape)
-    rows = BLOCK
-    if x_RK.dtype != torch.float32:
-        rows = max(rows, _SMALL // (features * outputs) + 1)
-    rows = max(rows, len(x_RK) + -len(x_RK) % BLOCK)
+    fewest, features, outputs = _blocks(x_RK.dtype, *weight_KN.shape)
+    rows = max(fewest, len(x_RK) + -len(x_RK) % BLOCK)
     return _with_zeros(x_RK, rows, features), _with_zeros(weight_KN, features, outputs)
 
 
+def _blocks(dtype: torch.dtype, features: int, outputs: int) -> tuple[int, int, int]:
+    """The fewest rows for a matrix of these sizes, and its sizes in whole blocks."""
+    features, outputs = features + -features % BLOCK, outputs + -outputs % BLOCK
+    return BLOCK if dtype == torch.float32 else max(BLOCK, _SMALL // (features * outputs) + 1), features, outputs
+
+
 def _with_zeros(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    more = (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])
+    more = (0, columns - matrix.shape[-1], 0, rows - matrix.shape[-2])
     return F.pad(matrix, more) if any(more) else matrix
 
 
