@@ -44,7 +44,7 @@ async def _ids(desk: Desk, body: CompletionBody) -> list[list[int]]:
     if not prompts:
         raise InvalidRequest("there is no prompt", "invalid_value", "prompt")
     desk.router.check_room(len(prompts) * body.n)  # before any of it is made
-    return [await desk.in_thread(desk.text.encode, one) if isinstance(one, str) else one for one in prompts]
+    return await desk.in_thread(lambda: [desk.text.encode(one) if isinstance(one, str) else one for one in prompts])
 
 
 def routes(desk: Desk) -> APIRouter:

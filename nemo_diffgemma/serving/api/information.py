@@ -68,21 +68,27 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
     @router.post("/tokenize", responses={200: {"model": TokensReply}})
     async def tokenize(body: TokenizeBody) -> Response:
         """Ids of a text, or of a conversation with the answer's beginning behind it."""
-        if body.model is not None:
-            desk.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("give one of prompt and messages", "invalid_value", "prompt")
-        if body.messages is not None:
-            variables = body.template_variables
-            ids = await desk.in_thread(desk.text.encode_chat, for_template(body.messages), variables)
-        else:
-            assert body.prompt is not None
-            of_messages = [name for name in Templated.model_fields if name in body.model_fields_set]
-            if of_messages:
-                what = f"{of_messages[0]} is for messages; a prompt is read as it is"
-                raise InvalidRequest(what, "invalid_value", of_messages[0])
-            ids = await desk.in_thread(desk.text.encode, body.prompt, body.add_special_tokens)
-        reply = {"tokens": ids, "count": len(ids), "context_tokens": desk.facts.context_tokens}
-        return Response(msgspec.json.encode(reply), media_type="application/json")  # FastAPI looks at each number
+        return await _tokens(desk, body)
 
     return router
+
+
+async def _tokens(desk: Desk, body: TokenizeBody) -> Response:
+    """Raises `InvalidRequest` or `UserError`."""
+    if body.model is not None:
+        desk.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give one of prompt and messages", "invalid_value", "prompt")
+    if body.messages is not None:
+        variables = body.template_variables
+        ids = await desk.in_thread(desk.text.encode_chat, for_template(body.messages), variables)
+    else:
+        assert body.prompt is not None
+        of_messages = [name for name in Templated.model_fields if name in body.model_fields_set]
+        if of_messages:
+            what = f"{of_messages[0]} is for messages; a prompt is read as it is"
+            raise InvalidRequest(what, "invalid_value", of_messages[0])
+        ids = await desk.in_thread(desk.text.encode, body.prompt, body.add_special_tokens)
+    reply = {"tokens": ids, "count": len(ids), "context_tokens": desk.facts.context_tokens}
+    # not through FastAPI, which looks at each of millions of numbers while all streams wait
+    return Response(msgspec.json.encode(reply), media_type="application/json")
